@@ -1,0 +1,1 @@
+"""SPRC with gated fusion: composed image retrieval on CIRR and FashionIQ."""

@@ -1,0 +1,26 @@
+"""The one exception that means "what you gave me is wrong", and how a script reports it."""
+
+import sys
+from collections.abc import Callable
+
+
+class InputError(ValueError):
+    """Bad input from the user: a flag, a file, an entry of a file.
+
+    The message is one line that names the file and the entry (or the flag and its value) and says
+    what to do. Scripts print it and exit with code 2; see :func:`exit_on_input_error`.
+    """
+
+    def __init__(self, message: str) -> None:
+        # A DataLoader worker hands its exception over as the text of a whole traceback, inside a
+        # new exception of the same class. The user wants the last line of it, the message itself.
+        super().__init__(message.rsplit("InputError: ", 1)[-1].strip())
+
+
+def exit_on_input_error(main: Callable[[], None]) -> None:
+    """Run ``main``; on an :class:`InputError` print its one line to stderr and exit with code 2."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
