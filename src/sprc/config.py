@@ -1,0 +1,123 @@
+"""The arguments of the model, as one validated dataclass. Imports no torch, so that `--help` is quick."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sprc.errors import InputError
+
+MODEL_DIR = Path(__file__).parent / "models"
+BACKBONES = ("pretrain", "pretrain_vitL", "coco", "tiny")
+VIT_KINDS = ("eva", "clip")
+POOLS = ("masked", "all")
+FUSION_STARTS = ("random", "identity")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Widths, depths and switches of ``Blip2QformerCirAlignPrompt``.
+
+    The defaults are BLIP-2's first stage with ViT-g (spec of the `pretrain` backbone). A value that
+    cannot work raises :class:`InputError` naming the argument and its value.
+    """
+
+    # Vision transformer: "eva" is EVA-CLIP's ViT-g layout, "clip" is OpenAI CLIP's.
+    vit: str = "eva"
+    image_size: int = 224
+    patch_size: int = 14
+    vit_width: int = 1408
+    vit_depth: int = 39
+    vit_heads: int = 16
+    vit_mlp_ratio: float = 4.3637
+    vit_norm_eps: float = 1e-6
+    freeze_vit: bool = True
+    vision_norm_eps: float = 1e-5  # ln_vision
+
+    # Q-Former: a BERT with learned queries and cross-attention to the image.
+    vocab_size: int = 30523  # bert-base-uncased and [DEC]
+    hidden_size: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    intermediate_size: int = 3072
+    cross_attention_every: int = 2
+    max_positions: int = 512
+    norm_eps: float = 1e-12
+    dropout: float = 0.1
+    initializer_range: float = 0.02
+    num_query_tokens: int = 32
+    embed_dim: int = 256
+    max_txt_len: int = 32
+
+    # Fusion of the modification text into the reference's image tokens.
+    use_gated_fusion: bool = True
+    fusion_strategy: str = "gated"  # a name registered in models/gated_fusion.py
+    alpha_init: float = 0.5
+    fusion_dropout: float = 0.1
+    pool: str = "masked"
+    fusion_start: str = "random"
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            # An int is fine where a float is asked; a bool is an int to Python but not to us.
+            if field.type is float and type(value) is int:
+                object.__setattr__(self, field.name, float(value))
+            elif type(value) is not field.type:
+                raise InputError(
+                    f"{field.name}={value!r} has type {type(value).__name__}; give {field.type.__name__}"
+                )
+            if field.type is int and value < 1:
+                raise InputError(f"{field.name}={value} must be at least 1")
+        _one_of("vit", self.vit, VIT_KINDS)
+        _one_of("pool", self.pool, POOLS)
+        _one_of("fusion_start", self.fusion_start, FUSION_STARTS)
+        _divides("patch_size", self.patch_size, "image_size", self.image_size)
+        _divides("vit_heads", self.vit_heads, "vit_width", self.vit_width)
+        _divides("num_heads", self.num_heads, "hidden_size", self.hidden_size)
+        for name in ("dropout", "fusion_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} must lie in [0, 1)")
+        for name in ("vit_norm_eps", "vision_norm_eps", "norm_eps", "initializer_range", "vit_mlp_ratio"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"{name}={getattr(self, name)} must be above 0")
+        if not abs(self.alpha_init) < float("inf"):
+            raise InputError(f"alpha_init={self.alpha_init} must be a finite number")
+        if self.num_query_tokens + self.max_txt_len > self.max_positions:
+            raise InputError(
+                f"max_positions={self.max_positions} is less than num_query_tokens + max_txt_len "
+                f"= {self.num_query_tokens + self.max_txt_len}, the length of the text-only call"
+            )
+
+    @property
+    def num_patches(self) -> int:
+        """Patches on one side of the grid; the image has ``num_patches ** 2`` and one [CLS]."""
+        return self.image_size // self.patch_size
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str) -> "ModelConfig":
+        """Build from a YAML's or a checkpoint's values; an unknown key raises :class:`InputError`."""
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise InputError(f"{source}: unknown model argument {', '.join(unknown)}")
+        return cls(**values)
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"{name}={value!r} is unknown; choose from {', '.join(choices)}")
+
+
+def _divides(name: str, divisor: int, of_name: str, value: int) -> None:
+    if value % divisor:
+        raise InputError(f"{of_name}={value} is not a multiple of {name}={divisor}")
+
+
+def read_backbone(name: str) -> dict[str, Any]:
+    """Read ``models/{name}.yaml``; its keys are `model`, `weights` and `preprocess`.
+
+    Raises :class:`InputError` for a name that is not in ``BACKBONES``.
+    """
+    _one_of("--backbone", name, BACKBONES)
+    return yaml.safe_load((MODEL_DIR / f"{name}.yaml").read_text())

@@ -1,0 +1,184 @@
+"""What CIRR and FashionIQ share: triplets, images, and the check of the images before a run."""
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageFile, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from sprc.data.captions import process_caption
+from sprc.errors import InputError
+
+Transform = Callable[[Image.Image], Tensor]
+
+# The bytes that close a complete file of the format; a few bytes of garbage after them do no harm.
+_END_MARKERS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}
+_TAIL_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Triplet:
+    """A query (reference and modification text) and its target.
+
+    ``caption`` is raw. ``target`` is None where the benchmark keeps it secret. ``members`` are the names of
+    CIRR's image set, reference and target among them; empty for FashionIQ.
+    """
+
+    pair_id: int
+    reference: str
+    target: str | None
+    caption: str
+    members: tuple[str, ...] = ()
+
+
+class TripletDataset(Dataset):
+    """Triplets as the model takes them.
+
+    An item is ``{"image": (3, S, S), "target": (3, S, S), "text_input": str}``: reference, target, caption as
+    :func:`process_caption` leaves it. The default collate makes ``text_input`` a list of B strings.
+    Raises :class:`InputError` for an image that cannot be read.
+    """
+
+    def __init__(self, triplets: list[Triplet], image_paths: dict[str, Path], transform: Transform) -> None:
+        if any(triplet.target is None for triplet in triplets):
+            raise ValueError("triplets without a target cannot be trained on; use ImageDataset to score them")
+        self.triplets = triplets
+        self.image_paths = image_paths
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.triplets)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor | str]:
+        triplet = self.triplets[index]
+        return {
+            "image": load_image(self.image_paths[triplet.reference], self.transform),
+            "target": load_image(self.image_paths[triplet.target], self.transform),
+            "text_input": process_caption(triplet.caption),
+        }
+
+
+class ImageDataset(Dataset):
+    """Images in the order of ``names``, a gallery for one.
+
+    An item is ``(index, image)``, the image (3, S, S).
+    Raises :class:`InputError` for an image that cannot be read.
+    """
+
+    def __init__(self, names: list[str], image_paths: dict[str, Path], transform: Transform) -> None:
+        self.names = names
+        self.image_paths = image_paths
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor]:
+        return index, load_image(self.image_paths[self.names[index]], self.transform)
+
+
+def load_image(path: Path, transform: Transform) -> Tensor:
+    """Open and decode the image at ``path`` and return ``transform`` of it.
+
+    Raises :class:`InputError` naming the file if it is missing, cut short, not an image, or so large that
+    Pillow takes it for a decompression bomb.
+    """
+    # Broken bytes come out of Pillow's decoders as almost any exception.
+    try:
+        with _strict_pillow(), Image.open(path) as image:
+            image.load()
+    except Exception as error:
+        raise InputError(_problem(path, error)) from error
+    return transform(image)
+
+
+def check_images(image_paths: dict[str, Path], names: Iterable[str]) -> None:
+    """Look at the images of ``names`` before a run: there, not empty, of a known format, not cut short.
+
+    Reads the header and the end of each file only; an image whose end looks wrong is decoded to be sure.
+    Raises one :class:`InputError` with the number of bad images and what is wrong with the first.
+    """
+    paths = [image_paths[name] for name in dict.fromkeys(names)]
+    with _strict_pillow(), ThreadPoolExecutor() as pool:
+        found = list(tqdm(pool.map(_check_image, paths), "Checking images", total=len(paths), delay=1))
+    if problems := [problem for problem in found if problem]:
+        folder = os.path.commonpath([path.parent for path in paths])
+        raise InputError(
+            f"{folder}: {len(problems)} of {len(paths)} images cannot be used; first: {problems[0]}"
+        )
+
+
+@contextmanager
+def _strict_pillow() -> Iterator[None]:
+    """Make Pillow refuse what it would fill with grey or only warn of.
+
+    The switches belong to the whole process, so enter this outside of threads.
+    """
+    # Importing LAVIS's data sets switches it on for everyone.
+    load_truncated, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = load_truncated
+
+
+def _check_image(path: Path) -> str | None:
+    """Return what is wrong with the image at ``path``, or None."""
+    try:
+        with Image.open(path) as image:
+            marker = _END_MARKERS.get(image.format)
+            # Decoding settles it, so that this check and load_image never disagree on a file it suspects.
+            if marker and marker not in _read_tail(path):
+                image.load()
+    except Exception as error:
+        return _problem(path, error)
+    return None
+
+
+def _read_tail(path: Path) -> bytes:
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - _TAIL_BYTES, 0))
+        return file.read()
+
+
+def _problem(path: Path, error: Exception) -> str:
+    """Put ``error``, raised by reading the image at ``path``, into one line that says what to do."""
+    remedy = "download it again or restore it from a copy"
+    if isinstance(error, FileNotFoundError):
+        reason = "is missing"
+        remedy += ", or correct --data-path"
+    elif isinstance(error, IsADirectoryError):
+        reason = "is a folder, not an image"
+    elif isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
+        reason = f"has more than {Image.MAX_IMAGE_PIXELS} pixels"
+        remedy = "replace it with a smaller copy"
+    elif isinstance(error, UnidentifiedImageError):
+        reason = "is not an image in a format that Pillow reads" if path.stat().st_size else "is empty"
+    else:
+        reason = f"cannot be read ({str(error) or type(error).__name__})"
+    return " ".join(f"{path} {reason}; {remedy}".split())
+
+
+def read_json(path: Path) -> Any:
+    """Read the JSON file at ``path``; :class:`InputError` names the line and column where it breaks."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{path}: broken JSON at line {error.lineno} column {error.colno} ({error.msg}); "
+            "download the file again"
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read ({error}); download the file again") from error

@@ -1,0 +1,77 @@
+"""From a PIL image to the vision transformer's input."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
+from torchvision.transforms import functional as F
+
+from sprc.data import TRANSFORMS
+from sprc.errors import InputError
+
+# CLIP's statistics of RGB images scaled to 0..1.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def make_transform(kind: str, image_size: int, target_ratio: float = 1.25) -> Callable[[Image.Image], Tensor]:
+    """Build the deterministic preprocessing, the same for training and scoring.
+
+    ``kind`` "targetpad" pads an image whose longer side is at least ``target_ratio`` times the shorter,
+    up to that ratio; "squarepad" pads to a square. Then: short side to ``image_size`` (bicubic,
+    antialiased), centre crop, RGB, scale to 0..1, normalise by CLIP's mean and standard deviation.
+
+    Returns a function from a PIL image to a float32 tensor (3, image_size, image_size).
+    Raises :class:`InputError` for an unknown ``kind`` or a ``target_ratio`` that is not finite or is below 1.
+    """
+    if kind not in TRANSFORMS:
+        raise InputError(f"--transform {kind!r} is unknown; choose from {', '.join(TRANSFORMS)}")
+    if not 1 <= target_ratio < math.inf:
+        raise InputError(
+            f"--target-ratio {target_ratio} is not a finite number of at least 1; the default is 1.25"
+        )
+    # A square is the ratio 1, which every image reaches.
+    ratio = target_ratio if kind == "targetpad" else 1.0
+    # RGB comes after the geometry because published checkpoints were trained so; it matters only for
+    # images with a palette or with transparency.
+    return Compose(
+        [
+            _to_eight_bits,
+            partial(_pad, ratio=ratio),
+            Resize(image_size, InterpolationMode.BICUBIC),
+            CenterCrop(image_size),
+            _to_rgb,
+            ToTensor(),
+            Normalize(CLIP_MEAN, CLIP_STD),
+        ]
+    )
+
+
+def _pad(image: Image.Image, ratio: float) -> Image.Image:
+    """Pad the shorter side with zeros to ``longer / ratio``, the same on both ends."""
+    width, height = image.size
+    longer = max(width, height)
+    if longer / min(width, height) < ratio:
+        return image
+    horizontal = max(int((longer / ratio - width) / 2), 0)
+    vertical = max(int((longer / ratio - height) / 2), 0)
+    if horizontal == vertical == 0:
+        return image
+    return F.pad(image, [horizontal, vertical, horizontal, vertical], fill=0)
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grey to 8 bits; Pillow's own conversion would clip nearly all of it to white."""
+    # Older Pillows open a 16-bit PNG in mode "I".
+    if image.mode.startswith("I"):
+        values = np.asarray(image).clip(0, 65535)
+        return Image.fromarray((values // 257).astype(np.uint8))
+    return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    return image.convert("RGB")

@@ -1,0 +1,107 @@
+"""Build a model by name: its classes from the config, its weights from the backbone's files."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sprc.config import ModelConfig, read_backbone
+from sprc.errors import InputError
+from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
+from sprc.models.tokenizer import bert_tokenizer, make_vocabulary, tokenizer_from_vocabulary
+from sprc.models.vision import resize_positions
+
+MODELS = {"blip2_cir_align_prompt": Blip2QformerCirAlignPrompt}
+
+# Parameters that no backbone provides: SPRC's prompts and the fusion start at random.
+NEW_PARAMETERS = ("prompt_tokens", "gated_fusion.")
+
+
+def model_class(name: str) -> type[Blip2QformerCirAlignPrompt]:
+    """The class of ``--blip-model-name``; an unknown name raises :class:`InputError`."""
+    if name not in MODELS:
+        raise InputError(f"--blip-model-name {name!r} is unknown; choose from {', '.join(MODELS)}")
+    return MODELS[name]
+
+
+def create_model(
+    name: str, backbone: str, *, captions: Iterable[str] = (), **switches: Any
+) -> Blip2QformerCirAlignPrompt:
+    """A model to train, with its backbone's weights.
+
+    Args:
+        name: a key of ``MODELS``.
+        backbone: one of ``sprc.config.BACKBONES``.
+        captions: where the vocabulary comes from for a backbone that has none of its own (`tiny`).
+        switches: fields of :class:`ModelConfig` that the user sets, over the backbone's own.
+
+    Raises:
+        InputError: an unknown name, a switch that does not fit, weights that cannot be had.
+    """
+    cls = model_class(name)
+    recipe = read_backbone(backbone)
+    weights = recipe.get("weights")
+    arguments = {**recipe["model"], **switches}
+    if weights:
+        config = ModelConfig.from_dict(arguments, f"backbone {backbone}")
+        model = cls(config, bert_tokenizer())
+        load_backbone(model, weights)
+    else:
+        tokenizer = tokenizer_from_vocabulary(make_vocabulary(captions))
+        arguments["vocab_size"] = len(tokenizer)
+        model = cls(ModelConfig.from_dict(arguments, f"backbone {backbone}"), tokenizer)
+    return model
+
+
+def place(model: nn.Module, device: torch.device) -> nn.Module:
+    """Move to ``device``; on a GPU a frozen ViT keeps its large weights in float16, at half the memory."""
+    if device.type == "cuda" and model.config.freeze_vit:
+        for module in model.visual_encoder.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.half()
+    return model.to(device)
+
+
+def load_backbone(model: Blip2QformerCirAlignPrompt, weights: dict[str, str]) -> None:
+    """Fill ``model`` from the files that a backbone's YAML names, fetched once and cached by torch.
+
+    A parameter that neither file holds, or that has another shape, raises :class:`InputError`. Entries
+    for parts that BLIP-2 leaves out of the vision transformer are counted in one printed line.
+    """
+    found: dict[str, Tensor] = dict(_fetch(weights["blip2"])["model"])
+    if "vit" in weights:
+        vit = _fetch(weights["vit"])
+        found |= {f"visual_encoder.{key}": value for key, value in vit.items()}
+
+    eva = model.config.vit == "eva"
+    positions = "visual_encoder.pos_embed" if eva else "visual_encoder.positional_embedding"
+    if positions in found:
+        grid = found[positions].squeeze(0)  # EVA's has a batch axis of one, CLIP's has none
+        grid = resize_positions(grid, model.config.num_patches, align_corners=not eva)
+        found[positions] = grid[None] if eva else grid
+
+    own = model.state_dict()
+    state = {
+        key: value if key.startswith(NEW_PARAMETERS) or key.endswith("position_ids") else found.get(key)
+        for key, value in own.items()
+    }
+    missing = [key for key, value in state.items() if value is None]
+    wrong = [key for key, value in state.items() if value is not None and value.shape != own[key].shape]
+    if missing or wrong:
+        raise InputError(
+            f"{weights['blip2']} does not fit this model: {len(missing)} parameters missing {missing[:5]}, "
+            f"{len(wrong)} of another shape {wrong[:5]}; check the backbone and --image-size"
+        )
+    if unused := sorted(set(found) - set(own)):
+        print(f"backbone weights: {len(unused)} entries belong to parts that this model leaves out")
+    model.load_state_dict(state)
+
+
+def _fetch(url: str) -> dict[str, Any]:
+    try:
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"cannot fetch {url} ({error}); download it by hand into {torch.hub.get_dir()}/checkpoints"
+        ) from error

@@ -1,0 +1,58 @@
+"""A run's folder: its name, its JSON, its CSV files. Every write is atomic: the old file or the new one."""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from sprc.errors import InputError
+
+
+def create_run_folder(models: Path, dataset: str, model_name: str) -> Path:
+    """Make ``models/clip_finetuned_on_{cirr|fiq}_{name}_{time}`` and return it.
+
+    Two runs that start in the same second get different folders.
+    """
+    short = {"CIRR": "cirr", "FashionIQ": "fiq"}[dataset]
+    stem = f"clip_finetuned_on_{short}_{model_name}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    for attempt in range(1000):
+        folder = models / (f"{stem}-{attempt}" if attempt else stem)
+        try:
+            (folder / "saved_models").mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise InputError(f"cannot make the run folder {folder} ({error})") from error
+        return folder
+    raise InputError(f"{models}: a thousand runs were started in one second; wait and try again")
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Call ``write`` on a temporary file beside ``path``, then put it in ``path``'s place."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON."""
+    write_atomically(path, lambda file: file.write((json.dumps(value, indent=4) + "\n").encode()))
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the rows under the first row's keys. Floats keep all their digits."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))

@@ -1,0 +1,77 @@
+"""Small models, captions and images that several test files share."""
+
+import math
+
+import pytest
+import torch
+from plain_model import SPECIAL_TOKENS
+from torch import Tensor, nn
+
+from sprc.config import ModelConfig
+
+torch.set_num_threads(2)
+
+WORDS = "make the small red circle blue and remove square in top left add a green star"
+VOCABULARY = [*SPECIAL_TOKENS, *WORDS.split()]
+
+# Widths that differ from each other, so that a mix-up does not fit; epsilons large enough to be felt.
+SMALL = {
+    "image_size": 12,
+    "patch_size": 4,
+    "vit_width": 24,
+    "vit_depth": 3,
+    "vit_heads": 3,
+    "vit_mlp_ratio": 2.3,
+    "vit_norm_eps": 0.02,
+    "vision_norm_eps": 0.05,
+    "vocab_size": len(VOCABULARY) + 1,  # and [DEC]
+    "hidden_size": 16,
+    "num_layers": 4,
+    "num_heads": 4,
+    "intermediate_size": 40,
+    "max_positions": 30,
+    "norm_eps": 0.01,
+    "num_query_tokens": 5,
+    "embed_dim": 8,
+    "max_txt_len": 9,
+}
+
+# A short one, one that fills max_txt_len with [CLS] and [SEP], and one in between.
+CAPTIONS = ["remove the square", "make the small circle in the top", "add a green star"]
+TOO_LONG = "make the small red circle blue and remove the green square in the top left"
+
+
+def small_config(**changes: object) -> ModelConfig:
+    return ModelConfig(**{**SMALL, **changes})
+
+
+def randomise(module: nn.Module, seed: int = 0) -> None:
+    """Random values for every parameter, norms, biases and padding included: no zero or one hides a bug."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 0:
+                parameter.fill_({"temp": 0.3, "alpha": 0.8}[name.split(".")[-1]])
+            elif parameter.dim() == 1 and name.endswith("weight"):
+                parameter.copy_(1 + 0.3 * noise)
+            elif parameter.dim() == 1:
+                parameter.copy_(0.3 * noise)
+            elif parameter.dim() == 2 and "embedding" not in name:
+                parameter.copy_(1.5 * noise / math.sqrt(parameter.shape[1]))
+            elif parameter.dim() == 4:
+                parameter.copy_(noise / math.sqrt(parameter[0].numel()))
+            else:
+                parameter.copy_(noise)
+
+
+def random_images(count: int, config: ModelConfig, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 3, config.image_size, config.image_size, generator=generator)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from sprc.models.tokenizer import tokenizer_from_vocabulary
+
+    return tokenizer_from_vocabulary(VOCABULARY)

@@ -1,0 +1,175 @@
+"""Each fusion strategy against its formula on expanded tensors, in float64; and what a start promises."""
+
+import plain_model as plain
+import pytest
+import torch
+from conftest import randomise, small_config
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from sprc.errors import InputError
+from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
+from sprc.models.gated_fusion import FUSION_STRATEGIES, fusion_class
+
+BATCH, TOKENS, LENGTH, WIDTH = 3, 5, 7, 6
+# Every strategy that plain_model.fuse states.
+STRATEGIES = ["gated", "additive", "weighted"]
+
+
+def build(strategy: str, text_width: int = WIDTH, **options: object) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return FUSION_STRATEGIES[strategy](WIDTH, text_width, **options)
+
+
+def random_inputs(
+    text_width: int = WIDTH, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    image = torch.randn(BATCH, TOKENS, WIDTH, dtype=dtype, generator=generator)
+    text = torch.randn(BATCH, LENGTH, text_width, dtype=dtype, generator=generator)
+    mask = torch.tensor([[1] * n + [0] * (LENGTH - n) for n in (2, LENGTH, 4)])
+    return image, text, mask
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("pool", ["masked", "all"])
+@pytest.mark.parametrize("text_width", [WIDTH, 4])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_strategy_equals_its_formula(strategy: str, text_width: int, pool: str, training: bool) -> None:
+    module = build(strategy, text_width, dropout=0.0, pool=pool).double().train(training)
+    randomise(module)
+    image, text, mask = random_inputs(text_width)
+    image, text = image.requires_grad_(), text.requires_grad_()
+    ours = module(image, text, mask)
+
+    names = [name for name, _ in module.named_parameters()]
+    weights = {name: value.detach().clone().requires_grad_() for name, value in module.named_parameters()}
+    other_image, other_text = (x.detach().clone().requires_grad_() for x in (image, text))
+    expected = plain.fuse(weights, strategy, other_image, other_text, mask, pool)
+
+    def close(mine: Tensor, theirs: Tensor) -> None:
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+
+    assert ours.delta.shape == (BATCH, 1, WIDTH)
+    close(ours.fused, expected.fused)
+    close(ours.delta.expand(-1, TOKENS, -1), expected.delta)
+    if expected.gate is None:
+        assert ours.gate is None
+    else:
+        close(ours.gate, expected.gate)
+
+    upstream = torch.randn(image.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    mine = torch.autograd.grad((ours.fused * upstream).sum(), [image, text, *module.parameters()])
+    theirs = torch.autograd.grad(
+        (expected.fused * upstream).sum(), [other_image, other_text, *weights.values()]
+    )
+    for name, a, b in zip(["image", "text", *names], mine, theirs, strict=True):
+        assert a.abs().sum() > 0, name
+        close(a, b)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_padding_has_no_say_in_the_masked_mean(strategy: str) -> None:
+    image, text, mask = random_inputs()
+    longer = torch.cat([text, torch.full((BATCH, 3, WIDTH), 1e3, dtype=text.dtype)], dim=1)
+    longer_mask = torch.cat([mask, torch.zeros(BATCH, 3, dtype=mask.dtype)], dim=1)
+    masked = build(strategy).double().eval()
+    torch.testing.assert_close(
+        masked(image, text, mask).fused, masked(image, longer, longer_mask).fused, rtol=1e-12, atol=1e-12
+    )
+    over_all = build(strategy, pool="all").double().eval()
+    assert not torch.allclose(over_all(image, text, mask).fused, over_all(image, longer, longer_mask).fused)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"), [("gated", 2_955_265), ("additive", 1_182_721), ("weighted", 2_955_264)]
+)
+def test_parameter_count_at_768(strategy: str, expected: int) -> None:
+    module = FUSION_STRATEGIES[strategy](768, 768)
+    assert sum(p.numel() for p in module.parameters()) == expected
+    if strategy == "gated":
+        norms = [m for m in module.modules() if isinstance(m, torch.nn.LayerNorm)]
+        assert expected - sum(p.numel() for norm in norms for p in norm.parameters()) == 2_952_193
+
+
+def test_text_is_projected_only_where_widths_differ() -> None:
+    count = {
+        width: sum(p.numel() for p in FUSION_STRATEGIES["gated"](1408, width).parameters())
+        for width in (768, 1408)
+    }
+    assert count[768] - count[1408] == 768 * 1408 + 1408
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_identity_start_changes_nothing_but_can_learn(strategy: str) -> None:
+    module = build(strategy, start="identity")
+    image, text, mask = random_inputs(dtype=torch.float32)
+    output = module(image, text, mask)
+    assert torch.equal(output.fused, image)
+    output.fused.square().sum().backward()
+    assert module.delta_mlp[-1].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_random_start_changes_the_tokens(strategy: str) -> None:
+    image, text, mask = random_inputs(dtype=torch.float32)
+    assert not torch.allclose(build(strategy)(image, text, mask).fused, image, atol=1e-3)
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.5, 1.0])
+def test_alpha_is_learned_from_its_start(alpha: float) -> None:
+    for strategy in ("gated", "additive"):
+        start = build(strategy, alpha_init=alpha).alpha
+        assert isinstance(start, torch.nn.Parameter)
+        assert start.shape == ()
+        assert start.item() == pytest.approx(alpha)
+    assert "alpha" not in dict(build("weighted", alpha_init=alpha).named_parameters())
+
+
+def test_alpha_starts_at_a_half() -> None:
+    assert build("gated").alpha.item() == 0.5
+
+
+@pytest.mark.parametrize("strategy", ["gated", "weighted"])
+def test_gate_and_delta_keep_their_ranges(strategy: str) -> None:
+    module = build(strategy).double().eval()
+    randomise(module)
+    image, text, mask = random_inputs()
+    output = module(image * 5, text * 5, mask)
+    assert 0 < output.gate.min() < 0.3
+    assert 0.7 < output.gate.max() < 1
+    assert -1 < output.delta.min() < -0.3
+    assert 0.3 < output.delta.max() < 1
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_dropout_acts_in_training_alone(strategy: str) -> None:
+    image, text, mask = random_inputs(dtype=torch.float32)
+    module = build(strategy, dropout=0.5)
+    rates = {name: m.p for name, m in module.named_modules() if isinstance(m, torch.nn.Dropout)}
+    assert set(rates.values()) == {0.5}
+    assert len(rates) == (1 if strategy == "additive" else 2)
+    module.train()
+    assert not torch.equal(module(image, text, mask).fused, module(image, text, mask).fused)
+    module.eval()
+    assert torch.equal(module(image, text, mask).fused, module(image, text, mask).fused)
+
+
+def test_text_is_worked_out_once_a_sample() -> None:
+    # 2 N D^2 multiplications for the gate, 3 D^2 for the text's row (its gate half and the two of delta).
+    tokens, width = 257, 64
+    module = FUSION_STRATEGIES["gated"](width, width).eval()
+    image, text, mask = torch.randn(1, tokens, width), torch.randn(1, 32, width), torch.ones(1, 32)
+    with FlopCounterMode(display=False) as counter:
+        module(image, text, mask)
+    assert counter.get_total_flops() == 2 * (2 * tokens + 3) * width**2
+
+
+def test_unknown_strategy_is_refused_by_name(tokenizer) -> None:
+    for refused in (
+        lambda: fusion_class("nope"),
+        lambda: Blip2QformerCirAlignPrompt(small_config(fusion_strategy="nope"), tokenizer),
+    ):
+        with pytest.raises(InputError, match=r"nope.*gated") as caught:
+            refused()
+        assert "\n" not in str(caught.value)

@@ -1,0 +1,423 @@
+"""The four Q-Former calls and the whole model against tests/plain_model.py, on small random weights."""
+
+import plain_model as plain
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CAPTIONS, SMALL, TOO_LONG, VOCABULARY, random_images, randomise, small_config
+from torch import Tensor
+
+from sprc.config import ModelConfig
+from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
+from sprc.models.qformer import QFormer
+from sprc.models.vision import ClipViT, EvaViT
+
+CLIP = {"vit": "clip", "vit_mlp_ratio": 4.0}
+VARIANTS = {
+    "off": {"use_gated_fusion": False},
+    "gated": {},
+    "gated-all": {"pool": "all"},
+    "gated-same-width": {"vit_width": 24, "hidden_size": 24},
+    "additive": {"fusion_strategy": "additive"},
+    "weighted": {"fusion_strategy": "weighted"},
+    "clip": CLIP,
+    "every-layer": {"cross_attention_every": 1},
+    "every-third-layer": {"cross_attention_every": 3},
+}
+
+
+def close(ours: Tensor, expected: Tensor) -> None:
+    """To 1e-5, float32 against float64."""
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def build_qformer(config: ModelConfig) -> QFormer:
+    qformer = QFormer(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        intermediate_size=config.intermediate_size,
+        image_width=config.vit_width,
+        cross_attention_every=config.cross_attention_every,
+        max_positions=config.max_positions,
+        norm_eps=config.norm_eps,
+    )
+    randomise(qformer)
+    return qformer.eval()
+
+
+def build_model(tokenizer, **changes: object) -> Blip2QformerCirAlignPrompt:
+    model = Blip2QformerCirAlignPrompt(small_config(**changes), tokenizer)
+    randomise(model)
+    return model.eval()
+
+
+def plain_text(captions: list[str], config: ModelConfig) -> tuple[Tensor, Tensor]:
+    return plain.token_ids(captions, VOCABULARY, config.max_txt_len)
+
+
+def query_vectors(model: Blip2QformerCirAlignPrompt, reference_embeds: Tensor, text: list[str]) -> Tensor:
+    """f, read through `inference`: against a gallery of unit axes the similarities are its entries."""
+    axes = torch.eye(model.config.embed_dim)[:, None, :]
+    return model.inference(reference_embeds, axes, text)
+
+
+def text_only_vectors(model: Blip2QformerCirAlignPrompt, text: list[str]) -> Tensor:
+    with torch.no_grad():
+        return model.text_features(model.tokenize(text))
+
+
+# --- the four calls
+
+
+@pytest.fixture(params=[1, 2, 3], ids=lambda every: f"cross-attention-every-{every}")
+def call(request):
+    """A Q-Former, its weights in float64, and one batch of inputs."""
+    config = small_config(cross_attention_every=request.param)
+    generator = torch.Generator().manual_seed(5)
+    ids, mask = plain_text(CAPTIONS, config)
+    queries = torch.randn(len(CAPTIONS), config.num_query_tokens, config.hidden_size, generator=generator)
+    image = torch.randn(len(CAPTIONS), 10, config.vit_width, generator=generator)
+    bert = build_qformer(config).bert
+    return config, bert, plain.weights_of(bert), queries, ids, mask, image
+
+
+@torch.no_grad()
+def test_call_1_fuses_queries_text_and_image(call) -> None:
+    config, bert, w, queries, ids, mask, image = call
+    ours = bert(
+        input_ids=ids,
+        query_embeds=queries,
+        attention_mask=plain.ones_before(mask, queries.shape[1]),
+        encoder_hidden_states=image,
+    )
+    close(ours, plain.fusion_call(w, config, queries.double(), ids, mask, image.double()))
+
+
+@torch.no_grad()
+def test_call_2_reads_the_sentence_prompt_without_an_image(call) -> None:
+    config, bert, w, queries, ids, mask, _ = call
+    ours = bert(input_ids=ids, query_embeds=queries, attention_mask=plain.ones_before(mask, queries.shape[1]))
+    close(ours, plain.sentence_prompt_call(w, config, queries.double(), ids, mask))
+
+
+@torch.no_grad()
+def test_call_3_reads_an_image_without_text(call) -> None:
+    config, bert, w, queries, _, _, image = call
+    ours = bert(query_embeds=queries, encoder_hidden_states=image)
+    close(ours, plain.target_call(w, config, queries.double(), image.double()))
+
+
+@torch.no_grad()
+def test_call_4_puts_the_prompts_behind_cls(call) -> None:
+    config, bert, w, queries, ids, mask, _ = call
+    ours = bert(
+        input_ids=ids,
+        query_embeds=queries,
+        attention_mask=plain.ones_before(mask, queries.shape[1]),
+        no_img=True,
+    )
+    close(ours, plain.text_only_call(w, config, queries.double(), ids, mask))
+
+
+def test_cross_attention_is_in_every_second_layer() -> None:
+    names = build_qformer(small_config(num_layers=5)).state_dict()
+    layers = {int(name.split(".")[3]) for name in names if ".crossattention." in name}
+    assert layers == {0, 2, 4}
+
+
+def test_dropout_acts_in_training_alone(call) -> None:
+    _, bert, _, queries, _, _, image = call
+    bert.train()
+    assert not torch.equal(
+        bert(query_embeds=queries, encoder_hidden_states=image),
+        bert(query_embeds=queries, encoder_hidden_states=image),
+    )
+    bert.eval()
+    assert torch.equal(
+        bert(query_embeds=queries, encoder_hidden_states=image),
+        bert(query_embeds=queries, encoder_hidden_states=image),
+    )
+
+
+# --- the vision transformers
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["eva", "clip"])
+def test_vision_transformer_equals_the_plain_one(kind: str) -> None:
+    config = small_config(**CLIP) if kind == "clip" else small_config()
+    arguments = {
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "width": config.vit_width,
+        "depth": config.vit_depth,
+        "heads": config.vit_heads,
+        "norm_eps": config.vit_norm_eps,
+    }
+    vit = ClipViT(**arguments) if kind == "clip" else EvaViT(**arguments, mlp_ratio=config.vit_mlp_ratio)
+    randomise(vit)
+    image = random_images(2, config)
+    plain_vit = plain.clip_vit if kind == "clip" else plain.eva_vit
+    ours = vit.eval()(image)
+    assert ours.shape == (2, 1 + config.num_patches**2, config.vit_width)
+    close(ours, plain_vit(plain.weights_of(vit), config, image.double()))
+
+
+# --- the whole model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [3, 1])
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_model_equals_the_plain_one(tokenizer, changes: dict, batch: int) -> None:
+    model = build_model(tokenizer, **changes)
+    config, w, text = model.config, plain.weights_of(model), CAPTIONS[:batch]
+    ids, mask = plain_text(text, config)
+    image, target = random_images(batch, config, seed=1), random_images(batch, config, seed=2)
+
+    target_feats, target_embeds = model.extract_target_features(target)
+    reference_embeds = model.extract_target_features(image)[1]
+    close(target_embeds, plain.image_tokens(w, config, target.double()))
+    close(target_feats, plain.target_features(w, config, target.double()))
+    assert target_feats.shape == (batch, config.num_query_tokens, config.embed_dim)
+
+    f = plain.compose(w, config, plain.image_tokens(w, config, image.double()), ids, mask).f
+    close(query_vectors(model, reference_embeds, text), f)
+    close(text_only_vectors(model, text), plain.text_only_query(w, config, ids, mask))
+
+    gallery = random_images(4, config, seed=3)
+    close(
+        model.inference(reference_embeds, model.extract_target_features(gallery)[0], text),
+        plain.similarities(f, plain.target_features(w, config, gallery.double())),
+    )
+    # A gallery of one keeps its axis as well.
+    assert model.inference(reference_embeds, target_feats[:1], text).shape == (batch, 1)
+
+    ours = model({"image": image, "target": target, "text_input": text})
+    expected = plain.losses(w, config, image.double(), target.double(), ids, mask)
+    assert set(ours) == set(expected)
+    for name, loss in ours.items():
+        assert loss.shape == ()
+        close(loss, expected[name])
+
+
+@pytest.mark.parametrize("batch", [3, 1])
+@pytest.mark.parametrize("changes", [VARIANTS[name] for name in ("gated", "off", "clip")], ids=str)
+def test_gradients_equal_those_of_the_plain_model(tokenizer, changes: dict, batch: int) -> None:
+    model = build_model(tokenizer, freeze_vit=False, **changes)
+    config = model.config
+    image, target = random_images(batch, config, seed=1), random_images(batch, config, seed=2)
+    # Each loss its own weight, so that the parts cannot stand in for each other.
+    shares = {"loss_itc": 1.0, "loss_rtc": 0.4, "loss_align": 0.7}
+    ours = model({"image": image, "target": target, "text_input": CAPTIONS[:batch]})
+    sum(share * ours[name] for name, share in shares.items()).backward()
+
+    w = {name: value.requires_grad_() for name, value in plain.weights_of(model).items()}
+    ids, mask = plain_text(CAPTIONS[:batch], config)
+    expected = plain.losses(w, config, image.double(), target.double(), ids, mask)
+    sum(share * expected[name] for name, share in shares.items()).backward()
+
+    for name, parameter in model.named_parameters():
+        theirs = torch.zeros_like(w[name]) if w[name].grad is None else w[name].grad
+        mine = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        scale = theirs.abs().max().clamp(min=1e-2)
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-3, atol=2e-5 * scale.item(), msg=name)
+
+
+# --- text: padding and truncation
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [VARIANTS[name] for name in ("gated", "weighted", "off")], ids=str)
+def test_padding_changes_nothing(tokenizer, changes: dict) -> None:
+    model = build_model(tokenizer, **changes)
+    image = random_images(len(CAPTIONS), model.config)
+    reference_embeds = model.extract_target_features(image)[1]
+
+    def results(model: Blip2QformerCirAlignPrompt, rows: slice) -> list[Tensor]:
+        text = model.tokenize(CAPTIONS[rows])
+        found = [
+            query_vectors(model, reference_embeds[rows], CAPTIONS[rows]),
+            text_only_vectors(model, CAPTIONS[rows]),
+        ]
+        if model.gated_fusion is not None:
+            found.append(model.fuse(reference_embeds[rows], text).fused)
+        return found
+
+    together = results(model, slice(None))
+    longer = Blip2QformerCirAlignPrompt(
+        small_config(**changes, max_txt_len=SMALL["max_txt_len"] + 7), tokenizer
+    ).eval()
+    longer.load_state_dict(model.state_dict())
+    for i in range(len(CAPTIONS)):
+        for alone, row in zip(results(model, slice(i, i + 1)), together, strict=True):
+            torch.testing.assert_close(alone[0], row[i], rtol=1e-5, atol=1e-6)
+    for padded, as_it_was in zip(results(longer, slice(None)), together, strict=True):
+        torch.testing.assert_close(padded, as_it_was, rtol=1e-5, atol=1e-6)
+
+    # What the padding's word vector is must not matter either; the second caption has no padding.
+    model.Qformer.bert.embeddings.word_embeddings.weight[tokenizer.pad_token_id] = 50.0
+    for other, as_it_was in zip(results(model, slice(None)), together, strict=True):
+        torch.testing.assert_close(other, as_it_was, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_text_is_cut_at_max_txt_len(tokenizer) -> None:
+    model = build_model(tokenizer)
+    config, w = model.config, plain.weights_of(model)
+    image = random_images(1, config)
+    ids, mask = plain_text([TOO_LONG], config)
+    assert mask.all()
+    assert ids[0, -1] == VOCABULARY.index("[SEP]")
+    reference_embeds = model.extract_target_features(image)[1]
+    close(
+        query_vectors(model, reference_embeds, [TOO_LONG]),
+        plain.compose(w, config, plain.image_tokens(w, config, image.double()), ids, mask).f,
+    )
+    close(text_only_vectors(model, [TOO_LONG]), plain.text_only_query(w, config, ids, mask))
+
+
+@torch.no_grad()
+def test_an_empty_caption_is_cls_and_sep(tokenizer) -> None:
+    model = build_model(tokenizer)
+    config, w = model.config, plain.weights_of(model)
+    image = random_images(1, config)
+    ids, mask = plain_text([""], config)
+    assert mask.sum() == 2
+    f = plain.compose(w, config, plain.image_tokens(w, config, image.double()), ids, mask).f
+    close(query_vectors(model, model.extract_target_features(image)[1], [""]), f)
+
+
+# --- fusion inside the model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [VARIANTS[name] for name in ("gated", "additive", "weighted")], ids=str)
+def test_target_tokens_are_never_fused(tokenizer, changes: dict) -> None:
+    model = build_model(tokenizer, **changes)
+    image, target = random_images(3, model.config, seed=1), random_images(3, model.config, seed=2)
+    seen = {"fused": [], "target features": []}
+    model.gated_fusion.register_forward_hook(lambda _, inputs, __: seen["fused"].append(inputs[0]))
+    model.vision_proj.register_forward_hook(lambda _, __, out: seen["target features"].append(out))
+    for captions in (CAPTIONS, CAPTIONS[::-1]):
+        model({"image": image, "target": target, "text_input": captions})
+    first, second = seen["target features"]
+    assert torch.equal(first, second)
+    tokens = model.extract_target_features(image)[1]
+    for fused in seen["fused"]:
+        torch.testing.assert_close(fused, tokens, rtol=1e-5, atol=1e-6)
+    assert len(seen["fused"]) == 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_what_is_scored_is_what_is_trained(tokenizer, changes: dict) -> None:
+    """The similarities of `inference` are those inside `loss_itc`: one query path, fusion included."""
+    model = build_model(tokenizer, **changes)
+    image, target = random_images(3, model.config, seed=1), random_images(3, model.config, seed=2)
+    loss = model({"image": image, "target": target, "text_input": CAPTIONS})["loss_itc"]
+
+    reference_embeds = model.extract_target_features(image)[1]
+    target_feats = model.extract_target_features(target)[0]
+
+    def loss_by_inference() -> Tensor:
+        scores = model.inference(reference_embeds, target_feats, CAPTIONS) / model.temp
+        return F.cross_entropy(scores, torch.arange(3))
+
+    torch.testing.assert_close(loss_by_inference(), loss, rtol=1e-5, atol=1e-6)
+    if model.gated_fusion is not None:
+        model.gated_fusion = None
+        assert not torch.allclose(loss_by_inference(), loss, rtol=1e-3)
+
+
+def test_without_fusion_there_is_no_fusion_parameter(tokenizer) -> None:
+    torch.manual_seed(0)
+    off = Blip2QformerCirAlignPrompt(small_config(use_gated_fusion=False), tokenizer).state_dict()
+    torch.manual_seed(0)
+    on = Blip2QformerCirAlignPrompt(small_config(), tokenizer).state_dict()
+    assert not [name for name in off if "fusion" in name]
+    assert set(off) == {name for name in on if not name.startswith("gated_fusion.")}
+    assert set(off) < set(on)
+    # One seed starts both alike, so that a comparison of the two compares the fusion.
+    for name, value in off.items():
+        assert torch.equal(value, on[name]), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strategy", ["gated", "additive", "weighted"])
+def test_identity_start_is_plain_sprc_to_the_bit(tokenizer, strategy: str) -> None:
+    off = build_model(tokenizer, use_gated_fusion=False)
+    on = Blip2QformerCirAlignPrompt(
+        small_config(fusion_strategy=strategy, fusion_start="identity"), tokenizer
+    ).eval()
+    missing, unexpected = on.load_state_dict(off.state_dict(), strict=False)
+    assert missing
+    assert all(name.startswith("gated_fusion.") for name in missing)
+    assert not unexpected
+    samples = {
+        "image": random_images(3, off.config, seed=1),
+        "target": random_images(3, off.config, seed=2),
+        "text_input": CAPTIONS,
+    }
+    expected = off(samples)
+    for name, loss in on(samples).items():
+        assert torch.equal(loss, expected[name])
+
+
+# --- what is trained
+
+
+def trained_names(model: Blip2QformerCirAlignPrompt) -> set[str]:
+    """Names of the parameters that a step in training mode sends a gradient to."""
+    model.train()
+    samples = {
+        "image": random_images(3, model.config, seed=1),
+        "target": random_images(3, model.config, seed=2),
+        "text_input": CAPTIONS,
+    }
+    sum(model(samples).values()).backward()
+    return {
+        name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum().item() > 0
+    }
+
+
+def heads_of_blip2(names: set[str]) -> set[str]:
+    return {name for name in names if name.startswith(("itm_head.", "Qformer.cls."))}
+
+
+@pytest.mark.parametrize("kind", ["eva", "clip"])
+def test_frozen_vit_stays_in_eval_mode_and_gets_no_gradient(tokenizer, kind: str) -> None:
+    model = build_model(tokenizer, **(CLIP if kind == "clip" else {}))
+    names = {name for name, _ in model.named_parameters()}
+    trained = trained_names(model)
+    assert not any(module.training for module in model.visual_encoder.modules())
+    assert model.ln_vision.training
+    assert model.Qformer.bert.training
+    assert model.gated_fusion.training
+    assert not any(p.requires_grad for p in model.visual_encoder.parameters())
+    vit = {name for name in names if name.startswith("visual_encoder.")}
+    assert vit
+    # Everything else learns, but for the heads that no loss reaches. (The language head's word matrix
+    # is the embeddings' own.)
+    assert trained == names - vit - heads_of_blip2(names)
+    assert not any(p.requires_grad for p in model.itm_head.parameters())
+    model.eval()
+    assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["eva", "clip"])
+def test_vit_learns_when_it_is_not_frozen(tokenizer, kind: str) -> None:
+    model = build_model(tokenizer, freeze_vit=False, **(CLIP if kind == "clip" else {}))
+    names = {name for name, _ in model.named_parameters()}
+    assert trained_names(model) == names - heads_of_blip2(names)
+    assert all(module.training for module in model.visual_encoder.modules())
+
+
+def test_scoring_builds_no_graph(tokenizer) -> None:
+    model = build_model(tokenizer, freeze_vit=False)
+    target_feats, image_embeds = model.extract_target_features(random_images(2, model.config))
+    scores = model.inference(image_embeds, target_feats, CAPTIONS[:2])
+    assert not any(x.requires_grad for x in (target_feats, image_embeds, scores))
