@@ -8,8 +8,12 @@ from plain_model import SPECIAL_TOKENS
 from torch import Tensor, nn
 
 from sprc.config import ModelConfig
+from sprc.models.qformer import QFormer
+from sprc.models.tokenizer import tokenizer_from_vocabulary
+from sprc.models.vision import ClipViT, EvaViT
 
-torch.set_num_threads(2)
+# The tensors are tiny: a second thread only waits, and on a busy machine it waits for minutes.
+torch.set_num_threads(1)
 
 WORDS = "make the small red circle blue and remove square in top left add a green star"
 VOCABULARY = [*SPECIAL_TOKENS, *WORDS.split()]
@@ -45,6 +49,35 @@ def small_config(**changes: object) -> ModelConfig:
     return ModelConfig(**{**SMALL, **changes})
 
 
+def build_qformer(config: ModelConfig) -> QFormer:
+    return QFormer(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        intermediate_size=config.intermediate_size,
+        image_width=config.vit_width,
+        cross_attention_every=config.cross_attention_every,
+        max_positions=config.max_positions,
+        norm_eps=config.norm_eps,
+        dropout=config.dropout,
+    )
+
+
+def build_vit(config: ModelConfig) -> EvaViT | ClipViT:
+    arguments = {
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "width": config.vit_width,
+        "depth": config.vit_depth,
+        "heads": config.vit_heads,
+        "norm_eps": config.vit_norm_eps,
+    }
+    if config.vit == "clip":
+        return ClipViT(**arguments)
+    return EvaViT(**arguments, mlp_ratio=config.vit_mlp_ratio)
+
+
 def randomise(module: nn.Module, seed: int = 0) -> None:
     """Random values for every parameter, norms, biases and padding included: no zero or one hides a bug."""
     generator = torch.Generator().manual_seed(seed)
@@ -72,6 +105,4 @@ def random_images(count: int, config: ModelConfig, seed: int = 0) -> Tensor:
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    from sprc.models.tokenizer import tokenizer_from_vocabulary
-
     return tokenizer_from_vocabulary(VOCABULARY)

@@ -117,7 +117,7 @@ def test_load_cirr_accepts_empty_captions_extra_keys_and_stray_files(tree):
 
 def test_missing_folder_says_where_the_data_go(tmp_path):
     message = message_of(load_cirr, tmp_path / "nowhere", "val")
-    assert str(tmp_path / "nowhere" / "cirr_dataset") in message
+    assert message.startswith(f"{tmp_path / 'nowhere' / 'cirr_dataset'} is missing")
     assert "cirr_dataset/README.md" in message
     assert "--data-path" in message
 
@@ -279,9 +279,9 @@ def test_image_path_that_leaves_the_dataset_is_refused(tree, location):
 
 def test_image_path_may_wander_inside_the_dataset(tree):
     name = next(iter(tree.images["val"]))
-    tree.images["val"][name] = "dev/..a/../x..png"
+    tree.images["val"][name] = "dev/../..a/x..png"
     tree.write()
-    assert load_cirr(tree.data_path, "val").image_paths[name] == tree.root / "dev" / "x..png"
+    assert load_cirr(tree.data_path, "val").image_paths[name] == tree.root / "..a" / "x..png"
 
 
 def test_unknown_split_is_refused(tree):

@@ -4,13 +4,22 @@ import plain_model as plain
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CAPTIONS, SMALL, TOO_LONG, VOCABULARY, random_images, randomise, small_config
+from conftest import (
+    CAPTIONS,
+    SMALL,
+    TOO_LONG,
+    VOCABULARY,
+    build_qformer,
+    build_vit,
+    random_images,
+    randomise,
+    small_config,
+)
 from torch import Tensor
 
 from sprc.config import ModelConfig
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.qformer import QFormer
-from sprc.models.vision import ClipViT, EvaViT
 
 CLIP = {"vit": "clip", "vit_mlp_ratio": 4.0}
 VARIANTS = {
@@ -32,18 +41,8 @@ def close(ours: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def build_qformer(config: ModelConfig) -> QFormer:
-    qformer = QFormer(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        intermediate_size=config.intermediate_size,
-        image_width=config.vit_width,
-        cross_attention_every=config.cross_attention_every,
-        max_positions=config.max_positions,
-        norm_eps=config.norm_eps,
-    )
+def random_qformer(config: ModelConfig) -> QFormer:
+    qformer = build_qformer(config)
     randomise(qformer)
     return qformer.eval()
 
@@ -80,7 +79,7 @@ def call(request):
     ids, mask = plain_text(CAPTIONS, config)
     queries = torch.randn(len(CAPTIONS), config.num_query_tokens, config.hidden_size, generator=generator)
     image = torch.randn(len(CAPTIONS), 10, config.vit_width, generator=generator)
-    bert = build_qformer(config).bert
+    bert = random_qformer(config).bert
     return config, bert, plain.weights_of(bert), queries, ids, mask, image
 
 
@@ -123,7 +122,7 @@ def test_call_4_puts_the_prompts_behind_cls(call) -> None:
 
 
 def test_cross_attention_is_in_every_second_layer() -> None:
-    names = build_qformer(small_config(num_layers=5)).state_dict()
+    names = random_qformer(small_config(num_layers=5)).state_dict()
     layers = {int(name.split(".")[3]) for name in names if ".crossattention." in name}
     assert layers == {0, 2, 4}
 
@@ -149,15 +148,7 @@ def test_dropout_acts_in_training_alone(call) -> None:
 @pytest.mark.parametrize("kind", ["eva", "clip"])
 def test_vision_transformer_equals_the_plain_one(kind: str) -> None:
     config = small_config(**CLIP) if kind == "clip" else small_config()
-    arguments = {
-        "image_size": config.image_size,
-        "patch_size": config.patch_size,
-        "width": config.vit_width,
-        "depth": config.vit_depth,
-        "heads": config.vit_heads,
-        "norm_eps": config.vit_norm_eps,
-    }
-    vit = ClipViT(**arguments) if kind == "clip" else EvaViT(**arguments, mlp_ratio=config.vit_mlp_ratio)
+    vit = build_vit(config)
     randomise(vit)
     image = random_images(2, config)
     plain_vit = plain.clip_vit if kind == "clip" else plain.eva_vit

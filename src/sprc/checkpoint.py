@@ -50,7 +50,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise InputError(f"{path} is missing; give the path of a checkpoint (.pt)") from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         raise InputError(
-            f"{path} is not a checkpoint that can be loaded safely: it is cut short, or holds more than tensors"
+            f"{path} cannot be loaded safely: it is no checkpoint, is cut short, or holds more than tensors"
         ) from error
     needed = (STATE, "epoch", "model_config", "vocabulary", "hyperparameters")
     if not isinstance(contents, dict) or (missing := [key for key in needed if key not in contents]):

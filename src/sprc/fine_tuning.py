@@ -11,7 +11,7 @@ from sprc.data.cirr import load_cirr
 from sprc.data.datasets import TripletDataset, check_images
 from sprc.data.transforms import make_transform
 from sprc.errors import InputError
-from sprc.models.factory import create_model, place
+from sprc.models.factory import create_model, model_class, place
 from sprc.run_folder import create_run_folder, write_json
 from sprc.training import TrainingConfig, train
 from sprc.validation import encode_split, validate
@@ -71,7 +71,7 @@ def fine_tune(arguments: argparse.Namespace) -> Path:
     torch.manual_seed(config.seed)
     switches = {name: getattr(arguments, name) for name in MODEL_SWITCHES}
     model = create_model(
-        arguments.blip_model_name,
+        model_class(arguments.blip_model_name),
         arguments.backbone,
         captions=[process_caption(triplet.caption) for triplet in train_split.triplets],
         **{name: value for name, value in switches.items() if value is not None},

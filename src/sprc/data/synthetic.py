@@ -35,7 +35,8 @@ COLORS = {
     "cyan": (0, 190, 210),
 }
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
-SIZES = {"small": 0.19, "medium": 0.32, "large": 0.47}  # radius, in sides of a cell
+# Radius in sides of a cell; at 0.46 the star, the widest shape, still stays in its cell.
+SIZES = {"small": 0.19, "medium": 0.32, "large": 0.46}
 CELL_NAMES = (
     ("top left", "top center", "top right"),
     ("middle left", "center", "middle right"),
@@ -188,7 +189,7 @@ def edit_between(reference: Scene, target: Scene) -> Edit:
 
 
 def outline(shape: str, x: float, y: float, radius: float) -> list[tuple[float, float]]:
-    """Corners of a shape (not the circle) about (x, y); radii are set so that areas look alike."""
+    """Corners of a shape (not the circle) about (x, y), in pixels; all shapes look about equally large."""
     if shape == "square":
         side = 0.84 * radius
         corners = [(-side, -side), (side, -side), (side, side), (-side, side)]
@@ -253,7 +254,7 @@ def object_phrase(thing: SceneObject, scene: Scene, rng: random.Random, by_cell:
 
 
 def place_phrase(cell: tuple[int, int], scene: Scene, moved: SceneObject | None, rng: random.Random) -> str:
-    """A random phrase for ``cell``: "the center", or "below the star" where an object not ``moved`` is next to it."""
+    """A random phrase for ``cell``: "the center", or "below the star" (a neighbor that is not ``moved``)."""
     beside = []
     for other in scene.objects:
         step = (cell[0] - other.cell[0], cell[1] - other.cell[1])

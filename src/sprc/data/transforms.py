@@ -75,3 +75,9 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
+
+
+def denormalise(image: Tensor) -> Tensor:
+    """Undo the normalisation: (3, S, S) as the model takes it to (3, S, S) in 0..1, to be looked at."""
+    mean, std = (image.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    return (image * std + mean).clamp(0, 1)

@@ -46,7 +46,11 @@ class Blip2QformerCirAlignPrompt(nn.Module):
             "norm_eps": config.vit_norm_eps,
         }
         if config.vit == "eva":
-            self.visual_encoder = EvaViT(**vit_arguments, mlp_ratio=config.vit_mlp_ratio)
+            self.visual_encoder = EvaViT(
+                **vit_arguments,
+                mlp_ratio=config.vit_mlp_ratio,
+                initializer_range=config.initializer_range,
+            )
         else:
             self.visual_encoder = ClipViT(**vit_arguments)
         self.ln_vision = nn.LayerNorm(config.vit_width, eps=config.vision_norm_eps)

@@ -26,20 +26,19 @@ def model_class(name: str) -> type[Blip2QformerCirAlignPrompt]:
 
 
 def create_model(
-    name: str, backbone: str, *, captions: Iterable[str] = (), **switches: Any
+    cls: type[Blip2QformerCirAlignPrompt], backbone: str, *, captions: Iterable[str] = (), **switches: Any
 ) -> Blip2QformerCirAlignPrompt:
     """A model to train, with its backbone's weights.
 
     Args:
-        name: a key of ``MODELS``.
+        cls: a class of ``MODELS``, see :func:`model_class`.
         backbone: one of ``sprc.config.BACKBONES``.
         captions: where the vocabulary comes from for a backbone that has none of its own (`tiny`).
         switches: fields of :class:`ModelConfig` that the user sets, over the backbone's own.
 
     Raises:
-        InputError: an unknown name, a switch that does not fit, weights that cannot be had.
+        InputError: an unknown backbone, a switch that does not fit, weights that cannot be had.
     """
-    cls = model_class(name)
     recipe = read_backbone(backbone)
     weights = recipe.get("weights")
     arguments = {**recipe["model"], **switches}

@@ -22,6 +22,7 @@ class EvaViT(nn.Module):
         heads: int,
         mlp_ratio: float,
         norm_eps: float = 1e-6,
+        initializer_range: float = 0.02,
     ) -> None:
         super().__init__()
         num_tokens = (image_size // patch_size) ** 2 + 1
@@ -31,11 +32,11 @@ class EvaViT(nn.Module):
         self.blocks = nn.ModuleList(
             EvaBlock(width, heads, int(width * mlp_ratio), norm_eps) for _ in range(depth)
         )
-        nn.init.trunc_normal_(self.cls_token, std=0.02)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.trunc_normal_(self.cls_token, std=initializer_range)
+        nn.init.trunc_normal_(self.pos_embed, std=initializer_range)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.trunc_normal_(module.weight, std=initializer_range)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for index, block in enumerate(self.blocks, start=1):  # deeper residual branches start smaller
