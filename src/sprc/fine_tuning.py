@@ -11,7 +11,7 @@ from sprc.data.cirr import load_cirr
 from sprc.data.datasets import TripletDataset, check_images
 from sprc.data.transforms import make_transform
 from sprc.errors import InputError
-from sprc.models.factory import create_model, model_class, place
+from sprc.models.factory import choose_device, create_model, model_class, place
 from sprc.run_folder import create_run_folder, write_json
 from sprc.training import TrainingConfig, train
 from sprc.validation import encode_split, validate
@@ -26,17 +26,6 @@ MODEL_SWITCHES = (
     "pool",
     "fusion_start",
 )
-
-
-def choose_device(name: str | None) -> torch.device:
-    """``--device``, by default a GPU if there is one; one that cannot be used raises :class:`InputError`."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {name!r} cannot be used ({reason}); try cpu or cuda") from error
 
 
 def fine_tune(arguments: argparse.Namespace) -> Path:
@@ -88,7 +77,7 @@ def fine_tune(arguments: argparse.Namespace) -> Path:
         key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()
     }
     hyperparameters |= {name: getattr(model.config, name) for name in MODEL_SWITCHES}
-    hyperparameters |= {"dataset": config.dataset, "device": str(device), "torch": torch.__version__}
+    hyperparameters |= {"dataset": config.dataset, "device": str(device), "torch": str(torch.__version__)}
     write_json(run_folder / "training_hyperparameters.json", hyperparameters)
 
     def score() -> dict[str, float]:

@@ -102,7 +102,7 @@ def cirr_metrics(ranks: Tensor, set_ranks: Tensor) -> dict[str, float]:
         **recalls,
         "mean(R@5+R_s@1)": (recalls["recall_at5"] + recalls["group_recall_at1"]) / 2,
         "arithmetic_mean": sum(values) / len(values),
-        "harmonic_mean": harmonic_mean(values),
-        # The geometric mean of values with a zero is zero; the library refuses to say so.
+        # Both are zero where one value is; the library refuses to say so of the geometric mean.
+        "harmonic_mean": harmonic_mean(values) if all(values) else 0.0,
         "geometric_mean": geometric_mean(values) if all(values) else 0.0,
     }

@@ -57,7 +57,9 @@ def report_run(run_folder: Path, *, queries: int = 8, seed: int = 0, device: str
     text = table.to_csv(lineterminator="\n")
     write_atomically(run_folder / "recall_table.csv", lambda file: file.write(text.encode()))
     shown = table[[name for name in table if "recall_at" in name]]
-    shown = shown.rename(columns=lambda name: name.replace("group_recall_at", "R_s@").replace("recall_at", "R@"))
+    shown = shown.rename(
+        columns=lambda name: name.replace("group_recall_at", "R_s@").replace("recall_at", "R@")
+    )
     print(f"\nCIRR validation split, recall in percent, epoch {checkpoint.epoch} of {run_folder}")
     print(shown.to_string(float_format=lambda value: f"{value:.1f}"))
 
@@ -72,7 +74,9 @@ def plot_curves(run_folder: Path) -> None:
     losses = [name for name in train if "loss" in name]
     panels = {
         "training losses": train[losses],
-        "recall on validation, percent": validation[["recall_at1", "recall_at5", "recall_at10", "group_recall_at1"]],
+        "recall on validation, percent": validation[
+            ["recall_at1", "recall_at5", "recall_at10", "group_recall_at1"]
+        ],
     }
     if diagnostics := [name for name in train if name not in losses]:
         panels["fusion"] = train[diagnostics]
@@ -110,7 +114,11 @@ def draw_gate_maps(
     best = top_k(scores, TOP, encoded.references[chosen])
 
     figure, axes = plt.subplots(
-        len(triplets), 4 + TOP, figsize=(1.5 * (4 + TOP), 1.8 * len(triplets)), layout="constrained", squeeze=False
+        len(triplets),
+        4 + TOP,
+        figsize=(1.5 * (4 + TOP), 1.8 * len(triplets)),
+        layout="constrained",
+        squeeze=False,
     )
     largest = change.max().item() if change is not None else 1.0
     for row, triplet in enumerate(triplets):

@@ -53,6 +53,17 @@ def create_model(
     return model
 
 
+def choose_device(name: str | None) -> torch.device:
+    """``--device``, by default a GPU if there is one; one that cannot be used raises :class:`InputError`."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {name!r} cannot be used ({reason}); try cpu or cuda") from error
+
+
 def place(model: nn.Module, device: torch.device) -> nn.Module:
     """Move to ``device``; on a GPU a frozen ViT keeps its large weights in float16, at half the memory."""
     if device.type == "cuda" and model.config.freeze_vit:

@@ -1,0 +1,39 @@
+# make demo         sets up, makes the built-in data, trains `tiny` with gated fusion, reports
+# make test         sets up the same and runs all tests (LAVIS's included)
+# make test-modern  runs the tests on a newer Python, without LAVIS, with today's torch and transformers
+# make setup        only the virtual environment
+
+MODERN_PYTHON ?= 3.12
+UV := $(or $(shell command -v uv),.tools/bin/uv)
+
+.PHONY: setup demo test test-modern
+.DELETE_ON_ERROR:
+
+setup: .venv/ready
+
+# uv comes through pip into a folder of this project: nothing of the system is touched.
+.tools/bin/uv:
+	python3 -m pip install --quiet --disable-pip-version-check --target .tools uv
+
+.venv/ready: requirements.txt | $(UV)
+	$(UV) venv --quiet --allow-existing --python 3.11 .venv
+	$(UV) pip install --quiet --python .venv/bin/python -r requirements.txt
+	touch $@
+
+.venv-modern/ready: pyproject.toml | $(UV)
+	$(UV) venv --quiet --allow-existing --python $(MODERN_PYTHON) .venv-modern
+	$(UV) pip install --quiet --python .venv-modern/bin/python -e '.[dev]'
+	touch $@
+
+demo: .venv/ready
+	.venv/bin/python src/make_demo_data.py --out demo
+	.venv/bin/python src/blip_fine_tune_2.py --dataset CIRR --backbone tiny --data-path demo \
+		--num-epochs 20 --batch-size 64 --learning-rate 5e-4 --validation-frequency 2 \
+		--save-training --save-best
+	.venv/bin/python src/report_run.py
+
+test: .venv/ready
+	.venv/bin/python -m pytest
+
+test-modern: .venv-modern/ready
+	.venv-modern/bin/python -m pytest

@@ -1,0 +1,129 @@
+"""Sanity check of the gated fusion, in seconds: python test_gated_fusion.py (or under pytest)."""
+
+import sys
+import time
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+
+import torch
+
+from sprc.models.factory import create_model, model_class
+from sprc.models.gated_fusion import FUSION_STRATEGIES, GatedFusionModule
+
+CAPTIONS = [
+    "make the small red circle blue",
+    "remove the square",
+    "add a green triangle below the large star",
+]
+B, N, M, D, DT = 3, 10, 7, 24, 16
+
+
+def inputs(text_width: int = DT) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Image tokens (B, N, D), word embeddings (B, M, Dt), and a mask with padding."""
+    torch.manual_seed(0)
+    mask = torch.ones(B, M, dtype=torch.long)
+    mask[1, 3:] = 0
+    return torch.randn(B, N, D), torch.randn(B, M, text_width), mask
+
+
+def tiny_model(**switches) -> torch.nn.Module:
+    """The whole `tiny` model, seeded."""
+    torch.manual_seed(0)
+    return create_model(model_class("blip2_cir_align_prompt"), "tiny", captions=CAPTIONS, **switches)
+
+
+def batch(model: torch.nn.Module) -> dict:
+    """Three triplets of noise."""
+    size = model.config.image_size
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(2, B, 3, size, size, generator=generator)
+    return {"image": images[0], "target": images[1], "text_input": CAPTIONS}
+
+
+def test_parameter_count_at_768():
+    """2,955,265 parameters at D = Dt = 768."""
+    count = sum(p.numel() for p in GatedFusionModule(768, 768).parameters())
+    assert count == 2_955_265, count
+
+
+def test_shapes():
+    """Fused and gate are (B, N, D), delta is (B, 1, D), in every strategy."""
+    for name, strategy in FUSION_STRATEGIES.items():
+        fused, gate, delta = strategy(D, DT)(*inputs())
+        assert fused.shape == (B, N, D), name
+        assert gate is None or gate.shape == (B, N, D), name
+        assert delta.shape == (B, 1, D), name
+
+
+def test_gate_and_delta_stay_in_their_ranges():
+    """Gate in (0, 1), delta in (-1, 1)."""
+    _, gate, delta = GatedFusionModule(D, DT)(*inputs())
+    assert 0 < gate.min() and gate.max() < 1
+    assert -1 < delta.min() and delta.max() < 1
+
+
+def test_every_parameter_gets_a_gradient():
+    """No parameter of any strategy is idle."""
+    for name, strategy in FUSION_STRATEGIES.items():
+        module = strategy(D, DT)
+        module(*inputs()).fused.square().sum().backward()
+        for parameter_name, parameter in module.named_parameters():
+            assert parameter.grad is not None and parameter.grad.any(), f"{name}: {parameter_name}"
+
+
+def test_the_written_formula():
+    """fused = I + alpha * sigmoid(MLP_g([I ; t])) * tanh(MLP_d(t)), t the mean of the words without padding."""
+    image, words, mask = inputs()
+    module = GatedFusionModule(D, DT).eval()
+    means = [words[b, : mask[b].sum()].mean(dim=0) for b in range(B)]
+    t = module.text_proj(torch.stack(means))[:, None].expand(-1, N, -1)  # one row a token, as written
+    gate = torch.sigmoid(module.gate_mlp(torch.cat([image, t], dim=2)))
+    delta = torch.tanh(module.delta_mlp(t))
+    torch.testing.assert_close(module(image, words, mask).fused, image + module.alpha * gate * delta)
+
+
+def test_fusion_off_is_plain_sprc():
+    """Off: no fusion parameter, the same other weights, and the losses of a fusion that changes nothing."""
+    off, still = tiny_model(use_gated_fusion=False), tiny_model(fusion_start="identity")
+    assert not [name for name, _ in off.named_parameters() if "fusion" in name]
+    for name, parameter in off.state_dict().items():
+        assert torch.equal(parameter, still.state_dict()[name]), name
+    losses, still_losses = off.eval()(batch(off)), still.eval()(batch(still))
+    assert losses == still_losses, (losses, still_losses)
+
+
+def test_the_whole_tiny_model_forward_and_backward():
+    """Three finite losses; a gradient in every fusion parameter; a query reaches `inference`."""
+    model = tiny_model()
+    samples = batch(model)
+    losses = model(samples)
+    assert set(losses) == {"loss_itc", "loss_rtc", "loss_align"}
+    total = sum(losses.values())
+    assert torch.isfinite(total)
+    total.backward()
+    for name, parameter in model.gated_fusion.named_parameters():
+        assert parameter.grad is not None and parameter.grad.any(), name
+    target_feats, _ = model.eval().extract_target_features(samples["target"])
+    _, reference_embeds = model.extract_target_features(samples["image"])
+    assert model.inference(reference_embeds, target_feats, CAPTIONS).shape == (B, B)
+
+
+def main() -> int:
+    """Run every check above; 1 if one fails."""
+    start, failures = time.perf_counter(), 0
+    checks = {name: check for name, check in globals().items() if name.startswith("test_")}
+    for name, check in checks.items():
+        try:
+            check()
+            print(f"ok    {name.removeprefix('test_').replace('_', ' ')}: {check.__doc__}")
+        except Exception:
+            failures += 1
+            print(f"FAIL  {name}\n{traceback.format_exc()}")
+    print(f"{len(checks) - failures} passed, {failures} failed in {time.perf_counter() - start:.1f} s")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
