@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sprc.config import BACKBONES, FUSION_STARTS, POOLS
 from sprc.data import TRANSFORMS
-from sprc.errors import exit_on_input_error
+from sprc.errors import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -94,4 +94,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_on_input_error(main)
+    run_script(main)

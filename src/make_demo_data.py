@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from sprc.errors import exit_on_input_error
+from sprc.errors import run_script
 
 
 def main() -> None:
@@ -31,4 +31,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_on_input_error(main)
+    run_script(main)

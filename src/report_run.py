@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from sprc.errors import InputError, exit_on_input_error
+from sprc.errors import InputError, run_script
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
 
@@ -30,4 +30,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_on_input_error(main)
+    run_script(main)

@@ -15,7 +15,7 @@ from conftest import (
     randomise,
     small_config,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from sprc.config import ModelConfig
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
@@ -127,18 +127,31 @@ def test_cross_attention_is_in_every_second_layer() -> None:
     assert layers == {0, 2, 4}
 
 
-def test_dropout_acts_in_training_alone(call) -> None:
+@pytest.mark.parametrize("where", ["attention weights", "elsewhere"])
+def test_dropout_acts_in_training_alone(call, where: str) -> None:
     _, bert, _, queries, _, _, image = call
+    for module in bert.modules():
+        if isinstance(module, nn.Dropout) and where == "attention weights":
+            assert module.p == 0.1
+            module.p = 0.0
+        if isinstance(getattr(module, "dropout", None), float) and where == "elsewhere":
+            assert module.dropout == 0.1
+            module.dropout = 0.0
+
+    def run_twice() -> tuple[Tensor, Tensor]:
+        return tuple(bert(query_embeds=queries, encoder_hidden_states=image) for _ in range(2))
+
     bert.train()
-    assert not torch.equal(
-        bert(query_embeds=queries, encoder_hidden_states=image),
-        bert(query_embeds=queries, encoder_hidden_states=image),
-    )
+    assert not torch.equal(*run_twice())
     bert.eval()
-    assert torch.equal(
-        bert(query_embeds=queries, encoder_hidden_states=image),
-        bert(query_embeds=queries, encoder_hidden_states=image),
-    )
+    assert torch.equal(*run_twice())
+
+
+def test_language_head_shares_the_word_matrix() -> None:
+    qformer = random_qformer(small_config())
+    head = qformer.cls["predictions"]
+    assert head.decoder.weight is qformer.bert.embeddings.word_embeddings.weight
+    assert head.decoder.bias is head.bias
 
 
 # --- the vision transformers

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 from tqdm import tqdm
 
 from sprc.errors import InputError
@@ -99,9 +99,10 @@ def train(
     loader = DataLoader(
         dataset,
         config.batch_size,
-        shuffle=True,
+        sampler=RandomSampler(dataset, generator=order),
         drop_last=True,
-        generator=order,
+        # Its own, or starting workers would draw from the order's generator or from the model's.
+        generator=torch.Generator(),
         num_workers=config.num_workers,
         persistent_workers=config.num_workers > 0,
         pin_memory=model.device.type == "cuda",
