@@ -7,10 +7,12 @@ Skipped where LAVIS is not installed.
 import functools
 import itertools
 import types
+from pathlib import Path
 
 import plain_model as plain
 import pytest
 import torch
+import yaml
 from conftest import (
     CAPTIONS,
     VOCABULARY,
@@ -245,8 +247,14 @@ def lavis_without_downloads(lavis, monkeypatch, tmp_path):
     """LAVIS's factories with nothing to fetch and, under the meta device, nothing to fill."""
     nothing = tmp_path / "nothing.pth"
     torch.save({}, nothing)
+    fetched = []
+
+    def fetch(url: str, **_: object) -> str:
+        fetched.append(url)
+        return str(nothing)
+
     for module in (lavis.eva_vit, lavis.clip_vit):
-        monkeypatch.setattr(module, "download_cached_file", lambda *_, **__: str(nothing))
+        monkeypatch.setattr(module, "download_cached_file", fetch)
     monkeypatch.setattr(lavis.Qformer.BertConfig, "from_pretrained", lambda _: lavis.Qformer.BertConfig())
     monkeypatch.setattr(
         lavis.Qformer.BertLMHeadModel,
@@ -255,7 +263,7 @@ def lavis_without_downloads(lavis, monkeypatch, tmp_path):
     )
     # The drop path rates are read as numbers while the model is built, so they need a real device.
     monkeypatch.setattr(torch, "linspace", functools.partial(torch.linspace, device="cpu"))
-    return lavis
+    return types.SimpleNamespace(**vars(lavis), fetched=fetched)
 
 
 def pooled_weights(module: nn.Module) -> dict[str, Tensor]:
@@ -328,20 +336,27 @@ def test_qformer_of_true_size_equals_lavis(lavis_without_downloads, two_threads)
 
 
 @pytest.mark.parametrize("backbone", ["pretrain", "pretrain_vitL", "coco"])
-def test_checkpoint_names_and_shapes_are_those_of_lavis(
-    lavis_without_downloads, monkeypatch, backbone
-) -> None:
-    """Published BLIP-2 and SPRC checkpoints fit: LAVIS's names, and `prompt_tokens` on top."""
-    config = true_config(backbone)
-    tokenizer = range(config.vocab_size)  # only its length is asked for
-    monkeypatch.setattr(lavis_without_downloads.Blip2Qformer, "init_tokenizer", lambda _: tokenizer)
+def test_backbone_is_the_one_of_lavis(lavis_without_downloads, monkeypatch, backbone: str) -> None:
+    """Published BLIP-2 and SPRC checkpoints fit: LAVIS's names and shapes, and `prompt_tokens` on top."""
+    cls = lavis_without_downloads.Blip2Qformer
+    recipe, theirs = (
+        read_backbone(backbone),
+        yaml.safe_load(Path(cls.default_config_path(backbone)).read_text()),
+    )
+    tokenizer = range(30522 + 1)  # bert-base-uncased and [DEC]; only the length is asked for
+    monkeypatch.setattr(cls, "init_tokenizer", lambda _: tokenizer)
+    monkeypatch.setattr(cls, "load_checkpoint_from_config", lambda *_: None)
     with torch.device("meta"):
-        ours = Blip2QformerCirAlignPrompt(config, tokenizer)
-        theirs = lavis_without_downloads.Blip2Qformer(
-            vit_model={"eva": "eva_clip_g", "clip": "clip_L"}[config.vit], img_size=config.image_size
-        )
-    mine = shapes(ours)
+        mine = shapes(Blip2QformerCirAlignPrompt(true_config(backbone), tokenizer))
+        expected = shapes(cls.from_config(theirs["model"]))
     assert mine.pop("prompt_tokens") == (1, 32, 768)
-    fusion = [name for name in mine if name.startswith("gated_fusion.")]
+    fusion = {name for name in mine if name.startswith("gated_fusion.")}
     assert fusion
-    assert {name: shape for name, shape in mine.items() if name not in fusion} == shapes(theirs)
+    assert {name: shape for name, shape in mine.items() if name not in fusion} == expected
+
+    finetuned = theirs["model"]["load_finetuned"]
+    assert recipe["weights"]["blip2"] == theirs["model"]["finetuned" if finetuned else "pretrained"]
+    if not finetuned:  # the fine-tuned file holds its own ViT
+        assert lavis_without_downloads.fetched == [recipe["weights"]["vit"]]
+    for processor, choices in recipe["preprocess"].items():
+        assert choices["eval"] == theirs["preprocess"][processor]["eval"]

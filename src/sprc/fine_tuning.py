@@ -51,11 +51,7 @@ def fine_tune(arguments: argparse.Namespace) -> Path:
     device = choose_device(arguments.device)
     train_split = load_cirr(arguments.data_path, "train")
     val_split = load_cirr(arguments.data_path, "val")
-    if len(train_split.triplets) < config.batch_size:
-        raise InputError(
-            f"--batch-size {config.batch_size} is larger than the training set of "
-            f"{len(train_split.triplets)} triplets"
-        )
+    config.check_fits(len(train_split.triplets))
 
     torch.manual_seed(config.seed)
     switches = {name: getattr(arguments, name) for name in MODEL_SWITCHES}

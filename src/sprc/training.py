@@ -47,6 +47,13 @@ class TrainingConfig:
             if not 0 <= weight < math.inf:
                 raise InputError(f"--{name.replace('_', '-')} {weight} must be a number of at least 0")
 
+    def check_fits(self, num_triplets: int) -> None:
+        """Raise :class:`InputError` if ``num_triplets`` do not fill one batch."""
+        if num_triplets < self.batch_size:
+            raise InputError(
+                f"--batch-size {self.batch_size} is larger than the training set of {num_triplets} triplets"
+            )
+
 
 def make_optimizer(model: nn.Module, learning_rate: float) -> Optimizer:
     """SPRC's AdamW over the parameters that require a gradient."""
@@ -91,10 +98,7 @@ def train(
         InputError: the batch is larger than the data set.
         FloatingPointError: a loss is not finite; the step is named, what was saved stays.
     """
-    if len(dataset) < config.batch_size:
-        raise InputError(
-            f"--batch-size {config.batch_size} is larger than the training set of {len(dataset)} triplets"
-        )
+    config.check_fits(len(dataset))
     order = torch.Generator()
     loader = DataLoader(
         dataset,
