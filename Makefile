@@ -28,7 +28,7 @@ setup: .venv/ready
 demo: .venv/ready
 	.venv/bin/python src/make_demo_data.py --out demo
 	.venv/bin/python src/blip_fine_tune_2.py --dataset CIRR --backbone tiny --data-path demo \
-		--num-epochs 14 --batch-size 64 --learning-rate 4e-4 --loss-align 0.1 --num-workers 0 \
+		--num-epochs 12 --batch-size 64 --learning-rate 5e-4 --num-workers 0 \
 		--validation-frequency 2 --save-training --save-best
 	.venv/bin/python src/report_run.py
 

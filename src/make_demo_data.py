@@ -1,33 +1,47 @@
-"""Make the built-in benchmark (scenes of colored shapes) in CIRR's format: no download, seconds to run."""
+"""Make the built-in benchmark (scenes of colored shapes) in CIRR's or FashionIQ's format: no download."""
 
 import argparse
 from pathlib import Path
 
+from sprc.data.synthetic import SyntheticConfig
+from sprc.data.synthetic_cirr import make_cirr
+from sprc.data.synthetic_fashioniq import FashionIQConfig, make_fashioniq
 from sprc.errors import run_script
+
+SIZES = {
+    "seed": "same seed and sizes: same files",
+    "image_size": "side of the square images in pixels",
+    "train_families": "a family is 36 images in 6 image sets; FashionIQ: for each of the three types",
+    "val_families": "the same for val",
+    "test_families": "the same for test",
+    "train_queries_per_set": "queries an image set, at most 18; FashionIQ: 12",
+    "eval_queries_per_set": "the same for val and test",
+}
 
 
 def main() -> None:
-    """Parse the flags and write ``OUT/cirr_dataset``."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder to hold cirr_dataset/")
-    parser.add_argument("--seed", type=int, default=0, help="same seed and sizes: same files")
-    parser.add_argument("--image-size", type=int, default=96, help="side of the square images in pixels")
+    """Parse the flags and write ``OUT/cirr_dataset`` or ``OUT/fashionIQ_dataset``."""
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--train-families", type=int, default=60, help="a family is 36 images in 6 image sets"
+        "--dataset",
+        type=str.lower,
+        choices=("cirr", "fashioniq"),
+        default="cirr",
+        metavar="{CIRR,FashionIQ}",
+        help="default: CIRR",
     )
-    parser.add_argument("--val-families", type=int, default=7, help="the same for val")
-    parser.add_argument("--test-families", type=int, default=7, help="the same for test1")
-    parser.add_argument(
-        "--train-queries-per-set", type=int, default=12, help="queries an image set, at most 18"
-    )
-    parser.add_argument("--eval-queries-per-set", type=int, default=6, help="the same for val and test1")
-    flags = vars(parser.parse_args())
-
-    from sprc.data.synthetic import SyntheticConfig, make_cirr
-
-    make_cirr(flags.pop("out"), SyntheticConfig(**flags))
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="where it goes; default: demo")
+    for name, meaning in SIZES.items():
+        default, fashioniq = getattr(SyntheticConfig, name), getattr(FashionIQConfig, name)
+        defaults = f"{default}" if default == fashioniq else f"{default}, FashionIQ {fashioniq}"
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, type=int, metavar="N", help=f"{meaning}; default: {defaults}")
+    arguments = parser.parse_args()
+    sizes = {name: getattr(arguments, name) for name in SIZES if getattr(arguments, name) is not None}
+    if arguments.dataset == "cirr":
+        make_cirr(arguments.out, SyntheticConfig(**sizes))
+    else:
+        make_fashioniq(arguments.out, FashionIQConfig(**sizes))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,10 @@ def test_load_model_and_preprocess_gives_a_model_that_trains_a_step(loaded):
     sum(losses.values()).backward()
     optimizer.step()
     assert all(torch.isfinite(loss) for loss in losses.values())
-    for part in ("gated_fusion.gate_mlp.0.weight", "Qformer.bert.encoder.layer.0.attention.self.query.weight"):
+    for part in (
+        "gated_fusion.gate_mlp.0.weight",
+        "Qformer.bert.encoder.layer.0.attention.self.query.weight",
+    ):
         assert not torch.equal(before[part], model.get_parameter(part)), part
 
 

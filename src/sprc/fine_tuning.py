@@ -10,7 +10,6 @@ from sprc.data.captions import process_caption
 from sprc.data.cirr import load_cirr
 from sprc.data.datasets import TripletDataset, check_images
 from sprc.data.transforms import make_transform
-from sprc.errors import InputError
 from sprc.models.factory import choose_device, create_model, model_class, place
 from sprc.run_folder import create_run_folder, write_json
 from sprc.training import TrainingConfig, train

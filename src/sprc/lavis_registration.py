@@ -11,7 +11,7 @@ from lavis.common.registry import registry
 from lavis.models import BaseModel
 
 from sprc.config import BACKBONES, MODEL_DIR
-from sprc.data.synthetic import caption_words
+from sprc.data.scenes import caption_words
 from sprc.models import blip2_qformer_cir_align_prompt as model_file
 from sprc.models.factory import create_model
 

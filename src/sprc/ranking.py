@@ -1,11 +1,11 @@
-"""Ranking a gallery and the recall metrics of CIRR.
+"""Ranking a gallery and the recall metrics of CIRR and FashionIQ.
 
 A candidate's rank is the number of candidates before it: those with a higher similarity, and those with
 an equal one and a lower gallery index. So ties never depend on a sort's whims.
 Shapes: T queries, G gallery images, Q tokens an image, E embedding width, K set members.
 """
 
-from statistics import geometric_mean, harmonic_mean
+from statistics import fmean, geometric_mean, harmonic_mean
 
 import torch
 from torch import Tensor
@@ -105,4 +105,25 @@ def cirr_metrics(ranks: Tensor, set_ranks: Tensor) -> dict[str, float]:
         # Both are zero where one value is; the library refuses to say so of the geometric mean.
         "harmonic_mean": harmonic_mean(values) if all(values) else 0.0,
         "geometric_mean": geometric_mean(values) if all(values) else 0.0,
+    }
+
+
+def fashioniq_metrics(ranks_by_type: dict[str, Tensor]) -> dict[str, float]:
+    """FashionIQ's metrics in percent, in the order of SPRC's CSV files: types first, then their means.
+
+    Args:
+        ranks_by_type: for each type (dress, shirt, toptee) the (T,) ranks from :func:`target_ranks` in the
+            type's own gallery, references left in.
+    """
+    metrics = {
+        f"{dress_type}_recall_at{k}": recall(ranks, k)
+        for dress_type, ranks in ranks_by_type.items()
+        for k in (10, 50)
+    }
+    means = [fmean(metrics[f"{dress_type}_recall_at{k}"] for dress_type in ranks_by_type) for k in (10, 50)]
+    return {
+        **metrics,
+        "average_recall_at10": means[0],
+        "average_recall_at50": means[1],
+        "average_recall": fmean(means),
     }

@@ -116,7 +116,7 @@ def draw_gate_maps(
     figure, axes = plt.subplots(
         len(triplets),
         4 + TOP,
-        figsize=(1.5 * (4 + TOP), 1.8 * len(triplets)),
+        figsize=(1.5 * (4 + TOP), 1.9 * len(triplets)),
         layout="constrained",
         squeeze=False,
     )
@@ -148,10 +148,9 @@ def draw_gate_maps(
                 spine.set(color=RIGHT if right else WRONG, linewidth=3)
         for cell in cells:
             cell.set(xticks=[], yticks=[])
-        # Captions are the users' words: never read them as math markup.
-        cells[0].text(
-            0.0, -0.06, triplet.caption, transform=cells[0].transAxes, fontsize=8, va="top", parse_math=False
-        )
+        # Captions are the users' words: never read them as math markup. One may be wider than its cell.
+        caption = cells[0].text(0.0, -0.06, triplet.caption, fontsize=8, va="top", parse_math=False)
+        caption.set(transform=cells[0].transAxes, in_layout=False)
     save_figure(figure, path)
 
 

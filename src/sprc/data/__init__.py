@@ -1,3 +1,6 @@
-"""The data of the benchmarks. This file imports nothing, so that `--help` names the transforms at once."""
+"""The data of the benchmarks. This file imports nothing, so that `--help` names the choices at once."""
 
 TRANSFORMS = ("targetpad", "squarepad")
+# FashionIQ's kinds of clothing, and its galleries; see sprc.data.fashioniq.
+TYPES = ("dress", "shirt", "toptee")
+PROTOCOLS = ("original", "val-split")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sprc.data.datasets import Triplet, read_json
+from sprc.data.datasets import Triplet, read_field, read_json, read_list, require_files
 from sprc.errors import InputError
 
 SPLITS = ("train", "val", "test1")
@@ -32,12 +32,7 @@ def load_cirr(data_path: Path, split: str) -> CirrSplit:
     root = Path(data_path) / "cirr_dataset"
     split_file = root / "cirr" / "image_splits" / f"split.rc2.{split}.json"
     captions_file = root / "cirr" / "captions" / f"cap.rc2.{split}.json"
-    for path in (root, split_file, captions_file):
-        if not path.exists():
-            raise InputError(
-                f"{path} is missing; put CIRR there as cirr_dataset/README.md says, "
-                "or point --data-path at the folder that holds cirr_dataset/"
-            )
+    require_files("CIRR", root, split_file, captions_file)
     image_paths = _read_image_paths(root, split_file)
     return CirrSplit(split, _read_triplets(captions_file, image_paths, split), image_paths)
 
@@ -63,11 +58,8 @@ def _read_image_paths(root: Path, split_file: Path) -> dict[str, Path]:
 
 
 def _read_triplets(captions_file: Path, image_paths: dict[str, Path], split: str) -> list[Triplet]:
-    entries = read_json(captions_file)
-    if not isinstance(entries, list) or not entries:
-        raise InputError(f"{captions_file} is not a list of at least one entry; download the file again")
     triplets: dict[int, Triplet] = {}
-    for index, entry in enumerate(entries):
+    for index, entry in enumerate(read_list(captions_file)):
         try:
             triplet = _read_triplet(entry, image_paths, has_target=split != "test1")
             if triplet.pair_id in triplets:
@@ -84,13 +76,11 @@ def _read_triplets(captions_file: Path, image_paths: dict[str, Path], split: str
 
 def _read_triplet(entry: Any, image_paths: dict[str, Path], has_target: bool) -> Triplet:
     """Check one entry of a captions file; the :class:`InputError` says only what is wrong with it."""
-    if not isinstance(entry, dict):
-        raise InputError(f"is a {type(entry).__name__}, not an object")
-    pair_id = _field(entry, "pairid", int)
-    reference = _field(entry, "reference", str)
-    target = _field(entry, "target_hard", str) if has_target else None
-    caption = _field(entry, "caption", str)
-    members = _field(_field(entry, "img_set", dict), "members", list)
+    pair_id = read_field(entry, "pairid", int)
+    reference = read_field(entry, "reference", str)
+    target = read_field(entry, "target_hard", str) if has_target else None
+    caption = read_field(entry, "caption", str)
+    members = read_field(read_field(entry, "img_set", dict), "members", list)
     for member in members:
         if not isinstance(member, str):
             raise InputError(f"'members' holds {member!r}, which is not a string")
@@ -110,13 +100,3 @@ def _read_triplet(entry: Any, image_paths: dict[str, Path], has_target: bool) ->
     if target == reference:
         raise InputError(f"{target!r} is both reference and target")
     return Triplet(pair_id, reference, target, caption, tuple(members))
-
-
-def _field(entry: dict[str, Any], key: str, kind: type) -> Any:
-    """Return ``entry[key]``, which must be of type ``kind``."""
-    if key not in entry:
-        raise InputError(f"{key!r} is missing")
-    # isinstance would let true and false pass for integers.
-    if type(entry[key]) is not kind:
-        raise InputError(f"{key!r} is a {type(entry[key]).__name__}, not a {kind.__name__}")
-    return entry[key]

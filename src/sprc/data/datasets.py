@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -30,7 +32,8 @@ class Triplet:
     """A query (reference and modification text) and its target.
 
     ``caption`` is raw. ``target`` is None where the benchmark keeps it secret. ``members`` are the names of
-    CIRR's image set, reference and target among them; empty for FashionIQ.
+    CIRR's image set, reference and target among them; empty for FashionIQ. ``training_captions`` are the
+    texts of which training takes one at random, raw; empty where it takes ``caption`` (CIRR).
     """
 
     pair_id: int
@@ -38,6 +41,7 @@ class Triplet:
     target: str | None
     caption: str
     members: tuple[str, ...] = ()
+    training_captions: tuple[str, ...] = ()
 
 
 class TripletDataset(Dataset):
@@ -45,15 +49,34 @@ class TripletDataset(Dataset):
 
     An item is ``{"image": (3, S, S), "target": (3, S, S), "text_input": str}``: reference, target, caption as
     :func:`process_caption` leaves it. The default collate makes ``text_input`` a list of B strings.
+    Of a triplet's ``training_captions`` each is as likely; which one it is depends on ``seed``, the epoch and
+    the index alone, not on the worker or on what was read before.
     Raises :class:`InputError` for an image that cannot be read.
     """
 
-    def __init__(self, triplets: list[Triplet], image_paths: dict[str, Path], transform: Transform) -> None:
+    def __init__(
+        self, triplets: list[Triplet], image_paths: dict[str, Path], transform: Transform, seed: int = 0
+    ) -> None:
         if any(triplet.target is None for triplet in triplets):
             raise ValueError("triplets without a target cannot be trained on; use ImageDataset to score them")
         self.triplets = triplets
         self.image_paths = image_paths
         self.transform = transform
+        self.seed = seed
+        # Persistent workers keep the copy of this object that they were started with: only memory that all
+        # processes share can tell them of a new epoch.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the texts of ``epoch`` from now on. Call it before the epoch's iteration starts."""
+        self._epoch.fill_(epoch)
+
+    def text(self, index: int) -> str:
+        """The text of triplet ``index`` in the present epoch, raw."""
+        triplet = self.triplets[index]
+        if not triplet.training_captions:
+            return triplet.caption
+        return random.Random(f"{self.seed} {self._epoch.item()} {index}").choice(triplet.training_captions)
 
     def __len__(self) -> int:
         return len(self.triplets)
@@ -63,7 +86,7 @@ class TripletDataset(Dataset):
         return {
             "image": load_image(self.image_paths[triplet.reference], self.transform),
             "target": load_image(self.image_paths[triplet.target], self.transform),
-            "text_input": process_caption(triplet.caption),
+            "text_input": process_caption(self.text(index)),
         }
 
 
@@ -182,3 +205,33 @@ def read_json(path: Path) -> Any:
         ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({error}); download the file again") from error
+
+
+def require_files(dataset: str, root: Path, *paths: Path) -> None:
+    """Raise :class:`InputError` if ``root``, the data set's folder, or a path in it is missing."""
+    for path in (root, *paths):
+        if not path.exists():
+            raise InputError(
+                f"{path} is missing; put {dataset} there as {root.name}/README.md says, "
+                f"or point --data-path at the folder that holds {root.name}/"
+            )
+
+
+def read_list(path: Path) -> list[Any]:
+    """Read a JSON file that must hold a list of at least one entry."""
+    entries = read_json(path)
+    if not isinstance(entries, list) or not entries:
+        raise InputError(f"{path} is not a list of at least one entry; download the file again")
+    return entries
+
+
+def read_field(entry: Any, key: str, kind: type) -> Any:
+    """Return ``entry[key]``, a ``kind``; else the :class:`InputError` says only what is wrong with it."""
+    if not isinstance(entry, dict):
+        raise InputError(f"is a {type(entry).__name__}, not an object")
+    if key not in entry:
+        raise InputError(f"{key!r} is missing")
+    # isinstance would let true and false pass for integers.
+    if type(entry[key]) is not kind:
+        raise InputError(f"{key!r} is a {type(entry[key]).__name__}, not a {kind.__name__}")
+    return entry[key]

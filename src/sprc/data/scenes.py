@@ -1,0 +1,258 @@
+"""Scenes of colored shapes on a 3 x 3 grid: what they hold, how they are drawn, and what an edit is called.
+
+The edits are those of CSS (Color, Shape, Size; Vo et al., "Composing Text and Image for Image Retrieval",
+CVPR 2019), and adding, removing and moving an object.
+"""
+
+import math
+import random
+import re
+from dataclasses import dataclass, field
+from itertools import product
+
+from PIL import Image, ImageDraw
+
+COLORS = {
+    "red": (214, 39, 40),
+    "green": (34, 139, 34),
+    "blue": (31, 80, 200),
+    "yellow": (240, 200, 0),
+    "purple": (140, 50, 170),
+    "cyan": (0, 190, 210),
+}
+SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
+# Radius in sides of a cell; at 0.46 the star, the widest shape, still stays in its cell.
+SIZES = {"small": 0.19, "medium": 0.32, "large": 0.46}
+CELL_NAMES = (
+    ("top left", "top center", "top right"),
+    ("middle left", "center", "middle right"),
+    ("bottom left", "bottom center", "bottom right"),
+)
+CELLS = tuple(product(range(3), range(3)))
+# Attributes that may name an object, where no other object of the scene shares them all.
+NAMING = (
+    ("color", "shape"),
+    ("shape",),
+    ("color",),
+    ("size", "shape"),
+    ("size", "color"),
+    ("size",),
+    ("size", "color", "shape"),
+)
+RELATIONS = {(1, 0): "below", (-1, 0): "above", (0, 1): "to the right of", (0, -1): "to the left of"}
+
+# {it} is the edited object as the reference shows it, {new} its new color, shape or size, {thing} an added
+# object, {place} as in "in the center" or "below the star", {goal} the same with "to the center".
+TEMPLATES = {
+    "color": (
+        "make {it} {new}",
+        "change the color of {it} to {new}",
+        "paint {it} {new}",
+        "turn {it} {new}",
+        "{it} should be {new}",
+        "same scene but {it} is {new}",
+    ),
+    "shape": (
+        "turn {it} into a {new}",
+        "make {it} a {new}",
+        "change the shape of {it} to a {new}",
+        "{it} should be a {new}",
+        "replace {it} with a {new} of the same color and size",
+        "same scene but {it} is a {new}",
+    ),
+    "size": (
+        "make {it} {new}",
+        "change the size of {it} to {new}",
+        "resize {it} to {new}",
+        "{it} should be {new}",
+        "same scene but {it} is {new}",
+    ),
+    "smaller": ("make {it} smaller", "shrink {it}"),
+    "larger": ("make {it} larger", "make {it} bigger", "enlarge {it}"),
+    "add": (
+        "add a {thing} {place}",
+        "put a {thing} {place}",
+        "there should be a {thing} {place}",
+        "draw a {thing} {place}",
+        "same scene plus a {thing} {place}",
+    ),
+    "remove": (
+        "remove {it}",
+        "take away {it}",
+        "delete {it}",
+        "get rid of {it}",
+        "same scene without {it}",
+    ),
+    "move": (
+        "move {it} {goal}",
+        "shift {it} {goal}",
+        "put {it} {place}",
+        "place {it} {place}",
+        "{it} should be {place}",
+    ),
+}
+
+
+@dataclass(frozen=True, order=True)
+class SceneObject:
+    """One object: its cell (row, col) from the top left, and its three attributes, by name."""
+
+    cell: tuple[int, int]
+    color: str
+    shape: str
+    size: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The objects of one image, sorted by cell; ``shade`` is the grey of the background, not compared."""
+
+    objects: tuple[SceneObject, ...]
+    shade: int = field(default=240, compare=False)
+
+    def is_valid(self) -> bool:
+        """At least two objects, each in its own cell, no two alike in color and shape."""
+        cells = {thing.cell for thing in self.objects}
+        looks = {(thing.color, thing.shape) for thing in self.objects}
+        return len(cells) == len(looks) == len(self.objects) >= 2
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What turns one scene into another: ``before`` becomes ``after`` (None where there is no object)."""
+
+    kind: str
+    before: SceneObject | None
+    after: SceneObject | None
+
+    @property
+    def cells(self) -> list[list[int]]:
+        """The grid cells [row, col] that the edit concerns: two for a move, else one."""
+        return [
+            list(cell) for cell in dict.fromkeys(thing.cell for thing in (self.before, self.after) if thing)
+        ]
+
+
+def edit_between(reference: Scene, target: Scene) -> Edit:
+    """The one edit between two scenes; ``ValueError`` if they differ in none or in more than one."""
+    before = [thing for thing in reference.objects if thing not in target.objects]
+    after = [thing for thing in target.objects if thing not in reference.objects]
+    if len(before) == 0 and len(after) == 1:
+        return Edit("add", None, after[0])
+    if len(before) == 1 and len(after) == 0:
+        return Edit("remove", before[0], None)
+    if len(before) == len(after) == 1:
+        kinds = {"cell": "move", "color": "color", "shape": "shape", "size": "size"}
+        changed = [kinds[name] for name in kinds if getattr(before[0], name) != getattr(after[0], name)]
+        if len(changed) == 1:
+            return Edit(changed[0], before[0], after[0])
+    raise ValueError(f"not one edit apart: {reference} and {target}")
+
+
+def outline(shape: str, x: float, y: float, radius: float) -> list[tuple[float, float]]:
+    """Corners of a shape (not the circle) about (x, y), in pixels; all shapes look about equally large."""
+    if shape == "square":
+        side = 0.84 * radius
+        corners = [(-side, -side), (side, -side), (side, side), (-side, side)]
+    elif shape == "diamond":
+        # Narrow, so that it is no turned square.
+        corners = [(0, -1.06 * radius), (0.66 * radius, 0), (0, 1.06 * radius), (-0.66 * radius, 0)]
+    elif shape == "triangle":
+        corners = [(0, -0.95 * radius), (1.02 * radius, 0.8 * radius), (-1.02 * radius, 0.8 * radius)]
+    elif shape == "cross":
+        arm, end = 0.3 * radius, 0.98 * radius
+        corners, quarter = [], [(-arm, -end), (arm, -end), (arm, -arm)]
+        for _ in range(4):
+            corners += quarter
+            quarter = [(-dy, dx) for dx, dy in quarter]
+    elif shape == "star":
+        corners = []
+        for step in range(10):
+            length = 1.08 * radius * (1.0 if step % 2 == 0 else 0.42)
+            angle = math.pi * (step / 5 - 0.5)
+            corners.append((length * math.cos(angle), length * math.sin(angle)))
+    else:
+        raise ValueError(f"no outline for {shape}")
+    return [(x + dx, y + dy) for dx, dy in corners]
+
+
+def render(scene: Scene, image_size: int) -> Image.Image:
+    """Draw a scene as an RGB image of ``image_size`` x ``image_size`` pixels, a cell a third of the side."""
+    scale = 4  # Pillow's polygons have hard edges: draw large, then take the mean of 4 x 4 pixels
+    cell_side = image_size * scale / 3
+    image = Image.new("RGB", (image_size * scale, image_size * scale), (scene.shade,) * 3)
+    draw = ImageDraw.Draw(image)
+    for thing in scene.objects:
+        y, x = ((index + 0.5) * cell_side for index in thing.cell)
+        radius = SIZES[thing.size] * cell_side
+        if thing.shape == "circle":
+            radius *= 0.95
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=COLORS[thing.color])
+        else:
+            draw.polygon(outline(thing.shape, x, y, radius), fill=COLORS[thing.color])
+    return image.reduce(scale)
+
+
+def cell_name(cell: tuple[int, int]) -> str:
+    """The name of a grid cell, such as "top left"."""
+    return CELL_NAMES[cell[0]][cell[1]]
+
+
+def object_phrase(thing: SceneObject, scene: Scene, rng: random.Random, by_cell: bool = True) -> str:
+    """A random phrase for ``thing`` that fits no other object of ``scene``, such as "the red circle".
+
+    With ``by_cell`` it may say the cell: "the object in the center".
+    """
+    if by_cell and rng.random() < 0.25:
+        name = rng.choice((thing.shape, f"{thing.color} {thing.shape}", "object"))
+        return f"the {name} in the {cell_name(thing.cell)}"
+    phrases = []
+    for names in NAMING:
+        wanted = [getattr(thing, name) for name in names]
+        if sum([getattr(other, name) for name in names] == wanted for other in scene.objects) == 1:
+            phrases.append(" ".join(["the", *wanted] + ([] if "shape" in names else ["object"])))
+    return rng.choice(phrases)
+
+
+def place_phrase(cell: tuple[int, int], scene: Scene, moved: SceneObject | None, rng: random.Random) -> str:
+    """A random phrase for ``cell``: "the center", or "below the star" (a neighbor that is not ``moved``)."""
+    beside = []
+    for other in scene.objects:
+        step = (cell[0] - other.cell[0], cell[1] - other.cell[1])
+        if other != moved and step in RELATIONS:
+            # "below" an object of the top row could be one cell down or two.
+            beyond = (cell[0] + step[0], cell[1] + step[1])
+            beside.append((other, ("directly " if beyond in CELLS else "") + RELATIONS[step]))
+    if beside and rng.random() < 0.5:
+        other, relation = rng.choice(beside)
+        return f"{relation} {object_phrase(other, scene, rng, by_cell=False)}"
+    return f"the {cell_name(cell)}"
+
+
+def write_caption(edit: Edit, reference: Scene, rng: random.Random) -> str:
+    """Write a caption for ``edit``: with ``reference`` it fits one scene only. Lower case, no punctuation."""
+    templates = TEMPLATES[edit.kind]
+    if edit.kind == "size" and edit.before.size == "medium":
+        # Only from the middle does "smaller" mean one size.
+        templates = templates + TEMPLATES["smaller" if edit.after.size == "small" else "larger"]
+    template = rng.choice(templates)
+    words = {}
+    if edit.before:
+        words["it"] = object_phrase(edit.before, reference, rng)
+    if edit.kind in ("color", "shape", "size"):
+        words["new"] = getattr(edit.after, edit.kind)
+    if edit.kind == "add":
+        words["thing"] = f"{edit.after.size} {edit.after.color} {edit.after.shape}"
+    if edit.kind in ("add", "move"):
+        place = place_phrase(edit.after.cell, reference, edit.before, rng)
+        by_name = place == f"the {cell_name(edit.after.cell)}"
+        words |= {"place": f"in {place}" if by_name else place, "goal": f"to {place}" if by_name else place}
+    return template.format(**words)
+
+
+def caption_words() -> list[str]:
+    """Every word that :func:`write_caption` uses, sorted: a vocabulary where no data are at hand."""
+    names = [name for row in CELL_NAMES for name in row]
+    templates = [re.sub(r"{\w+}", " ", text) for texts in TEMPLATES.values() for text in texts]
+    phrases = [*templates, *names, *RELATIONS.values(), *COLORS, *SHAPES, *SIZES, "directly the in to object"]
+    return sorted({word for phrase in phrases for word in phrase.split()})
