@@ -1,4 +1,4 @@
-"""Weights of a backbone come from its files whole, or not at all. The files here are made, small, and local."""
+"""Weights of a backbone come from its files whole, or not at all. The files here are made and local."""
 
 import pytest
 import torch
@@ -108,7 +108,7 @@ def test_an_unknown_switch_is_refused():
 
 
 def test_the_vocabulary_holds_every_word_of_the_data_and_spells_others():
-    tokenizer = tokenizer_from_vocabulary(make_vocabulary(["Make the circle red", "make it blue"]))
+    tokenizer = tokenizer_from_vocabulary(make_vocabulary(["Make the circle red,", "make it (blue)"]))
     assert tokenizer.tokenize("make the CIRCLE blue") == ["make", "the", "circle", "blue"]
     assert tokenizer.tokenize("bear") == ["b", "##e", "##a", "##r"]
     assert tokenizer.unk_token not in tokenizer.tokenize("make it red")

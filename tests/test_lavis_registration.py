@@ -11,8 +11,9 @@ pytest.importorskip("lavis", reason="LAVIS is not installed")
 
 @pytest.fixture(scope="module")
 def loaded():
-    import sprc.lavis_registration  # noqa: F401
     from lavis.models import load_model_and_preprocess
+
+    import sprc.lavis_registration  # noqa: F401
 
     torch.manual_seed(0)
     return load_model_and_preprocess("blip2_cir_align_prompt", "tiny", is_eval=False, device="cpu")

@@ -43,14 +43,11 @@ class Blip2QformerCirAlignPrompt(nn.Module):
             "width": config.vit_width,
             "depth": config.vit_depth,
             "heads": config.vit_heads,
+            "mlp_ratio": config.vit_mlp_ratio,
             "norm_eps": config.vit_norm_eps,
         }
         if config.vit == "eva":
-            self.visual_encoder = EvaViT(
-                **vit_arguments,
-                mlp_ratio=config.vit_mlp_ratio,
-                initializer_range=config.initializer_range,
-            )
+            self.visual_encoder = EvaViT(**vit_arguments, initializer_range=config.initializer_range)
         else:
             self.visual_encoder = ClipViT(**vit_arguments)
         self.ln_vision = nn.LayerNorm(config.vit_width, eps=config.vision_norm_eps)

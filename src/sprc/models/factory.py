@@ -79,10 +79,12 @@ def load_backbone(model: Blip2QformerCirAlignPrompt, weights: dict[str, str]) ->
     A parameter that neither file holds, or that has another shape, raises :class:`InputError`. Entries
     for parts that BLIP-2 leaves out of the vision transformer are counted in one printed line.
     """
-    found: dict[str, Tensor] = dict(_fetch(weights["blip2"])["model"])
+    found: dict[str, Tensor] = {}
     if "vit" in weights:
-        vit = _fetch(weights["vit"])
-        found |= {f"visual_encoder.{key}": value for key, value in vit.items()}
+        found |= {f"visual_encoder.{key}": value for key, value in _fetch(weights["vit"]).items()}
+    found |= _fetch(weights["blip2"])[
+        "model"
+    ]  # its own ViT, where it has one, is the one it was trained with
 
     eva = model.config.vit == "eva"
     positions = "visual_encoder.pos_embed" if eva else "visual_encoder.positional_embedding"

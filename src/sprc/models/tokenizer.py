@@ -1,5 +1,6 @@
 """BERT's tokenizer with BLIP-2's extra [DEC] token, over the published vocabulary or the data's own."""
 
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
@@ -15,9 +16,11 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 def make_vocabulary(captions: Iterable[str]) -> list[str]:
     """A WordPiece vocabulary of the captions' words and, for unseen words, of their characters.
 
-    Words come by falling frequency, then alphabetically, so the same captions give the same ids.
+    Punctuation stands apart, as for BERT. Words come by falling frequency, then alphabetically, so the same
+    captions give the same ids.
     """
-    words = Counter(word for caption in captions for word in caption.lower().split())
+    split = re.compile(r"\w+|[^\w\s]")
+    words = Counter(word for caption in captions for word in split.findall(caption.lower()))
     letters = sorted({letter for word in words for letter in word})
     pieces = [*SPECIAL_TOKENS, *letters, *(f"##{letter}" for letter in letters)]
     by_frequency = sorted(words, key=lambda word: (-words[word], word))

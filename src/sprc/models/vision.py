@@ -86,7 +86,7 @@ class EvaAttention(nn.Module):
 
 
 class ClipViT(nn.Module):
-    """CLIP's ViT: a LayerNorm before the blocks, QuickGELU inside, MLPs of four times the width."""
+    """CLIP's ViT: a LayerNorm before the blocks, QuickGELU inside."""
 
     def __init__(
         self,
@@ -96,6 +96,7 @@ class ClipViT(nn.Module):
         width: int,
         depth: int,
         heads: int,
+        mlp_ratio: float = 4.0,
         norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
@@ -105,7 +106,11 @@ class ClipViT(nn.Module):
         self.positional_embedding = nn.Parameter(torch.randn(num_tokens, width) * width**-0.5)
         self.ln_pre = nn.LayerNorm(width, eps=norm_eps)
         self.transformer = nn.ModuleDict(
-            {"resblocks": nn.ModuleList(ClipBlock(width, heads, norm_eps) for _ in range(depth))}
+            {
+                "resblocks": nn.ModuleList(
+                    ClipBlock(width, heads, int(width * mlp_ratio), norm_eps) for _ in range(depth)
+                )
+            }
         )
 
     def forward(self, image: Tensor) -> Tensor:
@@ -121,11 +126,11 @@ class ClipViT(nn.Module):
 class ClipBlock(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x))."""
 
-    def __init__(self, width: int, heads: int, norm_eps: float) -> None:
+    def __init__(self, width: int, heads: int, mlp_width: int, norm_eps: float) -> None:
         super().__init__()
         self.attn = ClipAttention(width, heads)
         self.ln_1 = nn.LayerNorm(width, eps=norm_eps)
-        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, mlp_width), "c_proj": nn.Linear(mlp_width, width)})
         self.ln_2 = nn.LayerNorm(width, eps=norm_eps)
 
     def forward(self, tokens: Tensor) -> Tensor:
