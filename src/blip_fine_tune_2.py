@@ -1,4 +1,4 @@
-"""Train SPRC, with gated fusion or without.
+"""Train SPRC, with gated fusion or without, on CIRR or FashionIQ.
 
 CIRR, as published, with fusion:
     python src/blip_fine_tune_2.py --dataset CIRR --blip-model-name blip2_cir_align_prompt \\
@@ -6,13 +6,15 @@ CIRR, as published, with fusion:
         --loss-rtc 0.4 --validation-frequency 1 --save-training --save-best --target-ratio 1.25 \\
         --transform targetpad
 Plain SPRC: the same with --no-use-gated-fusion.
+After a crash or Ctrl-C:
+    python src/blip_fine_tune_2.py --resume RUN_FOLDER
 """
 
 import argparse
 from pathlib import Path
 
 from sprc.config import BACKBONES, FUSION_STARTS, POOLS
-from sprc.data import TRANSFORMS
+from sprc.data import PROTOCOLS, TRANSFORMS
 from sprc.errors import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,16 +26,20 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--dataset", required=True, type=str.lower, choices=["cirr"], metavar="CIRR", help="CIRR")
+    add("--dataset", type=str.lower, choices=("cirr", "fashioniq"), metavar="{CIRR,FashionIQ}")
     add("--blip-model-name", default="blip2_cir_align_prompt", metavar="NAME", help="default: %(default)s")
     add(
         "--backbone", default="pretrain", metavar="NAME", help=f"{', '.join(BACKBONES)}; default: %(default)s"
+    )
+    add("--model-path", type=Path, default=None, metavar="FILE", help="start from this checkpoint's weights")
+    add(
+        "--resume", type=Path, default=None, metavar="RUN_FOLDER", help="go on with a run, with its own flags"
     )
     add(
         "--data-path",
         type=Path,
         default=ROOT,
-        help="the folder that holds cirr_dataset/; default: this project",
+        help="folder of cirr_dataset/, fashionIQ_dataset/; default: here",
     )
     add(
         "--models-path",
@@ -44,12 +50,26 @@ def parse_arguments() -> argparse.Namespace:
     add("--num-epochs", type=int, default=10, help="default: %(default)s")
     add("--batch-size", type=int, default=64, help="triplets a step; default: %(default)s")
     add("--learning-rate", type=float, default=1e-5, help="peak of the schedule; default: %(default)s")
-    add("--loss-align", type=float, default=0.4, help="weight of the alignment loss; default: %(default)s")
-    add("--loss-rtc", type=float, default=0.4, help="weight of the text-only loss; default: %(default)s")
+    add(
+        "--loss-align",
+        type=float,
+        default=None,
+        help="alignment loss's weight; default: CIRR 0.4, FashionIQ 1",
+    )
+    add(
+        "--loss-rtc", type=float, default=None, help="text-only loss's weight; default: CIRR 0.4, FashionIQ 1"
+    )
     add("--loss-itm", type=float, default=1.0, help="weight of a matching loss; this model has none")
+    add(
+        "--fiq-protocol",
+        default="original",
+        choices=PROTOCOLS,
+        help="FashionIQ's gallery; default: %(default)s",
+    )
     add(
         "--validation-frequency", type=int, default=1, help="epochs between validations; default: %(default)s"
     )
+    add("--checkpoint-every", type=int, default=0, metavar="STEPS", help="save the state also within epochs")
     add(
         "--target-ratio",
         type=float,
@@ -57,8 +77,9 @@ def parse_arguments() -> argparse.Namespace:
         help="targetpad's longest side ratio; default: %(default)s",
     )
     add("--transform", default="targetpad", choices=TRANSFORMS, help="default: %(default)s")
-    add("--save-training", action="store_true", help="save the model after validations")
+    add("--save-training", action="store_true", help="save the model after each validation")
     add("--save-best", action="store_true", help="with --save-training: keep only the best one")
+    add("--save-full", action="store_true", help="save the frozen vision transformer, too")
     add("--save-memory", action="store_true", help="keep the gallery's features in main memory")
     add("--num-workers", type=int, default=2, help="processes that read images; default: %(default)s")
     add("--seed", type=int, default=0, help="of weights, data order and dropout; default: %(default)s")
@@ -71,7 +92,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     fusion = parser.add_argument_group("fusion of the text into the reference's image tokens")
     add = fusion.add_argument
-    add("--use-gated-fusion", action=argparse.BooleanOptionalAction, default=True, help="off is plain SPRC")
+    add("--use-gated-fusion", action=argparse.BooleanOptionalAction, default=None, help="off is plain SPRC")
     add("--fusion-strategy", default=None, metavar="NAME", help="gated (default), additive, weighted")
     add("--alpha-init", type=float, default=None, help="start of the learned strength; default: 0.5")
     add("--fusion-dropout", type=float, default=None, help="default: 0.1")
@@ -82,7 +103,10 @@ def parse_arguments() -> argparse.Namespace:
         help="the text's mean: without padding (masked, default) or with",
     )
     add("--fusion-start", default=None, choices=FUSION_STARTS, help="identity: step 0 is plain SPRC")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if (arguments.dataset is None) == (arguments.resume is None):
+        parser.error("give --dataset to start a run, or --resume (without it) to go on with one")
+    return arguments
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from plain_model import SPECIAL_TOKENS
+from runner import run, train
 from torch import Tensor, nn
 
 from sprc.config import ModelConfig
@@ -106,3 +107,25 @@ def random_images(count: int, config: ModelConfig, seed: int = 0) -> Tensor:
 @pytest.fixture(scope="session")
 def tokenizer():
     return tokenizer_from_vocabulary(VOCABULARY)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """72 training images with 144 triplets; 36 images and 36 triplets in val and in test1."""
+    out = tmp_path_factory.mktemp("data")
+    sizes = ("--train-families", 2, "--val-families", 1, "--test-families", 1, "--train-queries-per-set", 12)
+    run("make_demo_data.py", "--out", out, *sizes)
+    return out
+
+
+@pytest.fixture(scope="session")
+def trained(data, tmp_path_factory):
+    """A run of two epochs with the published flags."""
+    models = tmp_path_factory.mktemp("models")
+    return train(
+        data,
+        models,
+        *("--blip-model-name", "blip2_cir_align_prompt", "--num-epochs", 2, "--validation-frequency", 1),
+        *("--loss-align", 0.4, "--loss-rtc", 0.4, "--target-ratio", 1.25, "--transform", "targetpad"),
+        *("--save-training", "--save-best"),
+    )

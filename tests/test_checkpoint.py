@@ -1,13 +1,16 @@
 """A checkpoint rebuilds its model with no flag, and anything else is refused in one line."""
 
 import pickle
+from dataclasses import asdict
 
 import pytest
 import torch
 from conftest import CAPTIONS, random_images, randomise, small_config
 
+from sprc import checkpoint
 from sprc.checkpoint import STATE, load_checkpoint, save_checkpoint
 from sprc.errors import InputError
+from sprc.models import factory
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 
 HYPERPARAMETERS = {"blip_model_name": "blip2_cir_align_prompt", "backbone": "tiny", "seed": 3}
@@ -15,7 +18,8 @@ HYPERPARAMETERS = {"blip_model_name": "blip2_cir_align_prompt", "backbone": "tin
 
 @pytest.fixture
 def model(tokenizer):
-    model = Blip2QformerCirAlignPrompt(small_config(fusion_strategy="weighted", pool="all"), tokenizer)
+    config = small_config(fusion_strategy="weighted", pool="all", freeze_vit=False)
+    model = Blip2QformerCirAlignPrompt(config, tokenizer)
     randomise(model)
     return model.eval()
 
@@ -77,10 +81,13 @@ def test_whatever_is_no_checkpoint_of_this_model_is_refused_in_one_line(model, s
         "more than tensors": lambda: torch.save({STATE: Payload()}, saved),
         "lacks a dictionary": lambda: torch.save([1, 2], saved),
         f"lacks {STATE}": lambda: change(saved, **{STATE: None, "Blip2QformerCir": state}),
-        "lacks model_config": lambda: change(saved, model_config=None),
+        "does not say which backbone": lambda: change(saved, model_config=None),
         "unknown model argument depth": lambda: change(saved, model_config={"depth": 3}),
-        'Missing key(s) in state_dict: "text_proj.weight"': lambda: change(saved, **{STATE: foreign}),
-        "size mismatch for temp": lambda: change(saved, **{STATE: {**state, "temp": torch.ones(2)}}),
+        "text_proj.bias, text_proj.weight; 1 unexpected: x)": lambda: change(saved, **{STATE: foreign}),
+        "1 of another shape: temp": lambda: change(saved, **{STATE: {**state, "temp": torch.ones(2)}}),
+        "holds entries that are no tensors: ['temp']": lambda: change(saved, **{STATE: {**state, "temp": 1}}),
+        "has a wrong epoch": lambda: change(saved, epoch="last"),
+        "its hyperparameters lack backbone": lambda: change(saved, hyperparameters={}),
     }
     for message, spoil in cases.items():
         saved.write_bytes(whole)
@@ -92,3 +99,123 @@ def test_whatever_is_no_checkpoint_of_this_model_is_refused_in_one_line(model, s
         assert str(saved) in text
         assert "\n" not in text
         assert not (tmp_path / "owned").exists()
+
+
+# Published SPRC checkpoints, and files without the frozen ViT. The backbone's files are made, and local.
+
+YAML = {"vit": "https://weights.example/vit.pth", "blip2": "https://weights.example/blip2.pth"}
+
+
+@pytest.fixture
+def backbone(tokenizer, monkeypatch):
+    """A frozen backbone `pretrain` of small widths; returns its files by address."""
+    config = small_config(freeze_vit=True, use_gated_fusion=False)
+    source = Blip2QformerCirAlignPrompt(config, tokenizer)
+    randomise(source, seed=4)
+    vit = {
+        key.removeprefix("visual_encoder."): v for key, v in source.state_dict().items() if "visual" in key
+    }
+    files = {YAML["vit"]: vit, YAML["blip2"]: {"model": source.state_dict()}}
+    values = {key: value for key, value in asdict(config).items() if not key.startswith("use_")}
+    recipe = {"model": values, "weights": YAML}
+    monkeypatch.setattr(factory, "_fetch", lambda url: files[url])
+    monkeypatch.setattr(checkpoint, "read_backbone", lambda name: recipe)
+    monkeypatch.setattr(checkpoint, "bert_tokenizer", lambda: tokenizer)
+    return files
+
+
+def published(path, tokenizer, **changes):
+    """A file as SPRC's scripts write it: plain SPRC, the ViT in half precision, old position ids."""
+    model = Blip2QformerCirAlignPrompt(small_config(use_gated_fusion=False), tokenizer)
+    randomise(model, seed=2)
+    state = model.state_dict()
+    state = {key: value.half() if "visual" in key else value for key, value in state.items()}
+    state |= {"Qformer.bert.embeddings.other.position_ids": torch.arange(9)[None], **changes}
+    torch.save({"epoch": 9, STATE: {key: v for key, v in state.items() if v is not None}}, path)
+    return model
+
+
+def test_a_published_checkpoint_scores_as_plain_sprc(backbone, tokenizer, tmp_path):
+    path = tmp_path / "sprc.pt"
+    model = published(path, tokenizer)
+    loaded = load_checkpoint(path, backbone="pretrain")
+    assert loaded.found == f"{path}: plain SPRC, epoch 9; fusion is off for scoring"
+    assert not loaded.model.config.use_gated_fusion
+    for key, value in model.state_dict().items():
+        expected = value.half().float() if "visual" in key else value
+        assert torch.equal(loaded.model.state_dict()[key], expected), key
+
+
+def test_a_published_checkpoint_without_position_ids_loads(backbone, tokenizer, tmp_path):
+    path = tmp_path / "sprc.pt"
+    published(path, tokenizer, **{"Qformer.bert.embeddings.position_ids": None})
+    ids = load_checkpoint(path, backbone="pretrain").model.Qformer.bert.embeddings.position_ids
+    assert torch.equal(ids, torch.arange(ids.shape[1])[None])
+
+
+def test_a_published_checkpoint_starts_a_training_with_new_fusion_or_none(backbone, tokenizer, tmp_path):
+    path = tmp_path / "sprc.pt"
+    model = published(path, tokenizer)
+    fused = load_checkpoint(path, backbone="pretrain", switches={"use_gated_fusion": True})
+    assert fused.found.endswith("plain SPRC, epoch 9; gated fusion is newly started")
+    assert fused.model.gated_fusion is not None
+    assert torch.equal(fused.model.text_proj.weight, model.text_proj.weight)
+    plain = load_checkpoint(path, backbone="pretrain", switches={"use_gated_fusion": False})
+    assert plain.found.endswith("fusion is off")
+    assert plain.model.gated_fusion is None
+
+
+def test_a_published_checkpoint_needs_its_backbone_and_all_its_parameters(backbone, tokenizer, tmp_path):
+    path = tmp_path / "sprc.pt"
+    published(path, tokenizer)
+    with pytest.raises(InputError, match="does not say which backbone it was trained on; pass --backbone"):
+        load_checkpoint(path)
+    published(path, tokenizer, temp=None, extra=torch.ones(1))
+    with pytest.raises(InputError, match=r"\(1 missing: temp; 1 unexpected: extra\)"):
+        load_checkpoint(path, backbone="pretrain")
+
+
+def frozen_model(tokenizer, backbone):
+    model = Blip2QformerCirAlignPrompt(small_config(freeze_vit=True), tokenizer)
+    randomise(model, seed=3)
+    model.visual_encoder.load_state_dict(backbone[YAML["vit"]])
+    return model
+
+
+def test_a_frozen_vit_is_left_out_and_comes_back_from_its_backbone(backbone, tokenizer, tmp_path):
+    model, path = frozen_model(tokenizer, backbone), tmp_path / "ours.pt"
+    save_checkpoint(path, model, 1, {**HYPERPARAMETERS, "backbone": "pretrain"})
+    contents = torch.load(path, weights_only=True)
+    assert not [key for key in contents[STATE] if key.startswith("visual_encoder.")]
+    assert contents["left_out"]["backbone"] == "pretrain"
+    loaded = load_checkpoint(path).model
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+
+
+def test_half_precision_of_the_vit_is_the_same_backbone(backbone, tokenizer, tmp_path):
+    model, path = frozen_model(tokenizer, backbone), tmp_path / "ours.pt"
+    factory.halve_frozen_vit(model)  # as on a GPU
+    save_checkpoint(path, model, 1, {**HYPERPARAMETERS, "backbone": "pretrain"})
+    load_checkpoint(path)
+
+
+def test_another_backbone_than_the_trained_one_is_refused(backbone, tokenizer, tmp_path):
+    model, path = frozen_model(tokenizer, backbone), tmp_path / "ours.pt"
+    save_checkpoint(path, model, 1, {**HYPERPARAMETERS, "backbone": "pretrain"})
+    full = tmp_path / "full.pt"
+    save_checkpoint(full, model, 1, {**HYPERPARAMETERS, "backbone": "pretrain"}, full=True)
+    backbone[YAML["vit"]]["cls_token"] = backbone[YAML["vit"]]["cls_token"] + 0.1
+    with pytest.raises(InputError, match="was trained on another pretrain backbone than the one in"):
+        load_checkpoint(path)
+    loaded = load_checkpoint(full).model  # holds its own, and needs none
+    assert torch.equal(loaded.visual_encoder.cls_token, model.visual_encoder.cls_token)
+
+
+def test_names_that_contradict_the_file_are_refused(saved):
+    with pytest.raises(
+        InputError, match=r"--backbone 'coco', but .* says 'tiny'; leave the flag out or give tiny"
+    ):
+        load_checkpoint(saved, backbone="coco")
+    with pytest.raises(InputError, match="--blip-model-name 'other', but"):
+        load_checkpoint(saved, model_name="other")

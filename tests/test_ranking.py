@@ -10,6 +10,7 @@ from sprc.ranking import (
     cirr_metrics,
     recall,
     similarities,
+    subset_order,
     subset_ranks,
     target_ranks,
     top_k,
@@ -80,6 +81,21 @@ def test_top_k_is_the_head_of_the_sorted_gallery():
         brute_force_order(row, reference)[:5] for row, reference in zip(scores, references, strict=True)
     ]
     assert top_k(torch.tensor(scores), 5, torch.tensor(references)).tolist() == expected
+
+
+def test_top_k_of_a_small_gallery_is_all_of_it_but_the_reference():
+    scores, references, _, _ = random_case(12)
+    best = top_k(torch.tensor(scores), 50, torch.tensor(references))
+    expected = [brute_force_order(row, reference) for row, reference in zip(scores, references, strict=True)]
+    assert best.tolist() == expected
+
+
+def test_subset_order_is_the_sorted_set_with_the_reference_last():
+    scores, references, _, members = random_case(13)
+    order = subset_order(torch.tensor(scores), torch.tensor(references), torch.tensor(members))
+    for row, reference, group, got in zip(scores, references, members, order.tolist(), strict=True):
+        expected = [index for index in brute_force_order(row, reference) if index in group]
+        assert got == [*expected, reference]
 
 
 def test_similarity_is_the_maximum_over_the_tokens_in_more_than_one_block():

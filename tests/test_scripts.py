@@ -1,69 +1,14 @@
 """The scripts as users run them: in a subprocess, on a made data set; their files and messages are read."""
 
-import csv
 import json
-import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-
-ROOT = Path(__file__).resolve().parent.parent
-# One thread: a second one has little to do on so small a model, and waits badly on a busy machine.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-def run(script, *arguments, code=0):
-    """Run ``src/script`` and return what it printed to stdout and stderr."""
-    command = [sys.executable, str(ROOT / "src" / script), *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
-    assert result.returncode == code, result.stdout + result.stderr
-    return result.stdout, result.stderr
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    """72 training images with 216 triplets, 36 validation images with 36."""
-    out = tmp_path_factory.mktemp("data")
-    run("make_demo_data.py", "--out", out, "--train-families", 2, "--val-families", 1, "--test-families", 1)
-    return out
-
-
-def train(data, models, *flags, code=0):
-    """A short training of `tiny`; returns the run folder, stdout and stderr."""
-    settings = {"--num-epochs": 1, "--batch-size": 16, "--learning-rate": 1e-3, "--num-workers": 0}
-    given = [item for pair in settings.items() if pair[0] not in flags for item in pair]
-    stdout, stderr = run(
-        "blip_fine_tune_2.py",
-        *("--dataset", "CIRR", "--backbone", "tiny", "--data-path", data, "--models-path", models),
-        *given,
-        *flags,
-        code=code,
-    )
-    runs = sorted(models.glob("clip_finetuned_on_cirr_blip2_cir_align_prompt_*"))
-    return (runs[-1] if runs else None), stdout, stderr
-
-
-def read_csv(path):
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
-@pytest.fixture(scope="session")
-def trained(data, tmp_path_factory):
-    """A run of two epochs with the published flags."""
-    models = tmp_path_factory.mktemp("models")
-    return train(
-        data,
-        models,
-        *("--blip-model-name", "blip2_cir_align_prompt", "--num-epochs", 2, "--validation-frequency", 1),
-        *("--loss-align", 0.4, "--loss-rtc", 0.4, "--target-ratio", 1.25, "--transform", "targetpad"),
-        *("--save-training", "--save-best"),
-    )
+from runner import ENVIRONMENT, ROOT, assert_one_clear_line, read_csv, run, train
 
 
 def test_a_run_leaves_the_published_folder(trained):
@@ -212,20 +157,13 @@ BAD_FLAGS = {
         "fusion_strategy='glue' is unknown; choose from gated",
     ),
     "batch too large": (("--batch-size", 1000), "--batch-size 1000 is larger than the training set of 144"),
-    "image size": (("--image-size", 100), "image_size=100 is not a multiple of patch_size=16"),
+    "image size": (("--image-size", 100), "image_size=100 is not a multiple of patch_size=32"),
     "dropout": (("--fusion-dropout", 1.5), "fusion_dropout=1.5 must lie in [0, 1)"),
     "alpha": (("--alpha-init", "nan"), "alpha_init=nan must be a finite number"),
     "device": (("--device", "abacus"), "--device 'abacus' cannot be used"),
     "ratio": (("--target-ratio", 0.5), "--target-ratio 0.5"),
     "epochs": (("--num-epochs", 0), "--num-epochs 0 is too small"),
 }
-
-
-def assert_one_clear_line(stderr, message):
-    lines = [line for line in stderr.splitlines() if line and "it/s]" not in line]
-    assert lines[-1].startswith("error: "), stderr
-    assert message in lines[-1]
-    assert "Traceback" not in stderr
 
 
 @pytest.mark.parametrize("case", BAD_DATA)

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from sprc.errors import InputError
 from sprc.run_folder import create_run_folder, write_atomically, write_csv, write_json
-from sprc.training import TrainingConfig, make_optimizer, make_schedule, train
+from sprc.training import Trainer, TrainingConfig, make_optimizer, make_schedule
 
 
 class Numbers(Dataset):
@@ -19,6 +19,9 @@ class Numbers(Dataset):
 
     def __init__(self, count):
         self.count = count
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
 
     def __len__(self):
         return self.count
@@ -48,21 +51,18 @@ class Recorder(nn.Module):
 
 def run(folder, model, **changes):
     config = TrainingConfig(**{"num_epochs": 3, "batch_size": 4, "num_workers": 0, **changes})
-    kept, validated = [], []
+    (folder / "saved_models").mkdir(exist_ok=True)
+    kept = []
 
     def validate():
-        validated.append(len(model.batches))
-        return {"recall": float(len(validated))}
+        return {"recall": float(len(kept))}
 
-    train(
-        model,
-        Numbers(10),
-        config,
-        folder,
-        validate,
-        lambda epoch, metrics: kept.append((epoch, metrics["recall"])),
-    )
-    return kept, validated
+    def keep(epoch, metrics, earlier):
+        assert [row["recall"] for row in earlier] == [recall for _, recall in kept]
+        kept.append((epoch, metrics["recall"]))
+
+    Trainer(model, Numbers(10), config, folder).train(validate, keep)
+    return kept
 
 
 def read_csv(path):
@@ -96,8 +96,8 @@ def test_the_csv_holds_the_mean_of_each_loss_and_diagnostic_and_the_weighted_tot
 
 
 def test_validation_comes_at_its_frequency_and_after_the_last_epoch(tmp_path):
-    kept, _ = run(tmp_path, Recorder(), num_epochs=6, validation_frequency=2)
-    assert kept == [(0, 1.0), (2, 2.0), (4, 3.0), (5, 4.0)]
+    kept = run(tmp_path, Recorder(), num_epochs=6, validation_frequency=2)
+    assert kept == [(0, 0.0), (2, 1.0), (4, 2.0), (5, 3.0)]
     assert [row["epoch"] for row in read_csv(tmp_path / "validation_metrics.csv")] == ["0", "2", "4", "5"]
 
 
@@ -182,7 +182,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
         file.write(b"half of it")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match=r"cannot write .*metrics.json \(disk full\); free some space"):
         write_atomically(path, half)
     assert json.loads(path.read_text()) == {"good": 1}
     assert list(tmp_path.iterdir()) == [path]

@@ -1,19 +1,29 @@
-"""Checkpoints: SPRC's two entries, `epoch` and the state dict, and what is needed to rebuild the model."""
+"""Checkpoints: SPRC's two entries, `epoch` and the state dict, and what is needed to rebuild the model.
 
+A published SPRC checkpoint has the two entries alone; it loads too, its backbone named on the command line.
+Ours leave out a frozen vision transformer, which the backbone provides, and hold its fingerprint instead.
+"""
+
+import hashlib
 import pickle
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from sprc.config import ModelConfig
+from sprc.config import ModelConfig, read_backbone
 from sprc.errors import InputError
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
-from sprc.models.tokenizer import tokenizer_from_vocabulary
+from sprc.models.factory import backbone_weights, model_class
+from sprc.models.tokenizer import bert_tokenizer, tokenizer_from_vocabulary
 from sprc.run_folder import write_atomically
 
 STATE = Blip2QformerCirAlignPrompt.__name__
+VIT = "visual_encoder."
+FUSION = "gated_fusion."
 
 
 class Checkpoint(NamedTuple):
@@ -21,46 +31,165 @@ class Checkpoint(NamedTuple):
 
     model: Blip2QformerCirAlignPrompt
     epoch: int
-    hyperparameters: dict[str, Any]
+    hyperparameters: dict[str, Any]  # empty for a published checkpoint
+    found: str  # one line for the user: what the file holds
 
 
 def save_checkpoint(
-    path: Path, model: Blip2QformerCirAlignPrompt, epoch: int, hyperparameters: dict[str, Any]
+    path: Path,
+    model: Blip2QformerCirAlignPrompt,
+    epoch: int,
+    hyperparameters: dict[str, Any],
+    *,
+    full: bool = False,
 ) -> None:
-    """Write the model with all that rebuilds it: config, vocabulary and the run's hyperparameters."""
+    """Write the model with all that rebuilds it: config, vocabulary and the run's hyperparameters.
+
+    A frozen vision transformer is left out, unless ``full``; ``left_out`` in the file says so.
+    """
     tokenizer = model.tokenizer
+    state = model.state_dict()
+    left_out = None
+    if model.config.freeze_vit and not full:
+        vit = {key: value for key, value in state.items() if key.startswith(VIT)}
+        state = {key: value for key, value in state.items() if key not in vit}
+        left_out = {"prefix": VIT, "backbone": hyperparameters["backbone"], "fingerprint": fingerprint(vit)}
     contents = {
         "epoch": epoch,
-        STATE: model.state_dict(),
+        STATE: state,
         "model_config": asdict(model.config),
         "vocabulary": tokenizer.convert_ids_to_tokens(list(range(tokenizer.vocab_size))),
         "hyperparameters": hyperparameters,
+        "left_out": left_out,
     }
     write_atomically(path, lambda file: torch.save(contents, file))
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Rebuild the model that :func:`save_checkpoint` wrote, with no flag.
+def load_checkpoint(
+    path: Path, *, model_name: str | None = None, backbone: str | None = None, switches: dict | None = None
+) -> Checkpoint:
+    """Rebuild the model of a checkpoint, ours or a published one.
 
-    Raises :class:`InputError` for a file that is missing, is no checkpoint, or is one of another model.
+    Args:
+        path: the file.
+        model_name: what the user says it holds; checked against a file of ours.
+        backbone: likewise; a published file needs it.
+        switches: None to score the model as it is. To start a training: fields of :class:`ModelConfig`
+            that the user sets; a fusion that the file does not hold is newly started.
+
+    Raises:
+        InputError: the file is missing, is no checkpoint, is cut short, holds a pickle payload, is one of
+            another model or backbone, or lacks parameters or has some too many (they are listed).
     """
+    contents = read_contents(path)
+    hyperparameters = contents.get("hyperparameters", {})
+    for flag, given, own in (
+        ("--blip-model-name", model_name, hyperparameters.get("blip_model_name")),
+        ("--backbone", backbone, hyperparameters.get("backbone")),
+    ):
+        if given and own and given != own:
+            raise InputError(f"{flag} {given!r}, but {path} says {own!r}; leave the flag out or give {own}")
+    if "model_config" in contents:
+        backbone = hyperparameters["backbone"]
+        values, tokenizer = contents["model_config"], tokenizer_from_vocabulary(contents["vocabulary"])
+    elif backbone is None:
+        raise InputError(f"{path} does not say which backbone it was trained on; pass --backbone")
+    else:
+        values, tokenizer = read_backbone(backbone)["model"], bert_tokenizer()
+
+    state = contents[STATE]
+    has_fusion = any(key.startswith(FUSION) for key in state)
+    if switches is None:
+        arguments = {**values, "use_gated_fusion": has_fusion}
+    else:
+        arguments = {**values, **switches}
+    config = ModelConfig.from_dict(arguments, str(path))
+    name = model_name or hyperparameters.get("blip_model_name", "blip2_cir_align_prompt")
+    model = model_class(name)(config, tokenizer)
+    fill(model, contents, path, new_fusion=switches is not None and not has_fusion)
+
+    found = f"{path}: {'SPRC with gated fusion' if has_fusion else 'plain SPRC'}, epoch {contents['epoch']}"
+    if not has_fusion:
+        if switches is None:
+            found += "; fusion is off for scoring"
+        else:
+            found += "; gated fusion is newly started" if config.use_gated_fusion else "; fusion is off"
+    return Checkpoint(model.eval(), contents["epoch"], hyperparameters, found)
+
+
+def read_contents(path: Path) -> dict[str, Any]:
+    """Read the file's dictionary without running anything in it, and check its entries' kinds."""
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing; give the path of a checkpoint (.pt)") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except IsADirectoryError as error:
+        raise InputError(f"{path} is a folder; give the path of a checkpoint (.pt)") from error
+    # A broken file comes out of the unpickler as almost any exception.
+    except (Exception, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise InputError(
             f"{path} cannot be loaded safely: it is no checkpoint, is cut short, or holds more than tensors"
         ) from error
-    needed = (STATE, "epoch", "model_config", "vocabulary", "hyperparameters")
-    if not isinstance(contents, dict) or (missing := [key for key in needed if key not in contents]):
-        keys = ", ".join(missing) if isinstance(contents, dict) else "a dictionary"
-        raise InputError(f"{path} is not a checkpoint of this model: it lacks {keys}")
-    config = ModelConfig.from_dict(contents["model_config"], str(path))
-    model = Blip2QformerCirAlignPrompt(config, tokenizer_from_vocabulary(contents["vocabulary"]))
-    try:
-        model.load_state_dict(contents[STATE])
-    except RuntimeError as error:
-        details = " ".join(str(error).split())
-        raise InputError(f"{path} holds parameters of another model: {details[:400]}") from error
-    return Checkpoint(model.eval(), contents["epoch"], contents["hyperparameters"])
+    if not isinstance(contents, dict):
+        raise InputError(f"{path} is not a checkpoint of this model: it lacks a dictionary")
+    kinds = {STATE: dict, "epoch": int}
+    if "model_config" in contents:
+        kinds |= {"model_config": dict, "vocabulary": list, "hyperparameters": dict}
+    for key, kind in kinds.items():
+        if not isinstance(contents.get(key), kind):
+            problem = "has a wrong" if key in contents else "lacks"
+            raise InputError(f"{path} is not a checkpoint of this model: it {problem} {key}")
+    if wrong := [key for key, value in contents[STATE].items() if not isinstance(value, Tensor)]:
+        raise InputError(f"{path} holds entries that are no tensors: {wrong[:5]}")
+    if "model_config" in contents:
+        if not all(isinstance(word, str) for word in contents["vocabulary"]):
+            raise InputError(f"{path} is not a checkpoint of this model: its vocabulary is not all words")
+        if not isinstance(contents["hyperparameters"].get("backbone"), str):
+            raise InputError(f"{path} is not a checkpoint of this model: its hyperparameters lack backbone")
+    return contents
+
+
+def fill(
+    model: Blip2QformerCirAlignPrompt, contents: dict[str, Any], path: Path, *, new_fusion: bool
+) -> None:
+    """Load the file's parameters strictly; only what the file says it leaves out may be missing."""
+    own, state = model.state_dict(), contents[STATE]
+    allowed: dict[str, Tensor] = {key: value for key, value in own.items() if key.endswith("position_ids")}
+    if new_fusion:
+        allowed |= {key: value for key, value in own.items() if key.startswith(FUSION)}
+    if left_out := contents.get("left_out"):
+        allowed |= vit_of_backbone(model.config, left_out, path)
+    missing = sorted(set(own) - set(state) - set(allowed))
+    unexpected = sorted(key for key in set(state) - set(own) if not key.endswith("position_ids"))
+    wrong = sorted(key for key in set(own) & set(state) if own[key].shape != state[key].shape)
+    if missing or unexpected or wrong:
+        lists = {"missing": missing, "unexpected": unexpected, "of another shape": wrong}
+        details = "; ".join(
+            f"{len(keys)} {what}: {', '.join(keys[:10])}" for what, keys in lists.items() if keys
+        )
+        raise InputError(f"{path} holds parameters of another model ({details})")
+    model.load_state_dict({key: state.get(key, allowed.get(key)) for key in own})
+
+
+def vit_of_backbone(config: ModelConfig, left_out: dict[str, str], path: Path) -> dict[str, Tensor]:
+    """The frozen vision transformer that a checkpoint leaves out, from its backbone, verified."""
+    found = backbone_weights(config, read_backbone(left_out["backbone"])["weights"], vit_only=True)
+    model_keys = {key: value for key, value in found.items() if key.startswith(VIT)}
+    with torch.device("meta"):
+        needed = Blip2QformerCirAlignPrompt.vision_transformer(config).state_dict()
+    vit = {VIT + key: model_keys.get(VIT + key) for key in needed}
+    if None in vit.values() or fingerprint(vit) != left_out["fingerprint"]:
+        raise InputError(
+            f"{path} was trained on another {left_out['backbone']} backbone than the one in "
+            f"{torch.hub.get_dir()}/checkpoints; use that one's files, or a checkpoint saved with --save-full"
+        )
+    return vit
+
+
+def fingerprint(state: dict[str, Tensor]) -> str:
+    """A hash of names and values in float16, the same whether the weights are kept in float16 or float32."""
+    digest = hashlib.blake2b(digest_size=16)
+    for key in sorted(state):
+        digest.update(key.encode())
+        digest.update(state[key].detach().cpu().half().contiguous().numpy().tobytes())
+    return digest.hexdigest()

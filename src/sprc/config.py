@@ -1,5 +1,6 @@
 """The arguments of the model, as one validated dataclass. Imports no torch, so that `--help` is quick."""
 
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -121,3 +122,24 @@ def read_backbone(name: str) -> dict[str, Any]:
     """
     _one_of("--backbone", name, BACKBONES)
     return yaml.safe_load((MODEL_DIR / f"{name}.yaml").read_text())
+
+
+def switches_from_environment() -> dict[str, Any]:
+    """Fields of :class:`ModelConfig` from the YAML file that ``SPRC_SWITCHES`` names, if it is set.
+
+    For scripts that are not ours and cannot pass our flags. Raises :class:`InputError` for a file that
+    cannot be read or names an unknown field.
+    """
+    path = os.environ.get("SPRC_SWITCHES")
+    if not path:
+        return {}
+    try:
+        values = yaml.safe_load(Path(path).read_text()) or {}
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"SPRC_SWITCHES={path} cannot be read ({reason}); give a YAML file") from error
+    known = {field.name for field in fields(ModelConfig)}
+    if not isinstance(values, dict) or (unknown := sorted(map(str, set(values) - known))):
+        wrong = ", ".join(unknown) if isinstance(values, dict) else "no mapping"
+        raise InputError(f"SPRC_SWITCHES={path}: {wrong}; give lines such as `use_gated_fusion: false`")
+    return values

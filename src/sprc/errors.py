@@ -1,5 +1,6 @@
-"""The exception that means "what you gave me is wrong", and how a script reports it."""
+"""How a run ends that cannot go on: what the user gave is wrong, or the user asked it to stop."""
 
+import signal
 import sys
 from collections.abc import Callable
 
@@ -17,14 +18,25 @@ class InputError(ValueError):
         super().__init__(message.rsplit("InputError: ", 1)[-1].strip())
 
 
+class Interrupted(Exception):
+    """A signal asked the run to stop, and it has saved its state."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's ``main``; what a user can act on ends it with one line on stderr, no traceback.
 
-    Exit code 2 for an :class:`InputError`, 1 for a ``FloatingPointError`` (a loss or a score that is not
-    finite). Anything else is a bug and keeps its traceback.
+    Exit code 2 for an :class:`InputError`; 1 for a ``FloatingPointError`` (a loss or a score that is not
+    finite) and an ``OSError`` (a full disk); 128 and the signal's number for :class:`Interrupted`. Anything
+    else is a bug and keeps its traceback.
     """
     try:
         main()
-    except (InputError, FloatingPointError) as error:
+    except Interrupted as stop:
+        sys.exit(128 + stop.signum)
+    except (InputError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)

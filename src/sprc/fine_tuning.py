@@ -1,19 +1,23 @@
 """From the command line of ``blip_fine_tune_2.py`` to a trained model: data, model, run folder, loop."""
 
 import argparse
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from sprc.checkpoint import save_checkpoint
+from sprc.benchmark import Benchmark, make_training_set
+from sprc.checkpoint import load_checkpoint, save_checkpoint
+from sprc.config import switches_from_environment
 from sprc.data.captions import process_caption
-from sprc.data.cirr import load_cirr
-from sprc.data.datasets import TripletDataset, check_images
 from sprc.data.transforms import make_transform
+from sprc.errors import InputError, Interrupted
 from sprc.models.factory import choose_device, create_model, model_class, place
 from sprc.run_folder import create_run_folder, write_json
-from sprc.training import TrainingConfig, train
-from sprc.validation import encode_split, validate
+from sprc.training import Trainer, TrainingConfig
+
+HYPERPARAMETERS = "training_hyperparameters.json"
 
 # Flags that set a field of ModelConfig; None leaves the backbone's value.
 MODEL_SWITCHES = (
@@ -26,81 +30,123 @@ MODEL_SWITCHES = (
     "fusion_start",
 )
 
+# The published weights of the losses; FashionIQ's is the unweighted sum.
+LOSS_WEIGHTS = {
+    "cirr": {"loss_rtc": 0.4, "loss_align": 0.4},
+    "fashioniq": {"loss_rtc": 1.0, "loss_align": 1.0},
+}
+
 
 def fine_tune(arguments: argparse.Namespace) -> Path:
-    """Train on CIRR, write the run folder and return it.
+    """Train, write the run folder and return it; or go on with the run of ``arguments.resume``.
 
     Everything that the user can have got wrong is looked at before the first step; see
-    :class:`InputError`.
+    :class:`InputError`. Raises :class:`Interrupted` after SIGINT or SIGTERM, with the state saved.
     """
+    resume: Path | None = arguments.resume
+    if resume is not None:
+        arguments = resumed_arguments(arguments)
+    for name, weight in LOSS_WEIGHTS[arguments.dataset].items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, weight)
+    benchmark = Benchmark.load(arguments.dataset, arguments.data_path, arguments.fiq_protocol)
     config = TrainingConfig(
-        dataset="CIRR",
+        dataset=benchmark.name,
         num_epochs=arguments.num_epochs,
         batch_size=arguments.batch_size,
         learning_rate=arguments.learning_rate,
-        loss_weights={
-            "loss_itm": arguments.loss_itm,
-            "loss_rtc": arguments.loss_rtc,
-            "loss_align": arguments.loss_align,
-        },
+        loss_weights={name: getattr(arguments, name) for name in ("loss_itm", "loss_rtc", "loss_align")},
         validation_frequency=arguments.validation_frequency,
+        checkpoint_every=arguments.checkpoint_every,
         num_workers=arguments.num_workers,
         seed=arguments.seed,
     )
     device = choose_device(arguments.device)
-    train_split = load_cirr(arguments.data_path, "train")
-    val_split = load_cirr(arguments.data_path, "val")
-    config.check_fits(len(train_split.triplets))
+    triplets, paths = benchmark.train_triplets(arguments.data_path)
+    config.check_fits(len(triplets))
 
     torch.manual_seed(config.seed)
-    switches = {name: getattr(arguments, name) for name in MODEL_SWITCHES}
-    model = create_model(
-        model_class(arguments.blip_model_name),
-        arguments.backbone,
-        captions=[process_caption(triplet.caption) for triplet in train_split.triplets],
-        **{name: value for name, value in switches.items() if value is not None},
-    )
+    model = start_model(arguments, [text for t in triplets for text in (t.training_captions or (t.caption,))])
     transform = make_transform(arguments.transform, model.config.image_size, arguments.target_ratio)
-    needed = {name for t in train_split.triplets for name in (t.reference, t.target)}
-    check_images(train_split.image_paths, needed)
-    check_images(val_split.image_paths, val_split.image_paths)
+    training_set = make_training_set(triplets, paths, transform, config.seed)
+    benchmark.check_images()
     place(model, device)
 
-    run_folder = create_run_folder(arguments.models_path, config.dataset, arguments.blip_model_name)
-    print(f"run folder: {run_folder}")
-    hyperparameters = {
-        key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()
-    }
+    if resume is None:
+        run_folder = create_run_folder(arguments.models_path, benchmark.name, arguments.blip_model_name)
+        print(f"run folder: {run_folder}", flush=True)
+    else:
+        run_folder = resume
+    hyperparameters = {key: value for key, value in vars(arguments).items() if key != "resume"}
     hyperparameters |= {name: getattr(model.config, name) for name in MODEL_SWITCHES}
-    hyperparameters |= {"dataset": config.dataset, "device": str(device), "torch": str(torch.__version__)}
-    write_json(run_folder / "training_hyperparameters.json", hyperparameters)
+    hyperparameters |= {"device": str(device), "torch": str(torch.__version__)}
+    hyperparameters = {k: str(v) if isinstance(v, Path) else v for k, v in hyperparameters.items()}
+    if resume is None:
+        write_json(run_folder / HYPERPARAMETERS, hyperparameters)
 
-    def score() -> dict[str, float]:
-        encoded = encode_split(
+    def score() -> dict[str, float | str]:
+        return benchmark.validate(
             model,
-            val_split,
             transform,
             batch_size=config.batch_size,
             num_workers=config.num_workers,
             save_memory=arguments.save_memory,
         )
-        return validate(encoded)
 
-    best = float("-inf")
-
-    def keep(epoch: int, metrics: dict[str, float]) -> None:
-        nonlocal best
-        better = metrics["arithmetic_mean"] > best
-        best = max(best, metrics["arithmetic_mean"])
-        print(
-            f"epoch {epoch}: R@1 {metrics['recall_at1']:.2f}, R@5 {metrics['recall_at5']:.2f}, "
-            f"R_s@1 {metrics['group_recall_at1']:.2f}, arithmetic mean {metrics['arithmetic_mean']:.2f}"
-            + (" (best so far)" if better else "")
-        )
+    def keep(epoch: int, metrics: dict[str, Any], earlier: list[dict[str, Any]]) -> None:
+        better = all(metrics[benchmark.criterion] > row[benchmark.criterion] for row in earlier)
+        print(f"epoch {epoch}: {benchmark.summary(metrics)}{' (best so far)' if better else ''}", flush=True)
         if arguments.save_training and (better or not arguments.save_best):
-            name = "tuned_clip_arithmetic" if arguments.save_best else f"tuned_clip_{epoch}"
-            save_checkpoint(run_folder / "saved_models" / f"{name}.pt", model, epoch, hyperparameters)
+            name = benchmark.checkpoint if arguments.save_best else f"tuned_clip_{epoch}"
+            path = run_folder / "saved_models" / f"{name}.pt"
+            save_checkpoint(path, model, epoch, hyperparameters, full=arguments.save_full)
 
-    dataset = TripletDataset(train_split.triplets, train_split.image_paths, transform)
-    train(model, dataset, config, run_folder, score, keep)
+    trainer = Trainer(model, training_set, config, run_folder)
+    if resume is not None:
+        trainer.load_state()
+        print(
+            f"resuming {run_folder} at epoch {trainer.progress.epoch}, step {trainer.progress.step}",
+            flush=True,
+        )
+    try:
+        trainer.train(score, keep)
+    except Interrupted as stop:
+        print(
+            f"stopped by {stop}; go on with: python src/blip_fine_tune_2.py --resume {run_folder}", flush=True
+        )
+        raise
     return run_folder
+
+
+def start_model(arguments: argparse.Namespace, captions: list[str]) -> torch.nn.Module:
+    """The model to train: from its backbone's weights, or from the checkpoint of ``--model-path``."""
+    flags = {name: getattr(arguments, name) for name in MODEL_SWITCHES}
+    switches = {name: value for name, value in flags.items() if value is not None}
+    switches = switches_from_environment() | switches  # the command line wins
+    if arguments.model_path is not None:
+        checkpoint = load_checkpoint(
+            arguments.model_path,
+            model_name=arguments.blip_model_name,
+            backbone=arguments.backbone,
+            switches=switches,
+        )
+        print(checkpoint.found, flush=True)
+        return checkpoint.model
+    cls = model_class(arguments.blip_model_name)
+    captions = [process_caption(caption) for caption in captions]
+    return create_model(cls, arguments.backbone, captions=captions, **switches)
+
+
+def resumed_arguments(arguments: argparse.Namespace) -> argparse.Namespace:
+    """The flags that the run to resume was started with; ``--device`` may be given anew."""
+    path = arguments.resume / HYPERPARAMETERS
+    try:
+        written = json.loads(path.read_text())
+        for name in ("data_path", "models_path", "model_path"):
+            written[name] = None if written[name] is None else Path(written[name])
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is missing; give --resume the folder of a run") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is broken; restore it from a copy") from error
+    device = arguments.device or written["device"]
+    return argparse.Namespace(**{**written, "device": device, "resume": arguments.resume})

@@ -77,10 +77,28 @@ def subset_ranks(scores: Tensor, targets: Tensor, references: Tensor, members: T
 
 
 def top_k(scores: Tensor, k: int, references: Tensor | None = None) -> Tensor:
-    """The k best gallery indices a query, best first: (T, G) to (T, k). References are left out."""
+    """The k best gallery indices a query, best first: (T, G) to (T, k), or fewer where the gallery has fewer.
+
+    References, (T,) gallery indices, are left out.
+    """
+    available = scores.shape[1]
     if references is not None:
         scores = scores.scatter(1, references[:, None], -torch.inf)
-    return scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
+        available -= 1
+    return scores.sort(dim=1, descending=True, stable=True).indices[:, : min(k, available)]
+
+
+def subset_order(scores: Tensor, references: Tensor, members: Tensor) -> Tensor:
+    """Each image set's members, best first, the reference (and what fills up a short set) last: (T, K).
+
+    Args:
+        scores: (T, G) similarities.
+        references: (T,) gallery indices.
+        members: (T, K) gallery indices.
+    """
+    members = members.sort(dim=1).values  # so that a stable sort breaks ties by gallery index
+    among = scores.gather(1, members).masked_fill(members == references[:, None], -torch.inf)
+    return members.gather(1, among.sort(dim=1, descending=True, stable=True).indices)
 
 
 def recall(ranks: Tensor, k: int) -> float:

@@ -42,6 +42,8 @@ def report_run(run_folder: Path, *, queries: int = 8, seed: int = 0, device: str
     settings = checkpoint.hyperparameters
     model = place(checkpoint.model, choose_device(device))
     transform = make_transform(settings["transform"], model.config.image_size, settings["target_ratio"])
+    if settings["dataset"] != "cirr":
+        raise InputError(f"{run_folder} was trained on {settings['dataset']}; reports are made of CIRR runs")
     split = load_cirr(Path(settings["data_path"]), "val")
     check_images(split.image_paths, split.image_paths)
     encoded = encode_split(

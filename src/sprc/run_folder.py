@@ -32,7 +32,10 @@ def create_run_folder(models: Path, dataset: str, model_name: str) -> Path:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Call ``write`` on a temporary file beside ``path``, then put it in ``path``'s place."""
+    """Call ``write`` on a temporary file beside ``path``, then put it in ``path``'s place.
+
+    Raises ``OSError`` if that fails, a full disk for one; the file that was there is untouched.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -40,6 +43,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a failed write
+        reason = " ".join(str(error).split())
+        raise OSError(
+            f"cannot write {path} ({reason}); free some space. What was there is untouched"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

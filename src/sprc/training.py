@@ -1,19 +1,27 @@
-"""The training loop. It takes any model that returns a dict of losses, and knows nothing of fusion."""
+"""The training loop. It takes any model that returns a dict of losses, and knows nothing of fusion.
+
+A run can be killed at any moment and resumed. What the next step depends on is saved together, atomically:
+weights, optimizer, schedule, scaler, random states, the place in the data's order, the CSV files' rows.
+"""
 
 import math
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
-from sprc.errors import InputError
-from sprc.run_folder import write_csv
+from sprc.data.datasets import TripletDataset
+from sprc.errors import InputError, Interrupted
+from sprc.run_folder import write_atomically, write_csv
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +34,7 @@ class TrainingConfig:
     learning_rate: float = 1e-5
     loss_weights: dict[str, float] = field(default_factory=dict)  # a loss that is not named weighs 1
     validation_frequency: int = 1
+    checkpoint_every: int = 0  # steps between saved states; 0 saves one an epoch
     num_workers: int = 2
     seed: int = 0
 
@@ -34,6 +43,7 @@ class TrainingConfig:
             ("num_epochs", 1),
             ("batch_size", 1),
             ("validation_frequency", 1),
+            ("checkpoint_every", 0),
             ("num_workers", 0),
             ("seed", 0),
         ):
@@ -75,94 +85,207 @@ def make_schedule(
     return OneCycleLR(optimizer, max_lr=learning_rate, steps_per_epoch=steps_per_epoch, **shape)
 
 
-def train(
-    model: nn.Module,
-    dataset: Dataset,
-    config: TrainingConfig,
-    run_folder: Path,
-    validate: Callable[[], dict[str, float]],
-    keep: Callable[[int, dict[str, float]], None],
-) -> None:
-    """Train for ``config.num_epochs``, writing `train_metrics.csv` and `validation_metrics.csv` as it goes.
+class EpochOrder(Sampler[int]):
+    """A random order for each epoch, a function of seed and epoch alone, from any place in it."""
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length = length
+        self.seed = seed
+        self.epoch = 0
+        self.start = 0
+
+    def __len__(self) -> int:
+        return self.length - self.start
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return iter(torch.randperm(self.length, generator=generator)[self.start :].tolist())
+
+
+@dataclass
+class Progress:
+    """Where a run is, and what it has written so far."""
+
+    epoch: int = 0
+    step: int = 0  # batches of this epoch that are trained
+    sums: dict[str, float] = field(default_factory=dict)  # over those batches, of what is logged
+    train_rows: list[dict[str, float]] = field(default_factory=list)
+    validation_rows: list[dict[str, float]] = field(default_factory=list)
+
+
+class Trainer:
+    """A model, what trains it, and the state that a resumed run needs.
 
     Args:
-        model: on its device; ``model(batch)`` gives a dict of scalar losses, and ``model.diagnostics`` a
-            dict of scalars to log beside them.
-        dataset: items that the default collate makes into ``batch``.
+        model: on its device; ``model(batch)`` gives a dict of scalar losses, and ``model.diagnostics`` a dict
+            of scalars to log beside them.
+        dataset: items that the default collate makes into ``batch``; ``set_epoch`` tells it the epoch.
         config: see :class:`TrainingConfig`.
-        run_folder: where the CSV files go.
-        validate: scores the model as it is.
-        keep: is given the epoch and the scores, and saves the model if it is worth saving.
+        run_folder: where the CSV files and the state go.
 
     Raises:
         InputError: the batch is larger than the data set.
-        FloatingPointError: a loss is not finite; the step is named, what was saved stays.
     """
-    config.check_fits(len(dataset))
-    order = torch.Generator()
-    loader = DataLoader(
-        dataset,
-        config.batch_size,
-        sampler=RandomSampler(dataset, generator=order),
-        drop_last=True,
-        # Its own, or starting workers would draw from the order's generator or from the model's.
-        generator=torch.Generator(),
-        num_workers=config.num_workers,
-        persistent_workers=config.num_workers > 0,
-        pin_memory=model.device.type == "cuda",
-    )
-    optimizer = make_optimizer(model, config.learning_rate)
-    schedule = make_schedule(config.dataset, optimizer, config.learning_rate, len(loader), config.num_epochs)
-    scaler = torch.amp.GradScaler(model.device.type, enabled=model.device.type == "cuda")
 
-    train_rows: list[dict[str, float]] = []
-    validation_rows: list[dict[str, float]] = []
-    for epoch in range(config.num_epochs):
-        order.manual_seed(config.seed + epoch)  # the order of an epoch depends on nothing before it
-        means = train_epoch(model, loader, optimizer, schedule, scaler, config.loss_weights, epoch)
-        train_rows.append({"epoch": epoch, **means})
-        write_csv(run_folder / "train_metrics.csv", train_rows)
-        if epoch % config.validation_frequency == 0 or epoch == config.num_epochs - 1:
-            metrics = validate()
-            validation_rows.append({"epoch": epoch, **metrics})
-            write_csv(run_folder / "validation_metrics.csv", validation_rows)
-            keep(epoch, metrics)
+    def __init__(
+        self, model: nn.Module, dataset: TripletDataset, config: TrainingConfig, run_folder: Path
+    ) -> None:
+        config.check_fits(len(dataset))
+        self.model, self.dataset, self.config, self.run_folder = model, dataset, config, run_folder
+        self.steps_per_epoch = len(dataset) // config.batch_size
+        self.order = EpochOrder(len(dataset), config.seed)
+        self.loader = DataLoader(
+            dataset,
+            config.batch_size,
+            sampler=self.order,
+            drop_last=True,
+            # Its own, or starting workers would draw from the model's.
+            generator=torch.Generator(),
+            num_workers=config.num_workers,
+            persistent_workers=config.num_workers > 0,
+            pin_memory=model.device.type == "cuda",
+        )
+        self.optimizer = make_optimizer(model, config.learning_rate)
+        self.schedule = make_schedule(
+            config.dataset, self.optimizer, config.learning_rate, self.steps_per_epoch, config.num_epochs
+        )
+        self.scaler = torch.amp.GradScaler(model.device.type, enabled=model.device.type == "cuda")
+        self.progress = Progress()
 
+    @property
+    def state_file(self) -> Path:
+        """Where the state is kept while the run is not finished."""
+        return self.run_folder / "saved_models" / "training_state.pt"
 
-def train_epoch(
-    model: nn.Module,
-    loader: DataLoader,
-    optimizer: Optimizer,
-    schedule: LRScheduler,
-    scaler: torch.amp.GradScaler,
-    loss_weights: dict[str, float],
-    epoch: int,
-) -> dict[str, float]:
-    """One pass over the data; the mean of the total loss, of each loss and of each diagnostic."""
-    model.train()
-    device = model.device
-    sums: dict[str, Tensor] = {}
-    bar = tqdm(loader, desc=f"epoch {epoch}", mininterval=1.0)
-    for step, batch in enumerate(bar):
-        batch = {
-            key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-            for key, value in batch.items()
+    def save_state(self) -> None:
+        """Write all that the next step depends on. Frozen weights are not part of it."""
+        weights = self.model.state_dict()
+        state = {
+            "model": {name: value for name, value in weights.items() if self._is_trained(name)},
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if self.model.device.type == "cuda" else [],
+            "progress": vars(self.progress),
         }
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.float16, enabled=scaler.is_enabled()):
-            losses = model(batch)
-            total = sum(loss_weights.get(name, 1.0) * loss for name, loss in losses.items())
-        if not torch.isfinite(total):
-            values = ", ".join(f"{name}={loss.item()}" for name, loss in losses.items())
-            raise FloatingPointError(
-                f"the loss is not finite at epoch {epoch}, step {step} ({values}); lower --learning-rate or "
-                "check the data. Checkpoints saved so far are kept"
-            )
-        scaler.scale(total).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        schedule.step()
-        for name, value in {"train_loss": total, **losses, **model.diagnostics}.items():
-            sums[name] = sums.get(name, 0.0) + value.detach().double()
-        bar.set_postfix({name: f"{sums[name].item() / (step + 1):.3f}" for name in losses}, refresh=False)
-    return {name: (value / len(loader)).item() for name, value in sums.items()}
+        write_atomically(self.state_file, lambda file: torch.save(state, file))
+
+    def load_state(self) -> None:
+        """Go on from :meth:`save_state`, if there is a state yet."""
+        if not self.state_file.exists():
+            return
+        state: dict[str, Any] = torch.load(self.state_file, map_location="cpu", weights_only=True)
+        own = self.model.state_dict()
+        frozen = {name: value for name, value in own.items() if not self._is_trained(name)}
+        self.model.load_state_dict(frozen | state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["random"])
+        if state["random_cuda"]:
+            torch.cuda.set_rng_state_all(state["random_cuda"])
+        self.progress = Progress(**state["progress"])
+
+    def _is_trained(self, name: str) -> bool:
+        try:
+            return self.model.get_parameter(name).requires_grad
+        except AttributeError:  # a buffer
+            return True
+
+    def train(
+        self,
+        validate: Callable[[], dict[str, float]],
+        keep: Callable[[int, dict[str, float], list[dict[str, float]]], None],
+    ) -> None:
+        """Train up to ``config.num_epochs``, writing `train_metrics.csv` and `validation_metrics.csv`.
+
+        Args:
+            validate: scores the model as it is.
+            keep: is given the epoch, its scores and the rows of earlier validations, and saves the model if
+                it is worth saving.
+
+        Raises:
+            FloatingPointError: a loss is not finite; the step is named, what was saved stays.
+            Interrupted: SIGINT or SIGTERM came; the state is saved.
+        """
+        config, progress = self.config, self.progress
+        with stop_signals() as stop:
+            while progress.epoch < config.num_epochs:
+                self.train_epoch(stop)
+                epoch, sums = progress.epoch, progress.sums
+                means = {name: value / self.steps_per_epoch for name, value in sums.items()}
+                progress.train_rows.append({"epoch": epoch, **means})
+                write_csv(self.run_folder / "train_metrics.csv", progress.train_rows)
+                if epoch % config.validation_frequency == 0 or epoch == config.num_epochs - 1:
+                    metrics = validate()
+                    row = {"epoch": epoch, **metrics}
+                    keep(epoch, metrics, progress.validation_rows)
+                    progress.validation_rows.append(row)
+                    write_csv(self.run_folder / "validation_metrics.csv", progress.validation_rows)
+                progress.epoch, progress.step, progress.sums = epoch + 1, 0, {}
+                self.save_state()
+
+    def train_epoch(self, stop: list[int]) -> None:
+        """Train the rest of the current epoch, adding to ``progress.sums``."""
+        model, progress, config = self.model, self.progress, self.config
+        model.train()
+        device = model.device
+        self.dataset.set_epoch(progress.epoch)
+        self.order.epoch = progress.epoch
+        self.order.start = progress.step * config.batch_size
+        bar = tqdm(
+            self.loader,
+            desc=f"epoch {progress.epoch}",
+            initial=progress.step,
+            total=self.steps_per_epoch,
+            mininterval=1.0,
+        )
+        for batch in bar:
+            batch = {
+                key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+                for key, value in batch.items()
+            }
+            self.optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(device.type, torch.float16, enabled=self.scaler.is_enabled()):
+                losses = model(batch)
+                total = sum(config.loss_weights.get(name, 1.0) * loss for name, loss in losses.items())
+            if not torch.isfinite(total):
+                values = ", ".join(f"{name}={loss.item()}" for name, loss in losses.items())
+                raise FloatingPointError(
+                    f"the loss is not finite at epoch {progress.epoch}, step {progress.step} ({values}); "
+                    "lower --learning-rate or check the data. Checkpoints saved so far are kept"
+                )
+            self.scaler.scale(total).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.schedule.step()
+            for name, value in {"train_loss": total, **losses, **model.diagnostics}.items():
+                progress.sums[name] = progress.sums.get(name, 0.0) + value.item()
+            progress.step += 1
+            shown = {name: f"{progress.sums[name] / progress.step:.3f}" for name in losses}
+            bar.set_postfix(shown, refresh=False)
+            if stop:
+                self.save_state()
+                raise Interrupted(stop[0])
+            if config.checkpoint_every and progress.step % config.checkpoint_every == 0:
+                self.save_state()
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Within it SIGINT and SIGTERM only fill the list; a second one acts at once, as usual."""
+    received: list[int] = []
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(signum: int, _frame: object) -> None:
+        received.append(signum)
+        signal.signal(signum, before[signum])
+
+    for signum in before:
+        signal.signal(signum, note)
+    try:
+        yield received
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -1,4 +1,4 @@
-"""Score a model on a CIRR split: every image through the model once, then ranks and recall."""
+"""Score a model on a benchmark's split: every image through the model once, then ranks and recall."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +12,11 @@ from tqdm import tqdm
 from sprc.data.captions import process_caption
 from sprc.data.cirr import CirrSplit
 from sprc.data.datasets import ImageDataset
+from sprc.data.fashioniq import FashionIQSplit
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
-from sprc.ranking import cirr_metrics, similarities, subset_ranks, target_ranks
+from sprc.ranking import cirr_metrics, fashioniq_metrics, similarities, subset_ranks, target_ranks
+
+Split = CirrSplit | FashionIQSplit
 
 
 @dataclass(frozen=True)
@@ -24,14 +27,14 @@ class EncodedSplit:
     composed: Tensor  # (T, E), reference and text
     text_only: Tensor  # (T, E), the text alone: SPRC's call 4
     references: Tensor  # (T,) gallery indices
-    targets: Tensor  # (T,)
-    members: Tensor  # (T, K)
+    targets: Tensor | None  # (T,); None where the benchmark keeps them secret
+    members: Tensor  # (T, K); K is 0 for FashionIQ
 
 
 @torch.no_grad()
 def encode_split(
     model: Blip2QformerCirAlignPrompt,
-    split: CirrSplit,
+    split: Split,
     transform: Callable[[Image], Tensor],
     *,
     batch_size: int,
@@ -45,13 +48,14 @@ def encode_split(
 
     Args:
         model: on its device.
-        split: with targets (CIRR's train or val).
+        split: of CIRR or FashionIQ.
         transform: the preprocessing the model was trained with.
         batch_size: images, and queries, at once.
         num_workers: processes that read images.
         save_memory: keep the gallery's features in main memory instead of the GPU's.
     """
     names = list(split.image_paths)
+    label = " ".join([getattr(split, "dress_type", ""), split.name]).strip()
     index = {name: i for i, name in enumerate(names)}
     captions = [process_caption(triplet.caption) for triplet in split.triplets]
     queries_of: dict[int, list[int]] = {}
@@ -66,9 +70,10 @@ def encode_split(
     loader = DataLoader(
         ImageDataset(names, split.image_paths, transform), batch_size, num_workers=num_workers
     )
+    hidden = any(triplet.target is None for triplet in split.triplets)
     was_training = model.training
     model.eval()
-    for image_indices, images in tqdm(loader, desc=f"encode {split.name}", leave=False):
+    for image_indices, images in tqdm(loader, desc=f"encode {label}", leave=False):
         target_feats, image_embeds = model.extract_target_features(images.to(device))
         gallery[image_indices] = target_feats.to(gallery.device)
         rows = [(row, q) for row, i in enumerate(image_indices.tolist()) for q in queries_of.get(i, ())]
@@ -83,12 +88,12 @@ def encode_split(
         composed=composed,
         text_only=text_only,
         references=torch.tensor([index[t.reference] for t in split.triplets]),
-        targets=torch.tensor([index[t.target] for t in split.triplets]),
+        targets=None if hidden else torch.tensor([index[t.target] for t in split.triplets]),
         members=member_indices(split, index),
     )
 
 
-def member_indices(split: CirrSplit, index: dict[str, int]) -> Tensor:
+def member_indices(split: Split, index: dict[str, int]) -> Tensor:
     """Gallery indices of each triplet's image set, (T, K).
 
     A set of fewer than K images is filled up with its reference, which is left out of the ranking anyway.
@@ -98,7 +103,8 @@ def member_indices(split: CirrSplit, index: dict[str, int]) -> Tensor:
         [
             [index[name] for name in (*t.members, *[t.reference] * (longest - len(t.members)))]
             for t in split.triplets
-        ]
+        ],
+        dtype=torch.int64,
     )
 
 
@@ -121,9 +127,22 @@ def score(encoded: EncodedSplit, scores: Tensor) -> dict[str, float]:
     )
 
 
-def validate(encoded: EncodedSplit) -> dict[str, float]:
-    """CIRR's metrics of the composed queries."""
-    return score(encoded, similarities(encoded.composed, encoded.gallery))
+def validate(splits: list[Split], encoded: list[EncodedSplit]) -> dict[str, float]:
+    """The benchmark's metrics of the composed queries, in percent.
+
+    Args:
+        splits: CIRR's one split, or FashionIQ's one split a type.
+        encoded: the same splits, encoded.
+    """
+    scores = [similarities(one.composed, one.gallery) for one in encoded]
+    if isinstance(splits[0], CirrSplit):
+        return score(encoded[0], scores[0])
+    return fashioniq_metrics(
+        {
+            split.dress_type: target_ranks(matrix, one.targets)
+            for split, one, matrix in zip(splits, encoded, scores, strict=True)
+        }
+    )
 
 
 def modality_table(encoded: EncodedSplit) -> dict[str, dict[str, float]]:
@@ -132,7 +151,7 @@ def modality_table(encoded: EncodedSplit) -> dict[str, dict[str, float]]:
     A benchmark where either half does as well as the whole does not test composition.
     """
     return {
-        "reference and text": validate(encoded),
+        "reference and text": score(encoded, similarities(encoded.composed, encoded.gallery)),
         "text only": score(encoded, similarities(encoded.text_only, encoded.gallery)),
         "image only": score(encoded, image_similarities(encoded)),
     }

@@ -37,19 +37,7 @@ class Blip2QformerCirAlignPrompt(nn.Module):
         self.config = config
         self.tokenizer = tokenizer
 
-        vit_arguments = {
-            "image_size": config.image_size,
-            "patch_size": config.patch_size,
-            "width": config.vit_width,
-            "depth": config.vit_depth,
-            "heads": config.vit_heads,
-            "mlp_ratio": config.vit_mlp_ratio,
-            "norm_eps": config.vit_norm_eps,
-        }
-        if config.vit == "eva":
-            self.visual_encoder = EvaViT(**vit_arguments, initializer_range=config.initializer_range)
-        else:
-            self.visual_encoder = ClipViT(**vit_arguments)
+        self.visual_encoder = self.vision_transformer(config)
         self.ln_vision = nn.LayerNorm(config.vit_width, eps=config.vision_norm_eps)
 
         self.Qformer = QFormer(
@@ -93,6 +81,22 @@ class Blip2QformerCirAlignPrompt(nn.Module):
             parameter.requires_grad_(name == "predictions.decoder.weight")
         self.visual_encoder.requires_grad_(not config.freeze_vit)
         self.train()
+
+    @staticmethod
+    def vision_transformer(config: ModelConfig) -> EvaViT | ClipViT:
+        """The image encoder that ``config`` describes, with random weights."""
+        arguments = {
+            "image_size": config.image_size,
+            "patch_size": config.patch_size,
+            "width": config.vit_width,
+            "depth": config.vit_depth,
+            "heads": config.vit_heads,
+            "mlp_ratio": config.vit_mlp_ratio,
+            "norm_eps": config.vit_norm_eps,
+        }
+        if config.vit == "eva":
+            return EvaViT(**arguments, initializer_range=config.initializer_range)
+        return ClipViT(**arguments)
 
     def train(self, mode: bool = True) -> "Blip2QformerCirAlignPrompt":
         """Set the mode; a frozen vision transformer stays in eval mode always."""

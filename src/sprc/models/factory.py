@@ -66,11 +66,17 @@ def choose_device(name: str | None) -> torch.device:
 
 def place(model: nn.Module, device: torch.device) -> nn.Module:
     """Move to ``device``; on a GPU a frozen ViT keeps its large weights in float16, at half the memory."""
-    if device.type == "cuda" and model.config.freeze_vit:
+    if device.type == "cuda":
+        halve_frozen_vit(model)
+    return model.to(device)
+
+
+def halve_frozen_vit(model: nn.Module) -> None:
+    """Keep the matrices of a frozen ViT in float16, as LAVIS does; encode_image runs it under autocast."""
+    if model.config.freeze_vit:
         for module in model.visual_encoder.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 module.half()
-    return model.to(device)
 
 
 def load_backbone(model: Blip2QformerCirAlignPrompt, weights: dict[str, str]) -> None:
@@ -79,20 +85,7 @@ def load_backbone(model: Blip2QformerCirAlignPrompt, weights: dict[str, str]) ->
     A parameter that neither file holds, or that has another shape, raises :class:`InputError`. Entries
     for parts that BLIP-2 leaves out of the vision transformer are counted in one printed line.
     """
-    found: dict[str, Tensor] = {}
-    if "vit" in weights:
-        found |= {f"visual_encoder.{key}": value for key, value in _fetch(weights["vit"]).items()}
-    found |= _fetch(weights["blip2"])[
-        "model"
-    ]  # its own ViT, where it has one, is the one it was trained with
-
-    eva = model.config.vit == "eva"
-    positions = "visual_encoder.pos_embed" if eva else "visual_encoder.positional_embedding"
-    if positions in found:
-        grid = found[positions].squeeze(0)  # EVA's has a batch axis of one, CLIP's has none
-        grid = resize_positions(grid, model.config.num_patches, align_corners=not eva)
-        found[positions] = grid[None] if eva else grid
-
+    found = backbone_weights(model.config, weights)
     own = model.state_dict()
     state = {
         key: value if key.startswith(NEW_PARAMETERS) or key.endswith("position_ids") else found.get(key)
@@ -108,6 +101,27 @@ def load_backbone(model: Blip2QformerCirAlignPrompt, weights: dict[str, str]) ->
     if unused := sorted(set(found) - set(own)):
         print(f"backbone weights: {len(unused)} entries belong to parts that this model leaves out")
     model.load_state_dict(state)
+
+
+def backbone_weights(
+    config: ModelConfig, weights: dict[str, str], *, vit_only: bool = False
+) -> dict[str, Tensor]:
+    """What a backbone's files hold, under the model's names, positions resampled to ``config.image_size``.
+
+    With ``vit_only`` a file that holds no vision transformer is not fetched.
+    """
+    found: dict[str, Tensor] = {}
+    if "vit" in weights:
+        found |= {f"visual_encoder.{key}": value for key, value in _fetch(weights["vit"]).items()}
+    if not (vit_only and found):
+        found |= _fetch(weights["blip2"])["model"]  # its own ViT, if any, is the one it was trained with
+    eva = config.vit == "eva"
+    positions = "visual_encoder.pos_embed" if eva else "visual_encoder.positional_embedding"
+    if positions in found:
+        grid = found[positions].squeeze(0)  # EVA's has a batch axis of one, CLIP's has none
+        grid = resize_positions(grid, config.num_patches, align_corners=not eva)
+        found[positions] = grid[None] if eva else grid
+    return found
 
 
 def _fetch(url: str) -> dict[str, Any]:

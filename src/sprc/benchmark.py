@@ -1,0 +1,91 @@
+"""What CIRR and FashionIQ differ in, for training and for validation."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL.Image import Image
+from torch import Tensor
+
+from sprc.data import TYPES
+from sprc.data.cirr import load_cirr
+from sprc.data.datasets import Triplet, TripletDataset, check_images
+from sprc.data.fashioniq import load_fashioniq
+from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
+from sprc.validation import Split, encode_split, validate
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A data set's validation splits and the published habits around them."""
+
+    name: str  # "CIRR" or "FashionIQ"
+    protocol: str | None  # FashionIQ's gallery; its name stands beside every figure
+    val: list[Split]
+    criterion: str  # the metric whose best epoch is kept
+    checkpoint: str  # under this name
+
+    @classmethod
+    def load(cls, dataset: str, data_path: Path, protocol: str) -> "Benchmark":
+        """Read and check the validation annotations of ``dataset``, "cirr" or "fashioniq".
+
+        Raises :class:`InputError` naming the file and the entry.
+        """
+        if dataset == "cirr":
+            val = [load_cirr(data_path, "val")]
+            return cls("CIRR", None, val, "arithmetic_mean", "tuned_clip_arithmetic")
+        val = [load_fashioniq(data_path, "val", dress_type, protocol) for dress_type in TYPES]
+        return cls("FashionIQ", protocol, val, "average_recall", "tuned_clip_best")
+
+    def check_images(self) -> None:
+        """Look at every image of the galleries; see :func:`sprc.data.datasets.check_images`."""
+        for split in self.val:
+            check_images(split.image_paths, split.image_paths)
+
+    def train_triplets(self, data_path: Path) -> tuple[list[Triplet], dict[str, Path]]:
+        """The training triplets (FashionIQ's three types chained) and the paths of their images."""
+        if self.name == "CIRR":
+            splits = [load_cirr(data_path, "train")]
+        else:  # val-split is the gallery of the triplets' images alone; training needs no others
+            splits = [load_fashioniq(data_path, "train", dress_type, "val-split") for dress_type in TYPES]
+        triplets = [triplet for split in splits for triplet in split.triplets]
+        paths = {name: path for split in splits for name, path in split.image_paths.items()}
+        return triplets, paths
+
+    def validate(
+        self,
+        model: Blip2QformerCirAlignPrompt,
+        transform: Callable[[Image], Tensor],
+        **encoding: int | bool,
+    ) -> dict[str, float | str]:
+        """The metrics in percent, FashionIQ's after the name of their protocol.
+
+        ``encoding`` is passed on to :func:`sprc.validation.encode_split`.
+        """
+        encoded = [encode_split(model, split, transform, **encoding) for split in self.val]
+        metrics = validate(self.val, encoded)
+        return metrics if self.protocol is None else {"protocol": self.protocol, **metrics}
+
+    def summary(self, metrics: dict[str, float | str]) -> str:
+        """The headline metrics in one line."""
+        if self.name == "CIRR":
+            shown = {
+                "R@1": "recall_at1",
+                "R@5": "recall_at5",
+                "R_s@1": "group_recall_at1",
+                "mean(R@5+R_s@1)": "mean(R@5+R_s@1)",
+                "arithmetic mean": "arithmetic_mean",
+            }
+            return ", ".join(f"{label} {metrics[key]:.2f}" for label, key in shown.items())
+        return (
+            f"R@10 {metrics['average_recall_at10']:.2f}, R@50 {metrics['average_recall_at50']:.2f}, "
+            f"mean {metrics['average_recall']:.2f} ({self.protocol} gallery)"
+        )
+
+
+def make_training_set(
+    triplets: list[Triplet], paths: dict[str, Path], transform: Callable[[Image], Tensor], seed: int
+) -> TripletDataset:
+    """The training triplets as a data set, after a look at every image it needs."""
+    check_images(paths, {name for triplet in triplets for name in (triplet.reference, triplet.target)})
+    return TripletDataset(triplets, paths, transform, seed)
