@@ -1,4 +1,5 @@
 # make demo         sets up, makes the built-in data, trains `tiny` with gated fusion, reports
+# make demo-fashioniq   the same in FashionIQ's format, without the report
 # make test         sets up the same and runs all tests (LAVIS's included)
 # make test-modern  runs the tests on a newer Python, without LAVIS, with today's torch and transformers
 # make setup        only the virtual environment
@@ -6,7 +7,7 @@
 MODERN_PYTHON ?= 3.12
 UV := $(or $(shell command -v uv),.tools/bin/uv)
 
-.PHONY: setup demo test test-modern
+.PHONY: setup demo demo-fashioniq test test-modern
 .DELETE_ON_ERROR:
 
 setup: .venv/ready
@@ -31,6 +32,12 @@ demo: .venv/ready
 		--num-epochs 12 --batch-size 64 --learning-rate 5e-4 --num-workers 0 \
 		--validation-frequency 2 --save-training --save-best
 	.venv/bin/python src/report_run.py
+
+demo-fashioniq: .venv/ready
+	.venv/bin/python src/make_demo_data.py --dataset FashionIQ --out demo
+	.venv/bin/python src/blip_fine_tune_2.py --dataset FashionIQ --backbone tiny --data-path demo \
+		--num-epochs 10 --batch-size 64 --learning-rate 5e-4 --num-workers 0 \
+		--validation-frequency 2 --save-training --save-best
 
 test: .venv/ready
 	.venv/bin/python -m pytest

@@ -86,6 +86,7 @@ def test_every_switch_reaches_the_json_and_the_checkpoint(data, tmp_path, flags)
     folder, _, _ = train(data, tmp_path, *given, "--save-training", "--seed", 5, "--dataset", "cirr")
     written = json.loads((folder / "training_hyperparameters.json").read_text())
     contents = torch.load(folder / "saved_models" / "tuned_clip_0.pt", weights_only=True)
+    assert written.pop("model_config") == contents["model_config"]
     assert contents["hyperparameters"] == written
     assert written["seed"] == 5
     for flag, value in flags.items():

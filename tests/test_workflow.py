@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -239,11 +240,16 @@ def test_a_full_disk_is_one_clear_line_and_leaves_whole_files(data, tmp_path):
     assert json.loads((folder / "training_hyperparameters.json").read_text())["seed"] == 0
 
 
-def test_resume_refuses_what_is_no_run(tmp_path):
+def test_resume_refuses_what_is_no_run_or_another(never_killed, tmp_path):
     _, stderr = run("blip_fine_tune_2.py", "--resume", tmp_path, code=2)
     assert_one_clear_line(
         stderr, "training_hyperparameters.json is missing; give --resume the folder of a run"
     )
+    shutil.copytree(never_killed, tmp_path / "run")
+    path = tmp_path / "run" / "training_hyperparameters.json"
+    path.write_text(path.read_text().replace('"max_txt_len": 32', '"max_txt_len": 20'))
+    _, stderr = run("blip_fine_tune_2.py", "--resume", tmp_path / "run", code=2)
+    assert_one_clear_line(stderr, "was started with another max_txt_len than tiny.yaml gives now")
     (tmp_path / "training_hyperparameters.json").write_text("{")
     _, stderr = run("blip_fine_tune_2.py", "--resume", tmp_path, code=2)
     assert_one_clear_line(stderr, "training_hyperparameters.json is broken")

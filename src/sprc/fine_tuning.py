@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -72,17 +73,25 @@ def fine_tune(arguments: argparse.Namespace) -> Path:
     benchmark.check_images()
     place(model, device)
 
+    started_with = getattr(arguments, "model_config", asdict(model.config))
+    if changed := [k for k, v in asdict(model.config).items() if started_with.get(k) != v]:
+        raise InputError(
+            f"{resume} was started with another {', '.join(changed)} than {arguments.backbone}.yaml "
+            "gives now; put the file back as it was, or start a new run"
+        )
     if resume is None:
         run_folder = create_run_folder(arguments.models_path, benchmark.name, arguments.blip_model_name)
         print(f"run folder: {run_folder}", flush=True)
     else:
         run_folder = resume
-    hyperparameters = {key: value for key, value in vars(arguments).items() if key != "resume"}
+    hyperparameters = {
+        key: value for key, value in vars(arguments).items() if key not in ("resume", "model_config")
+    }
     hyperparameters |= {name: getattr(model.config, name) for name in MODEL_SWITCHES}
     hyperparameters |= {"device": str(device), "torch": str(torch.__version__)}
     hyperparameters = {k: str(v) if isinstance(v, Path) else v for k, v in hyperparameters.items()}
     if resume is None:
-        write_json(run_folder / HYPERPARAMETERS, hyperparameters)
+        write_json(run_folder / HYPERPARAMETERS, {**hyperparameters, "model_config": asdict(model.config)})
 
     def score() -> dict[str, float | str]:
         return benchmark.validate(
@@ -122,7 +131,7 @@ def start_model(arguments: argparse.Namespace, captions: list[str]) -> torch.nn.
     """The model to train: from its backbone's weights, or from the checkpoint of ``--model-path``."""
     flags = {name: getattr(arguments, name) for name in MODEL_SWITCHES}
     switches = {name: value for name, value in flags.items() if value is not None}
-    switches = switches_from_environment() | switches  # the command line wins
+    switches = {"use_gated_fusion": True} | switches_from_environment() | switches  # the command line wins
     if arguments.model_path is not None:
         checkpoint = load_checkpoint(
             arguments.model_path,
