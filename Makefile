@@ -40,7 +40,7 @@ demo-fashioniq: .venv/ready
 		--validation-frequency 2 --save-training --save-best
 
 test: .venv/ready
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist loadfile
 
 test-modern: .venv-modern/ready
-	.venv-modern/bin/python -m pytest
+	.venv-modern/bin/python -m pytest -n 2 --dist loadfile

@@ -16,8 +16,7 @@ from pathlib import Path
 from sprc.config import BACKBONES, FUSION_STARTS, POOLS
 from sprc.data import PROTOCOLS, TRANSFORMS
 from sprc.errors import run_script
-
-ROOT = Path(__file__).resolve().parent.parent
+from sprc.flags import ROOT
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -7,10 +7,9 @@ A published SPRC checkpoint does not say what it is: add --backbone pretrain.
 import argparse
 from pathlib import Path
 
-from sprc.data import PROTOCOLS, TRANSFORMS
+from sprc.data import PROTOCOLS
 from sprc.errors import run_script
-
-ROOT = Path(__file__).resolve().parent.parent
+from sprc.flags import add_scoring_flags
 
 
 def main() -> None:
@@ -20,15 +19,6 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--dataset", required=True, type=str.lower, choices=("cirr", "fashioniq"), metavar="{CIRR,FashionIQ}")
-    add("--model-path", type=Path, required=True, metavar="FILE", help="the checkpoint")
-    add("--blip-model-name", default=None, metavar="NAME", help="default: what the checkpoint says")
-    add("--backbone", default=None, metavar="NAME", help="default: what the checkpoint says")
-    add(
-        "--data-path",
-        type=Path,
-        default=ROOT,
-        help="folder of cirr_dataset/, fashionIQ_dataset/; default: here",
-    )
     add(
         "--fiq-protocol",
         default="original",
@@ -36,17 +26,7 @@ def main() -> None:
         help="FashionIQ's gallery; default: %(default)s",
     )
     add("--save-rankings", type=Path, default=None, metavar="FILE", help="JSON: each query's top 50")
-    add("--transform", default=None, choices=TRANSFORMS, help="default: the training's own, else targetpad")
-    add("--target-ratio", type=float, default=None, help="default: the training's own, else 1.25")
-    add("--batch-size", type=int, default=None, help="default: the training's own, else 32")
-    add(
-        "--num-workers",
-        type=int,
-        default=None,
-        help="processes that read images; default: the training's own",
-    )
-    add("--save-memory", action="store_true", help="keep the gallery's features in main memory")
-    add("--device", default=None, help="cpu, cuda, cuda:1, ...; default: cuda if there is one")
+    add_scoring_flags(parser)
     arguments = parser.parse_args()
     from sprc.evaluation import run_validation
 

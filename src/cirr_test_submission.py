@@ -7,10 +7,8 @@ A published SPRC checkpoint does not say what it is: add --backbone pretrain.
 import argparse
 from pathlib import Path
 
-from sprc.data import TRANSFORMS
 from sprc.errors import run_script
-
-ROOT = Path(__file__).resolve().parent.parent
+from sprc.flags import ROOT, add_scoring_flags
 
 
 def main() -> None:
@@ -19,23 +17,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model-path", type=Path, required=True, metavar="FILE", help="the checkpoint")
-    add("--blip-model-name", default=None, metavar="NAME", help="default: what the checkpoint says")
-    add("--backbone", default=None, metavar="NAME", help="default: what the checkpoint says")
-    add("--data-path", type=Path, default=ROOT, help="folder of cirr_dataset/; default: here")
     add("--out", type=Path, default=ROOT / "submission", help="folder of the files; default: submission/")
     add("--name", default=None, help="end of the files' names; default: the checkpoint's run folder or name")
-    add("--transform", default=None, choices=TRANSFORMS, help="default: the training's own, else targetpad")
-    add("--target-ratio", type=float, default=None, help="default: the training's own, else 1.25")
-    add("--batch-size", type=int, default=None, help="default: the training's own, else 32")
-    add(
-        "--num-workers",
-        type=int,
-        default=None,
-        help="processes that read images; default: the training's own",
-    )
-    add("--save-memory", action="store_true", help="keep the gallery's features in main memory")
-    add("--device", default=None, help="cpu, cuda, cuda:1, ...; default: cuda if there is one")
+    add_scoring_flags(parser)
     arguments = parser.parse_args()
     if arguments.name is None:
         folder = arguments.model_path.resolve().parent

@@ -4,8 +4,9 @@ import argparse
 from pathlib import Path
 
 from sprc.errors import InputError, run_script
+from sprc.flags import ROOT
 
-MODELS = Path(__file__).resolve().parent.parent / "models"
+MODELS = ROOT / "models"
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from runner import run, train
 from torch import Tensor, nn
 
 from sprc.config import ModelConfig
+from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.qformer import QFormer
 from sprc.models.tokenizer import tokenizer_from_vocabulary
 from sprc.models.vision import ClipViT, EvaViT
@@ -66,17 +67,7 @@ def build_qformer(config: ModelConfig) -> QFormer:
 
 
 def build_vit(config: ModelConfig) -> EvaViT | ClipViT:
-    arguments = {
-        "image_size": config.image_size,
-        "patch_size": config.patch_size,
-        "width": config.vit_width,
-        "depth": config.vit_depth,
-        "heads": config.vit_heads,
-        "norm_eps": config.vit_norm_eps,
-    }
-    if config.vit == "clip":
-        return ClipViT(**arguments)
-    return EvaViT(**arguments, mlp_ratio=config.vit_mlp_ratio)
+    return Blip2QformerCirAlignPrompt.vision_transformer(config)
 
 
 def randomise(module: nn.Module, seed: int = 0) -> None:

@@ -1,0 +1,33 @@
+"""Flags that scripts share. Imports nothing slow, so that `--help` is quick."""
+
+import argparse
+from pathlib import Path
+
+from sprc.data import TRANSFORMS
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
+    """What is scored and how: the checkpoint, the data, settings that are by default the training's own."""
+    add = parser.add_argument
+    add("--model-path", type=Path, required=True, metavar="FILE", help="the checkpoint")
+    add("--blip-model-name", default=None, metavar="NAME", help="default: what the checkpoint says")
+    add("--backbone", default=None, metavar="NAME", help="default: what the checkpoint says")
+    add(
+        "--data-path",
+        type=Path,
+        default=ROOT,
+        help="the folder that holds the data set's; default: this project",
+    )
+    add("--transform", default=None, choices=TRANSFORMS, help="default: the training's own, else targetpad")
+    add("--target-ratio", type=float, default=None, help="default: the training's own, else 1.25")
+    add("--batch-size", type=int, default=None, help="default: the training's own, else 32")
+    add(
+        "--num-workers",
+        type=int,
+        default=None,
+        help="processes that read images; default: the training's own",
+    )
+    add("--save-memory", action="store_true", help="keep the gallery's features in main memory")
+    add("--device", default=None, help="cpu, cuda, cuda:1, ...; default: cuda if there is one")
