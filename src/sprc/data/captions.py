@@ -11,7 +11,9 @@ def process_caption(text: str, max_words: int = 50) -> str:
 
     A run of whitespace becomes one space and words are what spaces part, so a single tab or newline
     between two words stays: LAVIS's processor does the same, and published checkpoints saw its output.
+    Half a surrogate pair is dropped: BERT's own cleaning does so, and no other tokenizer takes it.
     """
+    text = text.encode("utf-8", "ignore").decode()
     text = _WHITESPACE_RUN.sub(" ", text.lower().translate(_TO_SPACE))
     words = text.rstrip("\n").strip(" ").split(" ")
     return " ".join(words[:max_words])

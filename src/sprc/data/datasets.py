@@ -1,15 +1,19 @@
-"""What CIRR and FashionIQ share: triplets, images, and the check of the images before a run."""
+"""What CIRR and FashionIQ share: triplets, images, and how their files are read and checked."""
 
 import json
 import os
 import random
+import re
+import reprlib
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
@@ -21,10 +25,20 @@ from sprc.data.captions import process_caption
 from sprc.errors import InputError
 
 Transform = Callable[[Image.Image], Tensor]
+Report = Callable[[str], None]  # is told what is wrong with the data, in one line
 
 # The bytes that close a complete file of the format; a few bytes of garbage after them do no harm.
 _END_MARKERS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}
 _TAIL_BYTES = 4096
+# Every image is padded to a square at most, which for longer ones would take gigabytes.
+_LONGEST_SIDE = 16_384
+_EXIF_ORIENTATION = 0x0112
+# JSON's escapes can give half of a surrogate pair, which neither UTF-8 nor a tokenizer can hold.
+_HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")
+
+# An entry may hold anything, nested a thousand deep, and a message is to stay one line that one can read.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 
 
 @dataclass(frozen=True)
@@ -112,12 +126,13 @@ class ImageDataset(Dataset):
 def load_image(path: Path, transform: Transform) -> Tensor:
     """Open and decode the image at ``path`` and return ``transform`` of it.
 
-    Raises :class:`InputError` naming the file if it is missing, cut short, not an image, or so large that
-    Pillow takes it for a decompression bomb.
+    Raises :class:`InputError` naming the file if it is missing, cut short, not an image, so large that
+    Pillow takes it for a decompression bomb, or longer than padding to a square allows.
     """
     # Broken bytes come out of Pillow's decoders as almost any exception.
     try:
         with _strict_pillow(), Image.open(path) as image:
+            _refuse_long(image)
             image.load()
     except Exception as error:
         raise InputError(_problem(path, error)) from error
@@ -125,19 +140,34 @@ def load_image(path: Path, transform: Transform) -> Tensor:
 
 
 def check_images(image_paths: dict[str, Path], names: Iterable[str]) -> None:
-    """Look at the images of ``names`` before a run: there, not empty, of a known format, not cut short.
+    """Look at the images of ``names`` before a run, as :func:`inspect_images` does without decoding.
 
-    Reads the header and the end of each file only; an image whose end looks wrong is decoded to be sure.
     Raises one :class:`InputError` with the number of bad images and what is wrong with the first.
     """
     paths = [image_paths[name] for name in dict.fromkeys(names)]
-    with _strict_pillow(), ThreadPoolExecutor() as pool:
-        found = list(tqdm(pool.map(_check_image, paths), "Checking images", total=len(paths), delay=1))
-    if problems := [problem for problem in found if problem]:
+    if problems := [found.problem for found in inspect_images(paths) if found.problem]:
         folder = os.path.commonpath([path.parent for path in paths])
         raise InputError(
             f"{folder}: {len(problems)} of {len(paths)} images cannot be used; first: {problems[0]}"
         )
+
+
+class ImageFinding(NamedTuple):
+    """What is wrong with an image, if anything, and whether its EXIF data ask viewers to rotate it."""
+
+    problem: str | None = None
+    is_rotated: bool = False
+
+
+def inspect_images(paths: list[Path], decode: bool = False) -> list[ImageFinding]:
+    """Look at each image: there, not empty, of a known format, not cut short, not too large.
+
+    Reads the header and the end of each file only; an image whose end looks wrong is decoded to be sure.
+    With ``decode`` every image is decoded, and EXIF's rotation is looked at.
+    """
+    with _strict_pillow(), ThreadPoolExecutor() as pool:
+        found = pool.map(partial(_inspect_image, decode=decode), paths)
+        return list(tqdm(found, "Checking images", total=len(paths), delay=1, unit="image"))
 
 
 @contextmanager
@@ -156,17 +186,29 @@ def _strict_pillow() -> Iterator[None]:
         ImageFile.LOAD_TRUNCATED_IMAGES = load_truncated
 
 
-def _check_image(path: Path) -> str | None:
-    """Return what is wrong with the image at ``path``, or None."""
+def _inspect_image(path: Path, decode: bool) -> ImageFinding:
     try:
         with Image.open(path) as image:
+            _refuse_long(image)
             marker = _END_MARKERS.get(image.format)
             # Decoding settles it, so that this check and load_image never disagree on a file it suspects.
-            if marker and marker not in _read_tail(path):
+            if decode or (marker and marker not in _read_tail(path)):
                 image.load()
+            return ImageFinding(is_rotated=decode and _is_rotated(image))
     except Exception as error:
-        return _problem(path, error)
-    return None
+        return ImageFinding(_problem(path, error))
+
+
+def _is_rotated(image: Image.Image) -> bool:
+    try:
+        return image.getexif().get(_EXIF_ORIENTATION, 1) in range(2, 9)
+    except Exception:  # broken EXIF data do no harm: nothing else here reads them
+        return False
+
+
+def _refuse_long(image: Image.Image) -> None:
+    if max(image.size) > _LONGEST_SIDE:
+        raise Image.DecompressionBombError
 
 
 def _read_tail(path: Path) -> bytes:
@@ -185,7 +227,7 @@ def _problem(path: Path, error: Exception) -> str:
     elif isinstance(error, IsADirectoryError):
         reason = "is a folder, not an image"
     elif isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
-        reason = f"has more than {Image.MAX_IMAGE_PIXELS} pixels"
+        reason = f"has more than {Image.MAX_IMAGE_PIXELS} pixels or more than {_LONGEST_SIDE} on a side"
         remedy = "replace it with a smaller copy"
     elif isinstance(error, UnidentifiedImageError):
         reason = "is not an image in a format that Pillow reads" if path.stat().st_size else "is empty"
@@ -194,10 +236,32 @@ def _problem(path: Path, error: Exception) -> str:
     return " ".join(f"{path} {reason}; {remedy}".split())
 
 
+def stop_at(problem: str) -> NoReturn:
+    """The :data:`Report` that ends the reading at the first problem, with an :class:`InputError`."""
+    raise InputError(problem)
+
+
+@contextmanager
+def reporting(report: Report, where: str = "", remedy: str = "") -> Iterator[None]:
+    """Report an :class:`InputError` from inside, between ``where`` it is and its ``remedy``.
+
+    If ``report`` returns, what follows the block goes on.
+    """
+    try:
+        yield
+    except InputError as error:
+        report(f"{where}{error}{remedy}")
+
+
+def quote(value: Any) -> str:
+    """``value``, which a file gave, as Python writes it, cut if it is long."""
+    return _SHORT.repr(value)
+
+
 def read_json(path: Path) -> Any:
     """Read the JSON file at ``path``; :class:`InputError` names the line and column where it breaks."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
     except json.JSONDecodeError as error:
         raise InputError(
             f"{path}: broken JSON at line {error.lineno} column {error.colno} ({error.msg}); "
@@ -207,12 +271,21 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} cannot be read ({error}); download the file again") from error
 
 
-def require_files(dataset: str, root: Path, *paths: Path) -> None:
-    """Raise :class:`InputError` if ``root``, the data set's folder, or a path in it is missing."""
-    for path in (root, *paths):
-        if not path.exists():
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object's keys and values; json itself would silently keep the last of two."""
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        key = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"an object holds the key {quote(key)} twice")
+    return entries
+
+
+def require_file(dataset: str, root: Path, path: Path) -> None:
+    """Raise :class:`InputError` if ``root``, the data set's folder, or ``path`` in it is missing."""
+    for needed in (root, path):
+        if not needed.exists():
             raise InputError(
-                f"{path} is missing; put {dataset} there as {root.name}/README.md says, "
+                f"{needed} is missing; put {dataset} there as {root.name}/README.md says, "
                 f"or point --data-path at the folder that holds {root.name}/"
             )
 
@@ -231,7 +304,18 @@ def read_field(entry: Any, key: str, kind: type) -> Any:
         raise InputError(f"is a {type(entry).__name__}, not an object")
     if key not in entry:
         raise InputError(f"{key!r} is missing")
+    value = entry[key]
     # isinstance would let true and false pass for integers.
-    if type(entry[key]) is not kind:
-        raise InputError(f"{key!r} is a {type(entry[key]).__name__}, not a {kind.__name__}")
-    return entry[key]
+    if type(value) is not kind:
+        raise InputError(f"{key!r} is a {type(value).__name__}, not a {kind.__name__}")
+    if kind is str:
+        require_text(value, repr(key))
+    return value
+
+
+def require_text(value: Any, what: str) -> None:
+    """Raise :class:`InputError` if ``value`` is no string, or one that UTF-8 cannot hold."""
+    if not isinstance(value, str):
+        raise InputError(f"{what} holds {quote(value)}, which is not a string")
+    if _HALF_A_CHARACTER.search(value):
+        raise InputError(f"{what} holds half of a surrogate pair, which is no text")

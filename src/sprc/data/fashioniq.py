@@ -6,7 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from sprc.data import PROTOCOLS, TYPES
-from sprc.data.datasets import Triplet, read_field, read_list, require_files
+from sprc.data.datasets import (
+    Report,
+    Triplet,
+    quote,
+    read_field,
+    read_list,
+    reporting,
+    require_file,
+    require_text,
+    stop_at,
+)
 from sprc.errors import InputError
 
 SPLITS = ("train", "val", "test")
@@ -50,19 +60,13 @@ def load_fashioniq(
     ):
         if choice not in choices:
             raise InputError(f"FashionIQ has no {what} {choice!r}; choose from {', '.join(choices)}")
-    root = Path(data_path) / "fashionIQ_dataset"
-    split_file = root / "image_splits" / f"split.{dress_type}.{split}.json"
-    captions_file = root / "captions" / f"cap.{dress_type}.{split}.json"
-    images = root / "images"
-    require_files("FashionIQ", root, split_file, captions_file, images)
-
-    names = _read_names(split_file)
-    triplets = _read_triplets(captions_file, names, has_target=split != "test")
+    names, triplets = read_annotations(data_path, split, dress_type)
     used = dict.fromkeys(name for t in triplets for name in (t.reference, t.target) if name is not None)
     gallery = list(names) if protocol == "original" else [name for name in names if name in used]
-    paths = _find_images(images)
+    paths = find_images(data_path)
     # The triplets' images first: without one of those even training is impossible.
     if missing := [name for name in dict.fromkeys([*used, *gallery]) if name not in paths]:
+        split_file, captions_file = annotation_files(data_path, split, dress_type)
         first = missing[0]
         if first in used:
             entry = next(i for i, t in enumerate(triplets) if first in (t.reference, t.target))
@@ -70,39 +74,68 @@ def load_fashioniq(
         else:
             where = f"{split_file}: entry {names[first]}"
         raise InputError(
-            f"{images}: {len(missing)} of {len(gallery)} images have no .png, .jpg or .jpeg file, "
-            f"{sum(name in used for name in missing)} of them in triplets; first: {first!r} ({where}); "
+            f"{_root(data_path) / 'images'}: {len(missing)} of {len(gallery)} images have no .png, .jpg or "
+            f".jpeg file, "
+            f"{sum(name in used for name in missing)} of them in triplets; first: {quote(first)} ({where}); "
             "some links that FashionIQ published are dead: take a complete copy, or correct --data-path"
         )
     return FashionIQSplit(split, dress_type, triplets, {name: paths[name] for name in gallery})
 
 
-def _read_names(split_file: Path) -> dict[str, int]:
-    """The names in the split file and their entries' numbers."""
+def _root(data_path: Path) -> Path:
+    return Path(data_path) / "fashionIQ_dataset"
+
+
+def annotation_files(data_path: Path, split: str, dress_type: str) -> tuple[Path, Path]:
+    """The split file and the captions file."""
+    root = _root(data_path)
+    return (
+        root / "image_splits" / f"split.{dress_type}.{split}.json",
+        root / "captions" / f"cap.{dress_type}.{split}.json",
+    )
+
+
+def read_annotations(
+    data_path: Path, split: str, dress_type: str, report: Report = stop_at
+) -> tuple[dict[str, int], list[Triplet]]:
+    """Read and check the split file, as {name: number of its entry}, and the captions file.
+
+    Raises :class:`InputError` naming the file and the entry. Another ``report`` is told of each such problem
+    instead, and what it is about is left out.
+    """
+    split_file, captions_file = annotation_files(data_path, split, dress_type)
+    names, triplets = {}, []
+    with reporting(report):
+        require_file("FashionIQ", _root(data_path), split_file)
+        names = _read_names(split_file, report)
+    with reporting(report):
+        require_file("FashionIQ", _root(data_path), captions_file)
+        triplets = _read_triplets(captions_file, names, split != "test", report)
+    return names, triplets
+
+
+def _read_names(split_file: Path, report: Report) -> dict[str, int]:
     names: dict[str, int] = {}
+    remedy = "; correct the entry or download the file again"
     for index, name in enumerate(read_list(split_file)):
-        if not isinstance(name, str):
-            problem = f"is a {type(name).__name__}, not a str"
-        elif name in names:
-            problem = f"{name!r} is entry {names[name]} already"
-        else:
+        with reporting(report, f"{split_file}: entry {index}: ", remedy):
+            if not isinstance(name, str):
+                raise InputError(f"is a {type(name).__name__}, not a str")
+            require_text(name, "the name")
+            if name in names:
+                raise InputError(f"{quote(name)} is entry {names[name]} already")
             names[name] = index
-            continue
-        raise InputError(
-            f"{split_file}: entry {index}: {problem}; correct the entry or download the file again"
-        )
     return names
 
 
-def _read_triplets(captions_file: Path, names: dict[str, int], has_target: bool) -> list[Triplet]:
+def _read_triplets(
+    captions_file: Path, names: dict[str, int], has_target: bool, report: Report
+) -> list[Triplet]:
     triplets = []
+    remedy = "; correct the entry or download the file again"
     for index, entry in enumerate(read_list(captions_file)):
-        try:
+        with reporting(report, f"{captions_file}: entry {index}: ", remedy):
             triplets.append(_read_triplet(index, entry, names, has_target))
-        except InputError as error:
-            raise InputError(
-                f"{captions_file}: entry {index}: {error}; correct the entry or download the file again"
-            ) from None
     return triplets
 
 
@@ -112,13 +145,13 @@ def _read_triplet(index: int, entry: Any, names: dict[str, int], has_target: boo
     target = read_field(entry, "target", str) if has_target else None
     captions = read_field(entry, "captions", list)
     for key, name in (("candidate", reference), ("target", target)):
-        if name is not None and name not in names:
-            raise InputError(f"{key!r} names {name!r}, which is not in the split's list of images")
+        # Without names the list itself is bad, and that has been reported.
+        if name is not None and names and name not in names:
+            raise InputError(f"{key!r} names {quote(name)}, which is not in the split's list of images")
     if len(captions) != 2:
         raise InputError(f"'captions' holds {len(captions)} texts, not 2")
     for caption in captions:
-        if not isinstance(caption, str):
-            raise InputError(f"'captions' holds {caption!r}, which is not a string")
+        require_text(caption, "'captions'")
     texts = combine_captions(*captions)
     return Triplet(index, reference, target, texts[0], training_captions=texts)
 
@@ -133,8 +166,13 @@ def combine_captions(first: str, second: str) -> tuple[str, str, str, str]:
     return f"{capital_a} and {b}", f"{capital_b} and {a}", capital_a, capital_b
 
 
-def _find_images(folder: Path) -> dict[str, Path]:
-    """The image files in ``folder`` by name, from one listing: 77,684 single questions would take minutes."""
+def find_images(data_path: Path) -> dict[str, Path]:
+    """The image files by name, from one listing: 77,684 single questions would take minutes.
+
+    Raises :class:`InputError` if there is no folder to list.
+    """
+    folder = _root(data_path) / "images"
+    require_file("FashionIQ", _root(data_path), folder)
     try:
         files = os.listdir(folder)
     except OSError as error:
