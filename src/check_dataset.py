@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from sprc.errors import run_script
+from sprc.flags import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 MOST_SHOWN = 20
 
 

@@ -68,10 +68,20 @@ def change(path, **entries):
     torch.save(contents, path)
 
 
+def flip_a_bit(path):
+    """In the middle of the weights: torch loads such a file without a word."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    torch.load(path, weights_only=True)
+
+
 def test_whatever_is_no_checkpoint_of_this_model_is_refused_in_one_line(model, saved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     whole = saved.read_bytes()
     state = model.state_dict()
+    contents = torch.load(saved, weights_only=True)
+    words, config = contents["vocabulary"], contents["model_config"]
     foreign = {key: value for key, value in state.items() if "text_proj" not in key} | {"x": torch.ones(1)}
     cases = {
         "is missing": lambda: saved.unlink(),
@@ -81,7 +91,11 @@ def test_whatever_is_no_checkpoint_of_this_model_is_refused_in_one_line(model, s
         "more than tensors": lambda: torch.save({STATE: Payload()}, saved),
         "lacks a dictionary": lambda: torch.save([1, 2], saved),
         f"lacks {STATE}": lambda: change(saved, **{STATE: None, "Blip2QformerCir": state}),
-        "does not say which backbone": lambda: change(saved, model_config=None),
+        "lacks model_config": lambda: change(saved, model_config=None),
+        "vocab_size=22, but its vocabulary makes 23": lambda: change(saved, vocabulary=[*words, "more"]),
+        "vocabulary is not one of words": lambda: change(saved, vocabulary=[*words[:-1], 3]),
+        "too few for its depths": lambda: change(saved, model_config={**config, "vit_depth": 10**9}),
+        "is cut short, or holds": lambda: flip_a_bit(saved),
         "unknown model argument depth": lambda: change(saved, model_config={"depth": 3}),
         "text_proj.bias, text_proj.weight; 1 unexpected: x)": lambda: change(saved, **{STATE: foreign}),
         "1 of another shape: temp": lambda: change(saved, **{STATE: {**state, "temp": torch.ones(2)}}),

@@ -266,7 +266,8 @@ def test_target_outside_its_set_is_refused_where_targets_are_known(tree, split):
 
 
 @pytest.mark.parametrize(
-    "location", ["../other.png", "./dev/../../other.png", "/etc/other.png", "..", ".", "", "dev/..", 3, None]
+    "location",
+    ["../other.png", "./dev/../../other.png", "/etc/other.png", "..", ".", "", "dev/..", "a\0", 3, None],
 )
 def test_image_path_that_leaves_the_dataset_is_refused(tree, location):
     name = list(tree.images["val"])[4]

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import BertTokenizer
 
 from sprc.config import ModelConfig, read_backbone
 from sprc.errors import InputError
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.factory import backbone_weights, model_class
-from sprc.models.tokenizer import bert_tokenizer, tokenizer_from_vocabulary
+from sprc.models.tokenizer import SPECIAL_TOKENS, bert_tokenizer, tokenizer_from_vocabulary
 from sprc.run_folder import write_atomically
 
 STATE = Blip2QformerCirAlignPrompt.__name__
@@ -91,7 +92,7 @@ def load_checkpoint(
             raise InputError(f"{flag} {given!r}, but {path} says {own!r}; leave the flag out or give {own}")
     if "model_config" in contents:
         backbone = hyperparameters["backbone"]
-        values, tokenizer = contents["model_config"], tokenizer_from_vocabulary(contents["vocabulary"])
+        values, tokenizer = contents["model_config"], read_vocabulary(contents["vocabulary"], path)
     elif backbone is None:
         raise InputError(f"{path} does not say which backbone it was trained on; pass --backbone")
     else:
@@ -104,6 +105,11 @@ def load_checkpoint(
     else:
         arguments = {**values, **switches}
     config = ModelConfig.from_dict(arguments, str(path))
+    if len(tokenizer) != config.vocab_size:
+        raise InputError(f"{path}: vocab_size={config.vocab_size}, but its vocabulary makes {len(tokenizer)}")
+    # Building more layers than the file has parameters for could take forever.
+    if max(config.vit_depth, config.num_layers) > len(state) + len(contents.get("left_out") or ()) * 1000:
+        raise InputError(f"{path} holds parameters of another model: too few for its depths")
     name = model_name or hyperparameters.get("blip_model_name", "blip2_cir_align_prompt")
     model = model_class(name)(config, tokenizer)
     fill(model, contents, path, new_fusion=switches is not None and not has_fusion)
@@ -117,9 +123,18 @@ def load_checkpoint(
     return Checkpoint(model.eval(), contents["epoch"], hyperparameters, found)
 
 
+def read_vocabulary(words: list[str], path: Path) -> BertTokenizer:
+    """The tokenizer of a file's vocabulary; words that cannot be kept raise :class:`InputError`."""
+    try:
+        return tokenizer_from_vocabulary(words)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is not a checkpoint of this model: its vocabulary is no text") from error
+
+
 def read_contents(path: Path) -> dict[str, Any]:
     """Read the file's dictionary without running anything in it, and check its entries' kinds."""
     try:
+        verify_archive(path)
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing; give the path of a checkpoint (.pt)") from error
@@ -133,8 +148,9 @@ def read_contents(path: Path) -> dict[str, Any]:
     if not isinstance(contents, dict):
         raise InputError(f"{path} is not a checkpoint of this model: it lacks a dictionary")
     kinds = {STATE: dict, "epoch": int}
-    if "model_config" in contents:
-        kinds |= {"model_config": dict, "vocabulary": list, "hyperparameters": dict}
+    ours = {"model_config": dict, "vocabulary": list, "hyperparameters": dict}
+    if any(key in contents for key in ours):
+        kinds |= ours
     for key, kind in kinds.items():
         if not isinstance(contents.get(key), kind):
             problem = "has a wrong" if key in contents else "lacks"
@@ -142,11 +158,32 @@ def read_contents(path: Path) -> dict[str, Any]:
     if wrong := [key for key, value in contents[STATE].items() if not isinstance(value, Tensor)]:
         raise InputError(f"{path} holds entries that are no tensors: {wrong[:5]}")
     if "model_config" in contents:
-        if not all(isinstance(word, str) for word in contents["vocabulary"]):
-            raise InputError(f"{path} is not a checkpoint of this model: its vocabulary is not all words")
-        if not isinstance(contents["hyperparameters"].get("backbone"), str):
-            raise InputError(f"{path} is not a checkpoint of this model: its hyperparameters lack backbone")
+        words, told = contents["vocabulary"], contents["hyperparameters"]
+        if not all(isinstance(word, str) for word in words) or not set(SPECIAL_TOKENS) <= set(words):
+            raise InputError(f"{path} is not a checkpoint of this model: its vocabulary is not one of words")
+        for key in ("backbone", "blip_model_name"):
+            if not isinstance(told.get(key), str):
+                raise InputError(f"{path} is not a checkpoint of this model: its hyperparameters lack {key}")
+        left_out = contents.get("left_out")
+        if left_out is not None and not (
+            isinstance(left_out, dict)
+            and all(isinstance(left_out.get(key), str) for key in ("backbone", "fingerprint"))
+        ):
+            raise InputError(f"{path} is not a checkpoint of this model: it has a wrong left_out")
     return contents
+
+
+def verify_archive(path: Path) -> None:
+    """Check the checksums of a torch file, which torch itself does not; raises ``BadZipFile``.
+
+    A flipped bit in a weight would else be a wrong number in a table.
+    """
+    with path.open("rb") as file:
+        is_archive = file.read(2) == b"PK"
+    if is_archive:  # torch's format before 2020 is none, and has no checksums
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"{damaged} is damaged")
 
 
 def fill(
