@@ -1,5 +1,6 @@
 """A checkpoint rebuilds its model with no flag, and anything else is refused in one line."""
 
+import math
 import pickle
 from dataclasses import asdict
 
@@ -96,6 +97,10 @@ def test_whatever_is_no_checkpoint_of_this_model_is_refused_in_one_line(model, s
         "vocabulary is not one of words": lambda: change(saved, vocabulary=[*words[:-1], 3]),
         "too few for its depths": lambda: change(saved, model_config={**config, "vit_depth": 10**9}),
         "is cut short, or holds": lambda: flip_a_bit(saved),
+        "unknown model argument 0": lambda: change(saved, model_config={**config, 0: 1}),
+        "norm_eps=nan must be a finite": lambda: change(saved, model_config={**config, "norm_eps": math.nan}),
+        "norm_eps=1000": lambda: change(saved, model_config={**config, "norm_eps": 10**400}),
+        "does not fit into memory": lambda: change(saved, model_config={**config, "embed_dim": 10**12}),
         "unknown model argument depth": lambda: change(saved, model_config={"depth": 3}),
         "text_proj.bias, text_proj.weight; 1 unexpected: x)": lambda: change(saved, **{STATE: foreign}),
         "1 of another shape: temp": lambda: change(saved, **{STATE: {**state, "temp": torch.ones(2)}}),

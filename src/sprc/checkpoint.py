@@ -111,7 +111,10 @@ def load_checkpoint(
     if max(config.vit_depth, config.num_layers) > len(state) + len(contents.get("left_out") or ()) * 1000:
         raise InputError(f"{path} holds parameters of another model: too few for its depths")
     name = model_name or hyperparameters.get("blip_model_name", "blip2_cir_align_prompt")
-    model = model_class(name)(config, tokenizer)
+    try:
+        model = model_class(name)(config, tokenizer)
+    except (RuntimeError, MemoryError) as error:
+        raise InputError(f"{path} asks for a model that does not fit into memory: {error}") from error
     fill(model, contents, path, new_fusion=switches is not None and not has_fusion)
 
     found = f"{path}: {'SPRC with gated fusion' if has_fusion else 'plain SPRC'}, epoch {contents['epoch']}"
@@ -182,7 +185,9 @@ def verify_archive(path: Path) -> None:
         is_archive = file.read(2) == b"PK"
     if is_archive:  # torch's format before 2020 is none, and has no checksums
         with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
+            # A tensor marked as a folder would be skipped by the check, and read as noise by torch.
+            folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 0x10]
+            if damaged := archive.testzip() or "".join(folders[:1]):
                 raise zipfile.BadZipFile(f"{damaged} is damaged")
 
 

@@ -63,7 +63,7 @@ class ModelConfig:
         for field in fields(self):
             value = getattr(self, field.name)
             # An int is fine where a float is asked; a bool is an int to Python but not to us.
-            if field.type is float and type(value) is int:
+            if field.type is float and type(value) is int and abs(value) < 2**53:
                 object.__setattr__(self, field.name, float(value))
             elif type(value) is not field.type:
                 raise InputError(
@@ -81,8 +81,8 @@ class ModelConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} must lie in [0, 1)")
         for name in ("vit_norm_eps", "vision_norm_eps", "norm_eps", "initializer_range", "vit_mlp_ratio"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"{name}={getattr(self, name)} must be above 0")
+            if not 0 < getattr(self, name) < float("inf"):
+                raise InputError(f"{name}={getattr(self, name)} must be a finite number above 0")
         if not abs(self.alpha_init) < float("inf"):
             raise InputError(f"alpha_init={self.alpha_init} must be a finite number")
         if self.num_query_tokens + self.max_txt_len > self.max_positions:
@@ -100,9 +100,12 @@ class ModelConfig:
     def from_dict(cls, values: dict[str, Any], source: str) -> "ModelConfig":
         """Build from a YAML's or a checkpoint's values; an unknown key raises :class:`InputError`."""
         known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(values) - known):
+        if unknown := sorted(map(str, set(values) - known)):
             raise InputError(f"{source}: unknown model argument {', '.join(unknown)}")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from error
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

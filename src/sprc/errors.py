@@ -15,7 +15,9 @@ class InputError(ValueError):
     def __init__(self, message: str) -> None:
         # A DataLoader worker hands its exception over as the text of a whole traceback, inside a
         # new exception of the same class. The user wants the last line of it, the message itself.
-        super().__init__(message.rsplit("InputError: ", 1)[-1].strip())
+        if message.startswith("Caught InputError in DataLoader worker"):
+            message = message.rsplit("InputError: ", 1)[-1].strip()
+        super().__init__(" ".join(message.splitlines()))
 
 
 class Interrupted(Exception):
