@@ -12,7 +12,7 @@ from sprc.data.cirr import load_cirr
 from sprc.data.datasets import Triplet, TripletDataset, check_images
 from sprc.data.fashioniq import load_fashioniq
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
-from sprc.validation import Split, encode_split, validate
+from sprc.validation import EncodedSplit, Split, encode_split, validate
 
 
 @dataclass(frozen=True)
@@ -52,17 +52,17 @@ class Benchmark:
         paths = {name: path for split in splits for name, path in split.image_paths.items()}
         return triplets, paths
 
-    def validate(
+    def encode(
         self,
         model: Blip2QformerCirAlignPrompt,
         transform: Callable[[Image], Tensor],
         **encoding: int | bool,
-    ) -> dict[str, float | str]:
-        """The metrics in percent, FashionIQ's after the name of their protocol.
+    ) -> list[EncodedSplit]:
+        """The validation splits as vectors; ``encoding`` goes to :func:`sprc.validation.encode_split`."""
+        return [encode_split(model, split, transform, **encoding) for split in self.val]
 
-        ``encoding`` is passed on to :func:`sprc.validation.encode_split`.
-        """
-        encoded = [encode_split(model, split, transform, **encoding) for split in self.val]
+    def metrics(self, encoded: list[EncodedSplit]) -> dict[str, float | str]:
+        """The metrics of :meth:`encode`'s result in percent, FashionIQ's after the name of their protocol."""
         metrics = validate(self.val, encoded)
         return metrics if self.protocol is None else {"protocol": self.protocol, **metrics}
 

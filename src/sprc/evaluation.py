@@ -13,7 +13,7 @@ from sprc.errors import InputError
 from sprc.models.factory import choose_device, place
 from sprc.ranking import similarities, subset_order, top_k
 from sprc.run_folder import write_json
-from sprc.validation import EncodedSplit, encode_split, validate
+from sprc.validation import EncodedSplit, encode_split
 
 TOP = 50
 TOP_IN_SET = 3
@@ -46,10 +46,8 @@ def run_validation(arguments: argparse.Namespace) -> dict[str, float | str]:
     benchmark = Benchmark.load(arguments.dataset, arguments.data_path, arguments.fiq_protocol)
     checkpoint, transform, encoding = load_to_score(arguments)
     benchmark.check_images()
-    encoded = [encode_split(checkpoint.model, split, transform, **encoding) for split in benchmark.val]
-    metrics: dict[str, float | str] = validate(benchmark.val, encoded)
-    if benchmark.protocol:
-        metrics = {"protocol": benchmark.protocol, **metrics}
+    encoded = benchmark.encode(checkpoint.model, transform, **encoding)
+    metrics = benchmark.metrics(encoded)
     for name, value in metrics.items():
         print(f"{name}: {value}")
     if arguments.save_rankings:

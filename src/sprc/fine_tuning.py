@@ -94,13 +94,14 @@ def fine_tune(arguments: argparse.Namespace) -> Path:
         write_json(run_folder / HYPERPARAMETERS, {**hyperparameters, "model_config": asdict(model.config)})
 
     def score() -> dict[str, float | str]:
-        return benchmark.validate(
+        encoded = benchmark.encode(
             model,
             transform,
             batch_size=config.batch_size,
             num_workers=config.num_workers,
             save_memory=arguments.save_memory,
         )
+        return benchmark.metrics(encoded)
 
     def keep(epoch: int, metrics: dict[str, Any], earlier: list[dict[str, Any]]) -> None:
         better = all(metrics[benchmark.criterion] > row[benchmark.criterion] for row in earlier)
