@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sprc.config import ModelConfig
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
-from sprc.models.qformer import QFormer
+from sprc.models.qformer import Layout, QFormer
 from sprc.models.tokenizer import tokenizer_from_vocabulary
 from sprc.models.vision import ClipViT, EvaViT
 
@@ -64,6 +64,37 @@ def build_qformer(config: ModelConfig) -> QFormer:
         norm_eps=config.norm_eps,
         dropout=config.dropout,
     )
+
+
+def call_bert(bert, ids=None, mask=None, queries=None, image=None, no_img=False, wanted=None):
+    """One of the four calls on (B, M) ids and mask, (B, Q, C) queries, (B, N, D) image tokens.
+
+    Returns (B, L, C) in the order of tests/plain_model.py, zeros where the text is padding.
+    """
+    num_queries = 0 if queries is None else queries.shape[1]
+    if ids is None:
+        layout = Layout(len(queries), num_queries)
+        return layout.pad(bert(bert.embeddings(queries).flatten(0, 1), layout, image))
+    if queries is None:
+        queries = torch.zeros(len(ids), 0, bert.embeddings.LayerNorm.normalized_shape[0])
+    words = bert.embeddings.word_embeddings(ids)
+    if no_img:
+        embedded = bert.embeddings(queries, 1), bert.embeddings(words, 0, num_queries + 1)
+    else:
+        embedded = bert.embeddings(queries), bert.embeddings(words, 0)
+    layout = Layout.of(mask.bool(), num_queries, cls_first=image is None, device=torch.device("cpu"))
+    if wanted is not None:
+        return bert(layout.rows(*embedded), layout, image, wanted)
+    padded = layout.pad(bert(layout.rows(*embedded), layout, image))
+    if no_img:
+        queries, text = padded[:, :num_queries], padded[:, num_queries:]
+        padded = torch.cat([text[:, :1], queries, text[:, 1:]], dim=1)
+    return padded
+
+
+def seen(padded: Tensor, mask: Tensor) -> Tensor:
+    """(B, L, C) with zeros where the (B, L) mask hides a token."""
+    return padded * mask.unsqueeze(-1)
 
 
 def build_vit(config: ModelConfig) -> EvaViT | ClipViT:

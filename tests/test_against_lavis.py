@@ -18,8 +18,10 @@ from conftest import (
     VOCABULARY,
     build_qformer,
     build_vit,
+    call_bert,
     random_images,
     randomise,
+    seen,
     small_config,
 )
 from torch import Tensor, nn
@@ -147,9 +149,14 @@ def test_qformer_calls_with_an_image_equal_lavis(qformers, with_text: bool) -> N
     arguments = {"query_embeds": queries, "encoder_hidden_states": image}
     if with_text:
         ids, mask = text_of(config)
-        arguments |= {"input_ids": ids, "attention_mask": plain.ones_before(mask, queries.shape[1])}
-    mine = ours.bert(**arguments)
+        shown = plain.ones_before(mask, queries.shape[1])
+        mine = call_bert(ours.bert, ids, mask, queries, image)
+        arguments |= {"input_ids": ids, "attention_mask": shown}
+    else:
+        shown = torch.ones(queries.shape[:2])
+        mine = call_bert(ours.bert, queries=queries, image=image)
     expected = theirs.bert(**arguments, encoder_attention_mask=torch.ones(image.shape[:2])).last_hidden_state
+    expected = seen(expected, shown)
     close(mine, expected)
     upstream = torch.randn(mine.shape, generator=torch.Generator().manual_seed(6))
     (mine * upstream).sum().backward()
@@ -162,8 +169,8 @@ def test_qformer_calls_without_image_equal_lavis_layers_run_as_text(qformers, no
     """LAVIS has no such calls. Its layers, told that there are no queries, do what SPRC asks for."""
     config, ours, theirs, queries, _ = qformers
     ids, mask = text_of(config)
+    mine = call_bert(ours.bert, ids, mask, queries, no_img=no_img)
     mask = plain.ones_before(mask, queries.shape[1])
-    mine = ours.bert(input_ids=ids, query_embeds=queries, attention_mask=mask, no_img=no_img)
     bert = theirs.bert
     if no_img:
         words = bert.embeddings.word_embeddings(ids)
@@ -174,6 +181,7 @@ def test_qformer_calls_without_image_equal_lavis_layers_run_as_text(qformers, no
         embedded = bert.embeddings(input_ids=ids, query_embeds=queries)
     additive_mask = bert.get_extended_attention_mask(mask, mask.shape, mask.device, False)
     expected = bert.encoder(embedded, additive_mask, head_mask=[None] * config.num_layers).last_hidden_state
+    expected = seen(expected, mask)
     close(mine, expected)
     upstream = torch.randn(mine.shape, generator=torch.Generator().manual_seed(6))
     (mine * upstream).sum().backward()
@@ -185,7 +193,7 @@ def test_text_alone_equals_lavis(qformers) -> None:
     config, ours, theirs, _, _ = qformers
     ids, mask = text_of(config)
     expected = theirs.bert(input_ids=ids, attention_mask=mask).last_hidden_state
-    close(ours.bert(input_ids=ids, attention_mask=mask), expected)
+    close(call_bert(ours.bert, ids, mask), seen(expected, mask))
 
 
 # --- the vision transformers
@@ -329,10 +337,13 @@ def test_qformer_of_true_size_equals_lavis(lavis_without_downloads, two_threads)
         torch.randn(2, 257, 1408, generator=generator),
     )
     ids = torch.randint(0, config.vocab_size, (2, 32), generator=generator)
-    mask = plain.ones_before(torch.tensor([[1] * 32, [1] * 9 + [0] * 23]), 32)
-    for text in ({}, {"input_ids": ids, "attention_mask": mask}):
-        arguments = {"query_embeds": queries, "encoder_hidden_states": image, **text}
-        close(ours.bert(**arguments), theirs.bert(**arguments).last_hidden_state)
+    mask = torch.tensor([[1] * 32, [1] * 9 + [0] * 23])
+    image_only = {"query_embeds": queries, "encoder_hidden_states": image}
+    mine = call_bert(ours.bert, queries=queries, image=image)
+    close(mine, theirs.bert(**image_only).last_hidden_state)
+    shown = plain.ones_before(mask, 32)
+    both = theirs.bert(**image_only, input_ids=ids, attention_mask=shown).last_hidden_state
+    close(call_bert(ours.bert, ids, mask, queries, image), seen(both, shown))
 
 
 @pytest.mark.parametrize("backbone", ["pretrain", "pretrain_vitL", "coco"])

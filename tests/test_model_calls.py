@@ -11,8 +11,10 @@ from conftest import (
     VOCABULARY,
     build_qformer,
     build_vit,
+    call_bert,
     random_images,
     randomise,
+    seen,
     small_config,
 )
 from torch import Tensor, nn
@@ -86,39 +88,37 @@ def call(request):
 @torch.no_grad()
 def test_call_1_fuses_queries_text_and_image(call) -> None:
     config, bert, w, queries, ids, mask, image = call
-    ours = bert(
-        input_ids=ids,
-        query_embeds=queries,
-        attention_mask=plain.ones_before(mask, queries.shape[1]),
-        encoder_hidden_states=image,
-    )
-    close(ours, plain.fusion_call(w, config, queries.double(), ids, mask, image.double()))
+    expected = plain.fusion_call(w, config, queries.double(), ids, mask, image.double())
+    shown = plain.ones_before(mask, queries.shape[1])
+    close(call_bert(bert, ids, mask, queries, image), seen(expected, shown))
+    first = call_bert(bert, ids, mask, queries, image, wanted=queries.shape[1])
+    close(first, expected[:, : queries.shape[1]])
 
 
 @torch.no_grad()
 def test_call_2_reads_the_sentence_prompt_without_an_image(call) -> None:
     config, bert, w, queries, ids, mask, _ = call
-    ours = bert(input_ids=ids, query_embeds=queries, attention_mask=plain.ones_before(mask, queries.shape[1]))
-    close(ours, plain.sentence_prompt_call(w, config, queries.double(), ids, mask))
+    expected = plain.sentence_prompt_call(w, config, queries.double(), ids, mask)
+    close(call_bert(bert, ids, mask, queries), seen(expected, plain.ones_before(mask, queries.shape[1])))
+    cls = queries.shape[1]
+    close(call_bert(bert, ids, mask, queries, wanted=1), expected[:, cls : cls + 1])
 
 
 @torch.no_grad()
 def test_call_3_reads_an_image_without_text(call) -> None:
     config, bert, w, queries, _, _, image = call
-    ours = bert(query_embeds=queries, encoder_hidden_states=image)
-    close(ours, plain.target_call(w, config, queries.double(), image.double()))
+    expected = plain.target_call(w, config, queries.double(), image.double())
+    close(call_bert(bert, queries=queries, image=image), expected)
+    close(call_bert(bert, queries=queries, image=bert.image_keys(image)), expected)
 
 
 @torch.no_grad()
 def test_call_4_puts_the_prompts_behind_cls(call) -> None:
     config, bert, w, queries, ids, mask, _ = call
-    ours = bert(
-        input_ids=ids,
-        query_embeds=queries,
-        attention_mask=plain.ones_before(mask, queries.shape[1]),
-        no_img=True,
-    )
-    close(ours, plain.text_only_call(w, config, queries.double(), ids, mask))
+    expected = plain.text_only_call(w, config, queries.double(), ids, mask)
+    shown = plain.ones_before(mask, queries.shape[1])  # [CLS] is always seen, so the same mask fits
+    close(call_bert(bert, ids, mask, queries, no_img=True), seen(expected, shown))
+    close(call_bert(bert, ids, mask, queries, no_img=True, wanted=1), expected[:, :1])
 
 
 def test_cross_attention_is_in_every_second_layer() -> None:
@@ -139,7 +139,7 @@ def test_dropout_acts_in_training_alone(call, where: str) -> None:
             module.dropout = 0.0
 
     def run_twice() -> tuple[Tensor, Tensor]:
-        return tuple(bert(query_embeds=queries, encoder_hidden_states=image) for _ in range(2))
+        return tuple(call_bert(bert, queries=queries, image=image) for _ in range(2))
 
     bert.train()
     assert not torch.equal(*run_twice())

@@ -74,13 +74,18 @@ def encode_split(
     was_training = model.training
     model.eval()
     for image_indices, images in tqdm(loader, desc=f"encode {label}", leave=False):
-        target_feats, image_embeds = model.extract_target_features(images.to(device))
-        gallery[image_indices] = target_feats.to(gallery.device)
+        image_embeds = model.encode_image(images.to(device))
+        keys = model.Qformer.bert.image_keys(image_embeds)
+        gallery[image_indices] = model.target_features(keys).to(gallery.device)
         rows = [(row, q) for row, i in enumerate(image_indices.tolist()) for q in queries_of.get(i, ())]
         for start in range(0, len(rows), batch_size):
             row, query = (list(column) for column in zip(*rows[start : start + batch_size], strict=True))
             text = model.tokenize([captions[q] for q in query])
-            composed[query] = model.compose(image_embeds[row], text)[0].cpu()
+            if model.gated_fusion is None:  # a reference's keys and values are those it has as a target
+                reference = [pair and (pair[0][row], pair[1][row]) for pair in keys]
+            else:
+                reference = image_embeds[row]
+            composed[query] = model.compose(reference, text).cpu()
             text_only[query] = model.text_features(text).cpu()
     model.train(was_training)
     return EncodedSplit(

@@ -8,20 +8,32 @@ D image width, C = 768 hidden width, E = 256 embedding width:
     3. target           queries, target image            ->  T = vision_proj(output), (B, Q, E)
     4. text only        [CLS], prompts, words, no image  ->  p = text_proj(output[:, 0]), (B, E)
 
+Calls 2 and 4 have the same rows and run as one batch in training. A caption is tokenized and its words are
+looked up once. The frozen vision transformer's tokens may come from a feature cache in place of pixels.
+
 With ``use_gated_fusion`` the text edits the reference's image tokens before call 1; the target's tokens
 are never edited. Without it the model is plain SPRC and has no fusion parameter.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import BatchEncoding, BertTokenizer
+from transformers import BertTokenizer
 
 from sprc.config import ModelConfig
 from sprc.losses import align_loss, contrastive_loss, similarity
 from sprc.models.gated_fusion import FusionOutput, fusion_class
-from sprc.models.qformer import QFormer
+from sprc.models.qformer import ImageKeys, Layout, QFormer
 from sprc.models.vision import ClipViT, EvaViT
+
+
+class Text(NamedTuple):
+    """B captions as the Q-Former reads them."""
+
+    words: Tensor  # (B, M, C) word embeddings, without positions
+    mask: Tensor  # (B, M), True where there is a word and not padding, on the CPU
 
 
 class Blip2QformerCirAlignPrompt(nn.Module):
@@ -114,20 +126,30 @@ class Blip2QformerCirAlignPrompt(nn.Module):
         """The losses of a batch of triplets.
 
         Args:
-            samples: `image` (B, 3, S, S) references, `target` (B, 3, S, S), `text_input` B captions.
+            samples: `image` references and `target`, each (B, 3, S, S) pixels or (B, N, D) tokens of the
+                frozen vision transformer; `text_input` B captions.
 
         Returns:
             `loss_itc`, `loss_rtc`, `loss_align`: unweighted scalars.
         """
-        text = self.tokenize(samples["text_input"])
         images = torch.cat([samples["image"], samples["target"]])  # one pass through the ViT for both
-        reference_embeds, target_embeds = self.encode_image(images).chunk(2)
-        query_feats, fusion_outputs = self.compose(reference_embeds, text)
+        return self.losses(self.vit_tokens(images), self.tokenize(samples["text_input"]))
+
+    def losses(self, tokens: Tensor, text: Text) -> dict[str, Tensor]:
+        """The losses from here on: all that is trained when the vision transformer is frozen.
+
+        Args:
+            tokens: (2 B, N, D) tokens of the vision transformer, the B references first.
+            text: B captions.
+        """
+        reference_embeds, target_embeds = self.normalise(tokens).chunk(2)
+        prompts = self.prompts_of(reference_embeds, text)
+        query_feats, text_feats = self.compose_and_text_features(prompts, text)
         target_feats = self.target_features(target_embeds)
         return {
             "loss_itc": contrastive_loss(query_feats, target_feats, self.temp),
-            "loss_rtc": contrastive_loss(self.text_features(text), target_feats, self.temp),
-            "loss_align": align_loss(fusion_outputs, self.prompt_tokens),
+            "loss_rtc": contrastive_loss(text_feats, target_feats, self.temp),
+            "loss_align": align_loss(prompts, self.prompt_tokens),
         }
 
     @torch.no_grad()
@@ -142,8 +164,7 @@ class Blip2QformerCirAlignPrompt(nn.Module):
         Returns:
             (B, G).
         """
-        query_feats, _ = self.compose(reference_embeds, self.tokenize(text))
-        return similarity(query_feats, target_feats)
+        return similarity(self.compose(reference_embeds, self.tokenize(text)), target_feats)
 
     @torch.no_grad()
     def extract_target_features(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,77 +172,109 @@ class Blip2QformerCirAlignPrompt(nn.Module):
         image_embeds = self.encode_image(image)
         return self.target_features(image_embeds), image_embeds
 
-    def tokenize(self, text: list[str]) -> BatchEncoding:
-        """B captions to `input_ids` and `attention_mask`, (B, M) each, padded and cut to ``max_txt_len``."""
-        return self.tokenizer(
+    def tokenize(self, text: list[str]) -> Text:
+        """B captions, cut to ``max_txt_len`` tokens and padded to the longest of them.
+
+        What is masked is not computed, so padding further would change nothing; only the mean over all
+        positions (``pool="all"``) sees it, and gets all ``max_txt_len``.
+        """
+        to_the_full = self.config.use_gated_fusion and self.config.pool == "all"
+        tokens = self.tokenizer(
             text,
-            padding="max_length",
+            padding="max_length" if to_the_full else "longest",
             truncation=True,
             max_length=self.config.max_txt_len,
             return_tensors="pt",
-        ).to(self.device)
+        )
+        ids = tokens.input_ids.to(self.device, non_blocking=True)
+        return Text(self.Qformer.bert.embeddings.word_embeddings(ids), tokens.attention_mask.bool())
 
     def encode_image(self, image: Tensor) -> Tensor:
-        """(B, 3, S, S) to normalised image tokens (B, N, D). No graph through a frozen ViT.
+        """(B, 3, S, S) pixels, or (B, N, D) tokens from a feature cache, to normalised tokens (B, N, D)."""
+        return self.normalise(self.vit_tokens(image))
 
-        On a GPU a frozen ViT runs in float16, as in LAVIS, whatever the precision around it.
+    def vit_tokens(self, image: Tensor) -> Tensor:
+        """(B, 3, S, S) to the vision transformer's tokens (B, N, D). No graph through a frozen one.
+
+        On a GPU a frozen ViT runs in float16, as in LAVIS, whatever the precision around it. What already is
+        (B, N, D) is returned as it is.
         """
-        if self.config.freeze_vit:
-            on_gpu = image.device.type == "cuda"
-            with torch.no_grad(), torch.autocast(image.device.type, torch.float16, enabled=on_gpu):
-                tokens = self.visual_encoder(image)
-        else:
-            tokens = self.visual_encoder(image)
+        if image.dim() == 3:
+            return image
+        if not self.config.freeze_vit:
+            return self.visual_encoder(image)
+        on_gpu = image.device.type == "cuda"
+        with torch.no_grad(), torch.autocast(image.device.type, torch.float16, enabled=on_gpu):
+            return self.visual_encoder(image)
+
+    def normalise(self, tokens: Tensor) -> Tensor:
+        """ln_vision, which is trained: (B, N, D) to (B, N, D) float32."""
         return self.ln_vision(tokens.float())
 
-    def fuse(self, reference_embeds: Tensor, text: BatchEncoding) -> FusionOutput | None:
+    def fuse(self, reference_embeds: Tensor, text: Text) -> FusionOutput | None:
         """What the fusion makes of (B, N, D) reference tokens; None when fusion is off."""
         if self.gated_fusion is None:
             return None
-        text_embeds = self.Qformer.bert.embeddings(text.input_ids)  # (B, M, C)
-        return self.gated_fusion(reference_embeds, text_embeds, text.attention_mask)
+        text_embeds = self.Qformer.bert.embeddings(text.words, 0)  # (B, M, C)
+        return self.gated_fusion(reference_embeds, text_embeds, text.mask.to(self.device, non_blocking=True))
 
-    def compose(self, reference_embeds: Tensor, text: BatchEncoding) -> tuple[Tensor, Tensor]:
-        """The one way from a reference and a text to a query: fusion, call 1, call 2.
+    def compose(self, reference_embeds: Tensor | ImageKeys, text: Text) -> Tensor:
+        """The query of each reference and text, f: (B, E), normalised. Fusion, call 1, call 2.
 
-        Training, validation, `inference` and submission all go through here, so that the model that is
-        scored is the model that was trained.
-
-        Returns:
-            f (B, E), normalised, and the fusion call's query outputs (B, Q, C).
+        Training goes through the same methods as validation, `inference` and submission, so that the model
+        that is scored is the model that was trained. With fusion off ``reference_embeds`` may be
+        ``Qformer.bert.image_keys`` of them.
         """
+        prompts = self.prompts_of(reference_embeds, text)
+        return self._cls_features(*self._embed_call_2(prompts, text), text.mask)
+
+    def prompts_of(self, reference_embeds: Tensor | ImageKeys, text: Text) -> Tensor:
+        """Fusion, then call 1: the sentence prompts (B, Q, C) of each reference and text."""
         fusion = self.fuse(reference_embeds, text)
         if fusion is not None:
             if self.training:
                 self.diagnostics = fusion_diagnostics(fusion, reference_embeds, self.gated_fusion)
             reference_embeds = fusion.fused
-        queries = self.query_tokens.expand(len(reference_embeds), -1, -1)
-        num_queries = queries.shape[1]
-        mask = self._mask_with_queries(text)
-        bert = self.Qformer.bert
-        outputs = bert(text.input_ids, queries, mask, reference_embeds)[:, :num_queries]
-        sentence = bert(text.input_ids, outputs, mask)
-        return F.normalize(self.text_proj(sentence[:, num_queries]), dim=-1), outputs
+        num_queries = self.config.num_query_tokens
+        layout = Layout.of(text.mask, num_queries, cls_first=False, device=self.device)
+        queries = self.Qformer.bert.embeddings(self.query_tokens.expand(layout.batch, -1, -1))
+        rows = layout.rows(queries, self.Qformer.bert.embeddings(text.words, 0))
+        return self.Qformer.bert(rows, layout, reference_embeds, wanted=num_queries)
 
-    def target_features(self, image_embeds: Tensor) -> Tensor:
-        """Call 3: (B, N, D) image tokens to normalised target features (B, Q, E)."""
-        queries = self.query_tokens.expand(len(image_embeds), -1, -1)
-        outputs = self.Qformer.bert(query_embeds=queries, encoder_hidden_states=image_embeds)
+    def target_features(self, image_embeds: Tensor | ImageKeys) -> Tensor:
+        """Call 3: (B, N, D) image tokens, or ``Qformer.bert.image_keys`` of them, to features (B, Q, E)."""
+        first = image_embeds if isinstance(image_embeds, Tensor) else image_embeds[0][0]
+        layout = Layout(len(first), self.config.num_query_tokens)
+        queries = self.Qformer.bert.embeddings(self.query_tokens.expand(layout.batch, -1, -1)).flatten(0, 1)
+        outputs = self.Qformer.bert(queries, layout, image_embeds).unflatten(0, (layout.batch, -1))
         return F.normalize(self.vision_proj(outputs), dim=-1)
 
-    def text_features(self, text: BatchEncoding) -> Tensor:
+    def text_features(self, text: Text) -> Tensor:
         """Call 4: the text with the learned prompts alone to p (B, E), normalised."""
-        prompts = self.prompt_tokens.expand(len(text.input_ids), -1, -1)
-        outputs = self.Qformer.bert(text.input_ids, prompts, self._mask_with_queries(text), no_img=True)
-        return F.normalize(self.text_proj(outputs[:, 0]), dim=-1)
+        return self._cls_features(*self._embed_call_4(text), text.mask)
 
-    def _mask_with_queries(self, text: BatchEncoding) -> Tensor:
-        """(B, Q + M): the queries are always seen, the text's padding never.
+    def compose_and_text_features(self, prompts: Tensor, text: Text) -> tuple[Tensor, Tensor]:
+        """Calls 2 and 4 as one batch of 2 B: f and p, (B, E) each, normalised."""
+        calls = zip(self._embed_call_2(prompts, text), self._embed_call_4(text), strict=True)
+        queries, words = (torch.cat(pair) for pair in calls)
+        return self._cls_features(queries, words, text.mask.repeat(2, 1)).chunk(2)
 
-        It also fits call 4, where [CLS] comes before the queries: [CLS] is always seen, too.
-        """
-        ones = text.attention_mask.new_ones(len(text.attention_mask), self.config.num_query_tokens)
-        return torch.cat([ones, text.attention_mask], dim=1)
+    def _embed_call_2(self, prompts: Tensor, text: Text) -> tuple[Tensor, Tensor]:
+        """Queries (B, Q, C) without positions, and words (B, M, C)."""
+        embed = self.Qformer.bert.embeddings
+        return embed(prompts), embed(text.words, 0)
+
+    def _embed_call_4(self, text: Text) -> tuple[Tensor, Tensor]:
+        """The same of [CLS], Q prompts, other words, whose positions run over all of them."""
+        embed = self.Qformer.bert.embeddings
+        prompts = embed(self.prompt_tokens.expand(len(text.words), -1, -1), 1)
+        return prompts, embed(text.words, 0, self.config.num_query_tokens + 1)
+
+    def _cls_features(self, queries: Tensor, words: Tensor, mask: Tensor) -> Tensor:
+        """The layers of calls 2 and 4, without an image: (B, E) from the text's [CLS], normalised."""
+        layout = Layout.of(mask, self.config.num_query_tokens, cls_first=True, device=self.device)
+        cls = self.Qformer.bert(layout.rows(queries, words), layout, wanted=1)[:, 0]
+        return F.normalize(self.text_proj(cls), dim=-1)
 
 
 @torch.no_grad()

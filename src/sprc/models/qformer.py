@@ -4,12 +4,106 @@ SPRC calls it in four ways (see ``blip2_qformer_cir_align_prompt.py``). Two thin
 without an image *all* tokens take the text's feed-forward, and the text-only call puts the queries
 between [CLS] and the words. Parameter names are LAVIS's, because they are the checkpoint format.
 
-Shapes: B batch, Q queries, M text tokens, L = Q + M, C hidden width, N image tokens, D image width.
+Captions differ in length, so the layers work on rows, one for each token that is seen, and no row is padding.
+Only inside attention do they stand in a padded batch; :class:`Layout` says where.
+
+Shapes: B batch, Q queries, M text tokens, L = Q + M, R rows, C hidden width, N image tokens, D image width.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+# For each layer the image's keys and values, (B, N, C) each; None for a layer without cross-attention.
+ImageKeys = list[tuple[Tensor, Tensor] | None]
+
+
+class Layout(NamedTuple):
+    """Which rows a call has, and where each stands in a padded batch of L = Q + M tokens.
+
+    The queries' rows come sample by sample; the text's come word by word, so that the B rows of [CLS] are the
+    first of them. Without text there is no padding, and the tensors are None.
+    """
+
+    batch: int
+    num_queries: int
+    before: int = 0  # text rows that come before the queries' rows
+    mask: Tensor | None = None  # (B, 1, 1, L), True where a token is seen
+    words: Tensor | None = None  # (R - B * Q,) b * M + m: the text's rows among its (B * M) tokens
+    place: Tensor | None = None  # (R,) b * L + position
+
+    @classmethod
+    def of(cls, text_mask: Tensor, num_queries: int, *, cls_first: bool, device: torch.device) -> "Layout":
+        """The layout of captions with ``num_queries`` queries before them.
+
+        Args:
+            text_mask: (B, M) of True (seen) and False (padding), on the CPU: no waiting for a GPU here.
+            num_queries: Q.
+            cls_first: the rows are [CLS], queries, other words; else queries, text.
+            device: where the layers are.
+        """
+        batch, length = text_mask.shape
+        m, b = text_mask.T.nonzero(as_tuple=True)
+        places = torch.arange(batch * (num_queries + length)).view(batch, -1)
+        query_places, text_places = places[:, :num_queries].flatten(), places[b, num_queries + m]
+        before = batch if cls_first else 0
+        place = torch.cat([text_places[:before], query_places, text_places[before:]])
+        seen = torch.cat([text_mask.new_ones(batch, num_queries), text_mask], dim=1)
+        index = (seen[:, None, None, :], b * length + m, place)
+        return cls(batch, num_queries, before, *(x.to(device, non_blocking=True) for x in index))
+
+    def rows(self, queries: Tensor, text: Tensor) -> Tensor:
+        """(B, Q, C) and (B, M, C) to the (R, C) rows."""
+        text = Pick.apply(text.flatten(0, 1), self.words)
+        return torch.cat([text[: self.before], queries.flatten(0, 1), text[self.before :]])
+
+    def pad(self, rows: Tensor) -> Tensor:
+        """(R, C) to (B, L, C), zeros where nothing is seen."""
+        if self.place is None:
+            return rows.unflatten(0, (self.batch, -1))
+        length = self.mask.shape[-1]
+        return Spread.apply(rows, self.place, self.batch * length).unflatten(0, (self.batch, length))
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        """(B, L, C) to (R, C)."""
+        rows = padded.flatten(0, 1)
+        return rows if self.place is None else Pick.apply(rows, self.place)
+
+
+class Pick(torch.autograd.Function):
+    """``rows[places]``, no row twice, so that the gradient is a copy; torch's own adds row by row."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, rows: Tensor, places: Tensor) -> Tensor:
+        """(P, C) and (R,) to (R, C)."""
+        ctx.save_for_backward(places)
+        ctx.length = len(rows)
+        return rows.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        """(R, C) to (P, C)."""
+        (places,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.length, grad.shape[1]).index_copy(0, places, grad), None
+
+
+class Spread(torch.autograd.Function):
+    """The reverse: each of the R rows to its place among ``length``, zeros elsewhere."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, rows: Tensor, places: Tensor, length: int) -> Tensor:
+        """(R, C) and (R,) to (length, C)."""
+        ctx.save_for_backward(places)
+        return rows.new_zeros(length, rows.shape[1]).index_copy(0, places, rows)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+        """(length, C) to (R, C)."""
+        (places,) = ctx.saved_tensors
+        return grad.index_select(0, places), None, None
 
 
 class QFormer(nn.Module):
@@ -62,43 +156,50 @@ def initialise(module: nn.Module, std: float) -> None:
 
 
 class Bert(nn.Module):
-    """Embeddings and layers. Returns the last hidden state."""
+    """The layers. The embeddings are called on their own, because several calls share a text's."""
 
     def __init__(self, embeddings: "Embeddings", layers: list["Layer"]) -> None:
         super().__init__()
         self.embeddings = embeddings
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
 
+    def image_keys(self, image: Tensor) -> ImageKeys:
+        """(B, N, D) image tokens to what :meth:`forward` takes in their place, for an image read twice."""
+        return [
+            None if layer.crossattention is None else layer.crossattention.self.keys_values(image)
+            for layer in self.encoder["layer"]
+        ]
+
     def forward(
         self,
-        input_ids: Tensor | None = None,
-        query_embeds: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        no_img: bool = False,
+        hidden: Tensor,
+        layout: Layout,
+        image: Tensor | ImageKeys | None = None,
+        wanted: int | None = None,
     ) -> Tensor:
-        """Run the Q-Former.
+        """Run the layers.
 
         Args:
-            input_ids: (B, M) text, or None for queries alone.
-            query_embeds: (B, Q, C), or None for text alone.
-            attention_mask: (B, L) of ones (seen) and zeros (hidden); None sees all.
-            encoder_hidden_states: (B, N, D) image tokens; None runs without cross-attention.
-            no_img: the text-only order: [CLS], the queries, the other words, with positions over all.
+            hidden: (R, C), the embedded rows. With an image the queries' rows come first.
+            layout: where the rows stand.
+            image: (B, N, D) image tokens, or what :meth:`image_keys` made of them; None runs without
+                cross-attention, all rows as text.
+            wanted: how many rows a sample the caller reads, the first; the last layer computes no others.
 
         Returns:
-            (B, L, C).
+            (R, C), or (B, wanted, C).
         """
-        hidden = self.embeddings(input_ids, query_embeds, no_img)
-        num_queries = 0 if query_embeds is None else query_embeds.shape[1]
-        mask = None if attention_mask is None else attention_mask[:, None, None, :].bool()  # (B, 1, 1, L)
-        for layer in self.encoder["layer"]:
-            hidden = layer(hidden, num_queries, mask, encoder_hidden_states)
-        return hidden
+        *layers, last = self.encoder["layer"]
+        *images, last_image = image if isinstance(image, list) else [image] * (len(layers) + 1)
+        has_image = image is not None
+        for layer, seen in zip(layers, images, strict=True):
+            hidden = layer(hidden, layout, seen, has_image)
+        hidden = last(hidden, layout, last_image, has_image, wanted)
+        return hidden if wanted is None else hidden.unflatten(0, (layout.batch, wanted))
 
 
 class Embeddings(nn.Module):
-    """Word and position embeddings, joined with the queries, normalised together."""
+    """Word and position embeddings, normalised; queries are normalised by the same LayerNorm."""
 
     def __init__(
         self, vocab_size: int, max_positions: int, hidden_size: int, norm_eps: float, dropout: float
@@ -110,22 +211,20 @@ class Embeddings(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.register_buffer("position_ids", torch.arange(max_positions)[None])  # in LAVIS's checkpoints
 
-    def forward(
-        self, input_ids: Tensor | None, query_embeds: Tensor | None = None, no_img: bool = False
-    ) -> Tensor:
-        """(B, M) ids and (B, Q, C) queries, either of them None, to (B, Q + M, C)."""
-        if input_ids is None:
-            hidden = query_embeds
-        else:
-            words = self.word_embeddings(input_ids)
-            if no_img:
-                hidden = torch.cat([words[:, :1], query_embeds, words[:, 1:]], dim=1)
-                hidden = hidden + self.position_embeddings(self.position_ids[:, : hidden.shape[1]])
-            else:
-                hidden = words + self.position_embeddings(self.position_ids[:, : words.shape[1]])
-                if query_embeds is not None:
-                    hidden = torch.cat([query_embeds, hidden], dim=1)
-        return self.dropout(self.LayerNorm(hidden))
+    def forward(self, tokens: Tensor, first: int | None = None, start: int | None = None) -> Tensor:
+        """Words (with positions) or queries (without, but in call 4), (B, tokens, C), to the same shape.
+
+        Args:
+            tokens: word embeddings, or queries.
+            first: position of the first token; None adds no positions.
+            start: position of the second, from where they run on; by default ``first + 1``.
+        """
+        if first is not None:
+            start = first + 1 if start is None else start
+            weight = self.position_embeddings.weight
+            positions = torch.cat([weight[first : first + 1], weight[start : start + tokens.shape[1] - 1]])
+            tokens = tokens + positions
+        return self.dropout(self.LayerNorm(tokens))
 
 
 class Layer(nn.Module):
@@ -153,18 +252,26 @@ class Layer(nn.Module):
         self.intermediate_query = Intermediate(hidden_size, intermediate_size)
         self.output_query = ResidualOutput(intermediate_size, hidden_size, norm_eps, dropout)
 
-    def forward(self, hidden: Tensor, num_queries: int, mask: Tensor | None, image: Tensor | None) -> Tensor:
-        """(B, L, C) to (B, L, C); the first ``num_queries`` tokens are the queries when there is an image."""
-        hidden = self.attention(hidden, hidden, mask)
-        if image is None:
+    def forward(
+        self,
+        hidden: Tensor,
+        layout: Layout,
+        image: Tensor | tuple[Tensor, Tensor] | None,
+        has_image: bool,
+        wanted: int | None = None,
+    ) -> Tensor:
+        """(R, C) to (R, C), or to the (B * wanted, C) first rows; see :class:`Bert`."""
+        hidden = self.attention.among_rows(hidden, layout, wanted)
+        if not has_image:
             return self.output(self.intermediate(hidden), hidden)
-        queries, text = hidden[:, :num_queries], hidden[:, num_queries:]
+        num_queries = layout.batch * layout.num_queries
+        queries, text = hidden[:num_queries], hidden[num_queries:]
         if self.crossattention is not None:
-            queries = self.crossattention(queries, image)
+            queries = self.crossattention.to_image(queries, layout, image)
         queries = self.output_query(self.intermediate_query(queries), queries)
-        if text.shape[1] == 0:
+        if len(text) == 0:
             return queries
-        return torch.cat([queries, self.output(self.intermediate(text), text)], dim=1)
+        return torch.cat([queries, self.output(self.intermediate(text), text)])
 
 
 class Attention(nn.Module):
@@ -177,9 +284,21 @@ class Attention(nn.Module):
         self.self = AttentionHeads(hidden_size, context_width, num_heads, dropout)
         self.output = ResidualOutput(hidden_size, hidden_size, norm_eps, dropout)
 
-    def forward(self, hidden: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, L, C) asks (B, N, context_width); the mask is True where a token may be seen."""
-        return self.output(self.self(hidden, context, mask), hidden)
+    def among_rows(self, hidden: Tensor, layout: Layout, wanted: int | None) -> Tensor:
+        """The (R, C) rows of each sample ask each other: (R, C), or the first (B * wanted, C)."""
+        key, value = (layout.pad(x) for x in self.self.keys_values(hidden))
+        if wanted is None:
+            query = layout.pad(self.self.query(hidden))
+            return self.output(layout.unpad(self.self(query, key, value, layout.mask)), hidden)
+        asking = hidden[: layout.batch * wanted]
+        query = self.self.query(asking).unflatten(0, (layout.batch, wanted))
+        return self.output(self.self(query, key, value, layout.mask).flatten(0, 1), asking)
+
+    def to_image(self, queries: Tensor, layout: Layout, image: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """The (B * Q, C) queries ask their images: (B, N, D) tokens, or those's keys and values."""
+        key, value = self.self.keys_values(image) if isinstance(image, Tensor) else image
+        query = self.self.query(queries).unflatten(0, (layout.batch, -1))
+        return self.output(self.self(query, key, value).flatten(0, 1), queries)
 
 
 class AttentionHeads(nn.Module):
@@ -193,11 +312,15 @@ class AttentionHeads(nn.Module):
         self.key = nn.Linear(context_width, hidden_size)
         self.value = nn.Linear(context_width, hidden_size)
 
-    def forward(self, hidden: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, L, C) and (B, N, context_width) to (B, L, C)."""
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., context_width) to keys and values, (..., C) each."""
+        return self.key(context), self.value(context)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Projected (B, L, C) queries, (B, N, C) keys and values, to (B, L, C)."""
         query, key, value = (
             x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, tokens, C / heads)
-            for x in (self.query(hidden), self.key(context), self.value(context))
+            for x in (query, key, value)
         )
         heads = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0
