@@ -13,10 +13,10 @@ After a crash or Ctrl-C:
 import argparse
 from pathlib import Path
 
-from sprc.config import BACKBONES, FUSION_STARTS, POOLS
+from sprc.config import AMP, BACKBONES, FUSION_STARTS, GALLERY_DTYPES, POOLS
 from sprc.data import PROTOCOLS, TRANSFORMS
 from sprc.errors import run_script
-from sprc.flags import ROOT
+from sprc.flags import ROOT, add_cache_flags
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -89,6 +89,22 @@ def parse_arguments() -> argparse.Namespace:
         default=None,
         help="pixels, a multiple of the patch; default: the backbone's",
     )
+    add("--freeze-vit", action=argparse.BooleanOptionalAction, default=None, help="default: the backbone's")
+    add(
+        "--gallery-dtype",
+        default="float32",
+        choices=GALLERY_DTYPES,
+        help="of the gallery's features in validation; default: %(default)s",
+    )
+    speed = parser.add_argument_group("speed")
+    add_cache_flags(speed)
+    speed.add_argument(
+        "--amp",
+        default="auto",
+        choices=AMP,
+        help="mixed precision; auto (default): bf16 where the GPU has it, else fp16, off on a CPU",
+    )
+    speed.add_argument("--compile", action="store_true", help="torch.compile what is trained")
     fusion = parser.add_argument_group("fusion of the text into the reference's image tokens")
     add = fusion.add_argument
     add("--use-gated-fusion", action=argparse.BooleanOptionalAction, default=None, help="off is plain SPRC")

@@ -10,7 +10,7 @@ from PIL import Image, ImageFile
 from torch.utils.data import DataLoader
 
 from sprc.data.cirr import load_cirr
-from sprc.data.datasets import ImageDataset, Triplet, TripletDataset, check_images, load_image
+from sprc.data.datasets import ImageDataset, Triplet, TripletDataset, check_images, image_loader, load_image
 from sprc.data.transforms import make_transform
 from sprc.errors import InputError
 
@@ -297,7 +297,9 @@ def test_triplets_collate_into_the_models_batch(tree):
     tree.captions["val"][1]["caption"] = "Add (two) dogs!"
     tree.write()
     val = load_cirr(tree.data_path, "val")
-    batch = next(iter(DataLoader(TripletDataset(val.triplets, val.image_paths, TRANSFORM), batch_size=2)))
+    batch = next(
+        iter(DataLoader(TripletDataset(val.triplets, val.image_paths, image_loader(TRANSFORM)), batch_size=2))
+    )
     assert set(batch) == {"image", "target", "text_input"}
     assert batch["text_input"] == ["make it red", "add two dogs"]
     for row, triplet in enumerate(val.triplets):
@@ -308,14 +310,14 @@ def test_triplets_collate_into_the_models_batch(tree):
 def test_triplets_without_targets_make_no_training_set(tree):
     test1 = load_cirr(tree.data_path, "test1")
     with pytest.raises(ValueError, match="without a target"):
-        TripletDataset(test1.triplets, test1.image_paths, TRANSFORM)
+        TripletDataset(test1.triplets, test1.image_paths, image_loader(TRANSFORM))
 
 
 def test_image_dataset_keeps_the_order_of_names(tree):
     tree.draw_images("val")
     image_paths = load_cirr(tree.data_path, "val").image_paths
     names = list(image_paths)[::-1]
-    batches = list(DataLoader(ImageDataset(names, image_paths, TRANSFORM), batch_size=5))
+    batches = list(DataLoader(ImageDataset(names, image_paths, image_loader(TRANSFORM)), batch_size=5))
     assert torch.cat([indices for indices, _ in batches]).tolist() == list(range(12))
     images = torch.cat([images for _, images in batches])
     assert images.shape == (12, 3, 28, 28)
@@ -326,7 +328,7 @@ def test_image_dataset_keeps_the_order_of_names(tree):
 def test_input_error_leaves_a_dataloader_worker_as_its_plain_line(tree):
     tree.draw_images("val")
     image_paths = load_cirr(tree.data_path, "val").image_paths
-    dataset = ImageDataset(list(image_paths), image_paths, TRANSFORM)
+    dataset = ImageDataset(list(image_paths), image_paths, image_loader(TRANSFORM))
     path = image_paths["val-1-img0"]
     path.write_bytes(path.read_bytes()[:60])
     expected = message_of(load_image, path, TRANSFORM)

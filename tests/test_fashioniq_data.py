@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from sprc.data.datasets import Triplet, TripletDataset, check_images
+from sprc.data.datasets import Triplet, TripletDataset, check_images, image_loader
 from sprc.data.fashioniq import load_fashioniq
 from sprc.data.transforms import make_transform
 from sprc.errors import InputError
@@ -309,7 +309,7 @@ def numbered_dataset(tree, count, seed=0):
         Triplet(i, name, name, "validation", (), tuple(f"triplet {i} text {k}" for k in range(4)))
         for i in range(count)
     ]
-    return TripletDataset(triplets, {name: path}, TRANSFORM, seed=seed)
+    return TripletDataset(triplets, {name: path}, image_loader(TRANSFORM), seed=seed)
 
 
 def texts_of(dataset, epoch):
@@ -319,7 +319,7 @@ def texts_of(dataset, epoch):
 
 def test_an_item_has_one_of_its_triplets_four_texts_as_the_tokenizer_takes_it(tree):
     loaded = load_fashioniq(tree.data_path, "train", "dress")
-    dataset = TripletDataset(loaded.triplets, loaded.image_paths, TRANSFORM)
+    dataset = TripletDataset(loaded.triplets, loaded.image_paths, image_loader(TRANSFORM))
     seen = set()
     for epoch in range(10):
         dataset.set_epoch(epoch)
@@ -335,7 +335,7 @@ def test_an_item_has_one_of_its_triplets_four_texts_as_the_tokenizer_takes_it(tr
 def test_a_triplet_without_training_texts_keeps_its_caption(tree):
     name = tree.names["dress", "train"][1]
     dataset = TripletDataset(
-        [Triplet(0, name, name, "Is RED.")], {name: tree.images / f"{name}.png"}, TRANSFORM
+        [Triplet(0, name, name, "Is RED.")], {name: tree.images / f"{name}.png"}, image_loader(TRANSFORM)
     )
     for epoch in range(3):
         dataset.set_epoch(epoch)

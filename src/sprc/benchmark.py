@@ -1,18 +1,14 @@
 """What CIRR and FashionIQ differ in, for training and for validation."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL.Image import Image
-from torch import Tensor
-
 from sprc.data import TYPES
 from sprc.data.cirr import load_cirr
-from sprc.data.datasets import Triplet, TripletDataset, check_images
+from sprc.data.datasets import Triplet
 from sprc.data.fashioniq import load_fashioniq
-from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
-from sprc.validation import EncodedSplit, Split, encode_split, validate
+from sprc.ranking import Ranking
+from sprc.validation import Split, metrics
 
 
 @dataclass(frozen=True)
@@ -37,34 +33,25 @@ class Benchmark:
         val = [load_fashioniq(data_path, "val", dress_type, protocol) for dress_type in TYPES]
         return cls("FashionIQ", protocol, val, "average_recall", "tuned_clip_best")
 
-    def check_images(self) -> None:
-        """Look at every image of the galleries; see :func:`sprc.data.datasets.check_images`."""
-        for split in self.val:
-            check_images(split.image_paths, split.image_paths)
+    def image_paths(self) -> list[Path]:
+        """The images of the galleries."""
+        return [path for split in self.val for path in split.image_paths.values()]
 
     def train_triplets(self, data_path: Path) -> tuple[list[Triplet], dict[str, Path]]:
-        """The training triplets (FashionIQ's three types chained) and the paths of their images."""
+        """The training triplets (FashionIQ's three types chained) and the paths of the images they need."""
         if self.name == "CIRR":
             splits = [load_cirr(data_path, "train")]
         else:  # val-split is the gallery of the triplets' images alone; training needs no others
             splits = [load_fashioniq(data_path, "train", dress_type, "val-split") for dress_type in TYPES]
         triplets = [triplet for split in splits for triplet in split.triplets]
         paths = {name: path for split in splits for name, path in split.image_paths.items()}
-        return triplets, paths
+        needed = dict.fromkeys(name for t in triplets for name in (t.reference, t.target))
+        return triplets, {name: paths[name] for name in needed}
 
-    def encode(
-        self,
-        model: Blip2QformerCirAlignPrompt,
-        transform: Callable[[Image], Tensor],
-        **encoding: int | bool,
-    ) -> list[EncodedSplit]:
-        """The validation splits as vectors; ``encoding`` goes to :func:`sprc.validation.encode_split`."""
-        return [encode_split(model, split, transform, **encoding) for split in self.val]
-
-    def metrics(self, encoded: list[EncodedSplit]) -> dict[str, float | str]:
-        """The metrics of :meth:`encode`'s result in percent, FashionIQ's after the name of their protocol."""
-        metrics = validate(self.val, encoded)
-        return metrics if self.protocol is None else {"protocol": self.protocol, **metrics}
+    def metrics(self, rankings: list[Ranking]) -> dict[str, float | str]:
+        """The metrics of the ranked splits in percent, FashionIQ's after the name of their protocol."""
+        values = metrics(self.val, rankings)
+        return values if self.protocol is None else {"protocol": self.protocol, **values}
 
     def summary(self, metrics: dict[str, float | str]) -> str:
         """The headline metrics in one line."""
@@ -81,11 +68,3 @@ class Benchmark:
             f"R@10 {metrics['average_recall_at10']:.2f}, R@50 {metrics['average_recall_at50']:.2f}, "
             f"mean {metrics['average_recall']:.2f} ({self.protocol} gallery)"
         )
-
-
-def make_training_set(
-    triplets: list[Triplet], paths: dict[str, Path], transform: Callable[[Image], Tensor], seed: int
-) -> TripletDataset:
-    """The training triplets as a data set, after a look at every image it needs."""
-    check_images(paths, {name for triplet in triplets for name in (triplet.reference, triplet.target)})
-    return TripletDataset(triplets, paths, transform, seed)

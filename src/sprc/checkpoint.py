@@ -45,15 +45,16 @@ def save_checkpoint(
 ) -> None:
     """Write the model with all that rebuilds it: config, vocabulary and the run's hyperparameters.
 
-    A frozen vision transformer is left out, unless ``full``; ``left_out`` in the file says so.
+    A frozen vision transformer that the backbone's files hold is left out, unless ``full``; ``left_out`` in
+    the file says so.
     """
     tokenizer = model.tokenizer
     state = model.state_dict()
     left_out = None
-    if model.config.freeze_vit and not full:
+    if model.config.freeze_vit and not full and "weights" in read_backbone(hyperparameters["backbone"]):
         vit = {key: value for key, value in state.items() if key.startswith(VIT)}
         state = {key: value for key, value in state.items() if key not in vit}
-        left_out = {"prefix": VIT, "backbone": hyperparameters["backbone"], "fingerprint": fingerprint(vit)}
+        left_out = {"backbone": hyperparameters["backbone"], "fingerprint": fingerprint(vit)}
     contents = {
         "epoch": epoch,
         STATE: state,

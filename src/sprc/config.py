@@ -14,6 +14,9 @@ BACKBONES = ("pretrain", "pretrain_vitL", "coco", "tiny")
 VIT_KINDS = ("eva", "clip")
 POOLS = ("masked", "all")
 FUSION_STARTS = ("random", "identity")
+AMP = ("auto", "off", "fp16", "bf16")  # mixed precision, see sprc.training.precision
+GALLERY_DTYPES = ("float32", "float16")
+CACHE_DTYPES = ("float16", "bfloat16", "float32")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,41 +1,81 @@
 """Score a checkpoint: on a validation split (``blip_validate.py``), or for CIRR's server (``submission``)."""
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sprc.benchmark import Benchmark
 from sprc.checkpoint import Checkpoint, load_checkpoint
 from sprc.data.cirr import CirrSplit, load_cirr
-from sprc.data.datasets import check_images
-from sprc.data.transforms import make_transform
 from sprc.errors import InputError
+from sprc.feature_cache import open_images
 from sprc.models.factory import choose_device, place
-from sprc.ranking import similarities, subset_order, top_k
+from sprc.ranking import Ranking
 from sprc.run_folder import write_json
-from sprc.validation import EncodedSplit, encode_split
+from sprc.validation import EncodedSplit, Split, encode_split, rank_split
 
 TOP = 50
 TOP_IN_SET = 3
 
+# How a checkpoint that does not say it is scored: as SPRC's are.
+PUBLISHED = {
+    "transform": "targetpad",
+    "target_ratio": 1.25,
+    "batch_size": 32,
+    "num_workers": 2,
+    "save_memory": False,
+    "gallery_dtype": "float32",
+    "cache_dtype": "float16",
+}
 
-def load_to_score(arguments: argparse.Namespace) -> tuple[Checkpoint, Any, dict[str, Any]]:
-    """The checkpoint on its device, its transform, and how to encode: the training's own, or the flags'."""
-    checkpoint = load_checkpoint(
-        arguments.model_path, model_name=arguments.blip_model_name, backbone=arguments.backbone
-    )
-    print(checkpoint.found, flush=True)
-    published = {"transform": "targetpad", "target_ratio": 1.25, "batch_size": 32, "num_workers": 2}
-    settings = published | {"save_memory": False} | checkpoint.hyperparameters
-    for name in (*published, "save_memory"):
-        if getattr(arguments, name) not in (None, False):
-            settings[name] = getattr(arguments, name)
-    place(checkpoint.model, choose_device(arguments.device))
-    transform = make_transform(
-        settings["transform"], checkpoint.model.config.image_size, settings["target_ratio"]
-    )
-    encoding = {name: settings[name] for name in ("batch_size", "num_workers", "save_memory")}
-    return checkpoint, transform, encoding
+
+@dataclass(frozen=True)
+class Scorer:
+    """A checkpoint on its device, and the settings to score it with."""
+
+    checkpoint: Checkpoint
+    settings: dict[str, Any]  # PUBLISHED's names, and feature_cache
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        *,
+        blip_model_name: str | None = None,
+        backbone: str | None = None,
+        device: str | None = None,
+        feature_cache: Path | None = None,
+        **given: Any,
+    ) -> "Scorer":
+        """Load the checkpoint at ``path``; settings that are not ``given`` are its training's own.
+
+        Raises :class:`InputError`, see :func:`sprc.checkpoint.load_checkpoint`.
+        """
+        checkpoint = load_checkpoint(path, model_name=blip_model_name, backbone=backbone)
+        print(checkpoint.found, flush=True)
+        place(checkpoint.model, choose_device(device))
+        own = {name: checkpoint.hyperparameters.get(name, value) for name, value in PUBLISHED.items()}
+        given = {name: value for name, value in given.items() if value is not None and value is not False}
+        return cls(checkpoint, {**own, **given, "feature_cache": feature_cache})
+
+    @classmethod
+    def from_flags(cls, arguments: argparse.Namespace) -> "Scorer":
+        """The same from the command line of :func:`sprc.flags.add_scoring_flags`."""
+        names = ("blip_model_name", "backbone", "device", "feature_cache", *PUBLISHED)
+        return cls.load(arguments.model_path, **{name: getattr(arguments, name) for name in names})
+
+    def encode(self, splits: list[Split]) -> list[EncodedSplit]:
+        """The splits as vectors, all their images looked at before the first is encoded."""
+        settings, model = self.settings, self.checkpoint.model
+        load = open_images(
+            model,
+            {name: settings[name] for name in ("transform", "target_ratio")},
+            [path for split in splits for path in split.image_paths.values()],
+            **{n: settings[n] for n in ("feature_cache", "cache_dtype", "batch_size", "num_workers")},
+        )
+        encoding = ("batch_size", "num_workers", "save_memory", "gallery_dtype")
+        return [encode_split(model, split, load, **{n: settings[n] for n in encoding}) for split in splits]
 
 
 def run_validation(arguments: argparse.Namespace) -> dict[str, float | str]:
@@ -44,26 +84,24 @@ def run_validation(arguments: argparse.Namespace) -> dict[str, float | str]:
     With the settings of its training, the default, they are the figures that training wrote.
     """
     benchmark = Benchmark.load(arguments.dataset, arguments.data_path, arguments.fiq_protocol)
-    checkpoint, transform, encoding = load_to_score(arguments)
-    benchmark.check_images()
-    encoded = benchmark.encode(checkpoint.model, transform, **encoding)
-    metrics = benchmark.metrics(encoded)
+    encoded = Scorer.from_flags(arguments).encode(benchmark.val)
+    k = TOP if arguments.save_rankings else None
+    rankings = [rank_split(split, one, k=k) for split, one in zip(benchmark.val, encoded, strict=True)]
+    metrics = benchmark.metrics(rankings)
     for name, value in metrics.items():
         print(f"{name}: {value}")
     if arguments.save_rankings:
-        write_json(arguments.save_rankings, rankings(benchmark, encoded))
+        write_json(arguments.save_rankings, named_rankings(benchmark, rankings))
         print(f"wrote {arguments.save_rankings}")
     return metrics
 
 
-def rankings(benchmark: Benchmark, encoded: list[EncodedSplit]) -> list[dict[str, Any]]:
-    """Each query with its 50 best candidates, best first, as names."""
+def named_rankings(benchmark: Benchmark, rankings: list[Ranking]) -> list[dict[str, Any]]:
+    """Each query with its best candidates, best first, as names."""
     result = []
-    for split, one in zip(benchmark.val, encoded, strict=True):
+    for split, ranking in zip(benchmark.val, rankings, strict=True):
         names = list(split.image_paths)
-        references = one.references if benchmark.name == "CIRR" else None
-        best = top_k(similarities(one.composed, one.gallery), TOP, references)
-        for triplet, row in zip(split.triplets, best.tolist(), strict=True):
+        for triplet, row in zip(split.triplets, ranking.top.tolist(), strict=True):
             entry = {"pairid": triplet.pair_id} if benchmark.name == "CIRR" else {"type": split.dress_type}
             entry |= {"reference": triplet.reference, "caption": triplet.caption, "target": triplet.target}
             result.append({**entry, "ranking": [names[i] for i in row]})
@@ -76,16 +114,12 @@ def run_submission(arguments: argparse.Namespace) -> tuple[Path, Path]:
     Both are checked first, so that a file exists only if it is right.
     """
     split = load_cirr(arguments.data_path, "test1")
-    checkpoint, transform, encoding = load_to_score(arguments)
-    check_images(split.image_paths, split.image_paths)
-    encoded = encode_split(checkpoint.model, split, transform, **encoding)
+    (encoded,) = Scorer.from_flags(arguments).encode([split])
+    ranking = rank_split(split, encoded, k=TOP)
     names = list(split.image_paths)
-    scores = similarities(encoded.composed, encoded.gallery)
-    best = top_k(scores, TOP, encoded.references)
-    in_set = subset_order(scores, encoded.references, encoded.members)[:, :TOP_IN_SET]
     ids = [str(triplet.pair_id) for triplet in split.triplets]
     files = []
-    for metric, rows in (("recall", best), ("recall_subset", in_set)):
+    for metric, rows in (("recall", ranking.top), ("recall_subset", ranking.set_order[:, :TOP_IN_SET])):
         ranked = {pair_id: [names[i] for i in row] for pair_id, row in zip(ids, rows.tolist(), strict=True)}
         check_submission(split, metric, ranked)
         files.append(

@@ -8,21 +8,24 @@ from typing import Any
 
 import torch
 
-from sprc.benchmark import Benchmark, make_training_set
+from sprc.benchmark import Benchmark
 from sprc.checkpoint import load_checkpoint, save_checkpoint
 from sprc.config import switches_from_environment
 from sprc.data.captions import process_caption
-from sprc.data.transforms import make_transform
+from sprc.data.datasets import TripletDataset
 from sprc.errors import InputError, Interrupted
+from sprc.feature_cache import open_images
 from sprc.models.factory import choose_device, create_model, model_class, place
 from sprc.run_folder import create_run_folder, write_json
 from sprc.training import Trainer, TrainingConfig
+from sprc.validation import encode_split, rank_split
 
 HYPERPARAMETERS = "training_hyperparameters.json"
 
 # Flags that set a field of ModelConfig; None leaves the backbone's value.
 MODEL_SWITCHES = (
     "image_size",
+    "freeze_vit",
     "use_gated_fusion",
     "fusion_strategy",
     "alpha_init",
@@ -61,6 +64,7 @@ def fine_tune(arguments: argparse.Namespace) -> Path:
         checkpoint_every=arguments.checkpoint_every,
         num_workers=arguments.num_workers,
         seed=arguments.seed,
+        amp=arguments.amp,
     )
     device = choose_device(arguments.device)
     triplets, paths = benchmark.train_triplets(arguments.data_path)
@@ -68,17 +72,22 @@ def fine_tune(arguments: argparse.Namespace) -> Path:
 
     torch.manual_seed(config.seed)
     model = start_model(arguments, [text for t in triplets for text in (t.training_captions or (t.caption,))])
-    transform = make_transform(arguments.transform, model.config.image_size, arguments.target_ratio)
-    training_set = make_training_set(triplets, paths, transform, config.seed)
-    benchmark.check_images()
     place(model, device)
-
     started_with = getattr(arguments, "model_config", asdict(model.config))
     if changed := [k for k, v in asdict(model.config).items() if started_with.get(k) != v]:
         raise InputError(
             f"{resume} was started with another {', '.join(changed)} than {arguments.backbone}.yaml "
             "gives now; put the file back as it was, or start a new run"
         )
+    load = open_images(
+        model,
+        {name: getattr(arguments, name) for name in ("transform", "target_ratio")},
+        [*paths.values(), *benchmark.image_paths()],
+        feature_cache=arguments.feature_cache,
+        cache_dtype=arguments.cache_dtype,
+        batch_size=config.batch_size,
+        num_workers=config.num_workers,
+    )
     if resume is None:
         run_folder = create_run_folder(arguments.models_path, benchmark.name, arguments.blip_model_name)
         print(f"run folder: {run_folder}", flush=True)
@@ -94,14 +103,10 @@ def fine_tune(arguments: argparse.Namespace) -> Path:
         write_json(run_folder / HYPERPARAMETERS, {**hyperparameters, "model_config": asdict(model.config)})
 
     def score() -> dict[str, float | str]:
-        encoded = benchmark.encode(
-            model,
-            transform,
-            batch_size=config.batch_size,
-            num_workers=config.num_workers,
-            save_memory=arguments.save_memory,
-        )
-        return benchmark.metrics(encoded)
+        encoding = {"batch_size": config.batch_size, "num_workers": config.num_workers}
+        encoding |= {"save_memory": arguments.save_memory, "gallery_dtype": arguments.gallery_dtype}
+        encoded = [encode_split(model, split, load, **encoding) for split in benchmark.val]
+        return benchmark.metrics([rank_split(*pair) for pair in zip(benchmark.val, encoded, strict=True)])
 
     def keep(epoch: int, metrics: dict[str, Any], earlier: list[dict[str, Any]]) -> None:
         better = all(metrics[benchmark.criterion] > row[benchmark.criterion] for row in earlier)
@@ -111,7 +116,10 @@ def fine_tune(arguments: argparse.Namespace) -> Path:
             path = run_folder / "saved_models" / f"{name}.pt"
             save_checkpoint(path, model, epoch, hyperparameters, full=arguments.save_full)
 
-    trainer = Trainer(model, training_set, config, run_folder)
+    if arguments.compile:
+        # The method and not the model, so that parameters keep their names.
+        model.losses = torch.compile(model.losses, dynamic=True)
+    trainer = Trainer(model, TripletDataset(triplets, paths, load, config.seed), config, run_folder)
     if resume is not None:
         trainer.load_state()
         print(
@@ -130,7 +138,7 @@ def fine_tune(arguments: argparse.Namespace) -> Path:
 
 def start_model(arguments: argparse.Namespace, captions: list[str]) -> torch.nn.Module:
     """The model to train: from its backbone's weights, or from the checkpoint of ``--model-path``."""
-    flags = {name: getattr(arguments, name) for name in MODEL_SWITCHES}
+    flags = {name: getattr(arguments, name, None) for name in MODEL_SWITCHES}
     switches = {name: value for name, value in flags.items() if value is not None}
     switches = {"use_gated_fusion": True} | switches_from_environment() | switches  # the command line wins
     if arguments.model_path is not None:
@@ -152,11 +160,12 @@ def resumed_arguments(arguments: argparse.Namespace) -> argparse.Namespace:
     path = arguments.resume / HYPERPARAMETERS
     try:
         written = json.loads(path.read_text())
-        for name in ("data_path", "models_path", "model_path"):
-            written[name] = None if written[name] is None else Path(written[name])
+        for name in ("data_path", "models_path", "model_path", "feature_cache"):
+            written[name] = None if written.get(name) is None else Path(written[name])
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing; give --resume the folder of a run") from error
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is broken; restore it from a copy") from error
     device = arguments.device or written["device"]
-    return argparse.Namespace(**{**written, "device": device, "resume": arguments.resume})
+    # A run of an earlier version did not know all flags: those are at their defaults.
+    return argparse.Namespace(**{**vars(arguments), **written, "device": device, "resume": arguments.resume})

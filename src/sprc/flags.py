@@ -3,9 +3,30 @@
 import argparse
 from pathlib import Path
 
+from sprc.config import CACHE_DTYPES, GALLERY_DTYPES
 from sprc.data import TRANSFORMS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def add_cache_flags(
+    parser: argparse._ActionsContainer, *, required: bool = False, dtype: str | None = "float16"
+) -> None:
+    """Where the frozen vision transformer's tokens are kept, and as what; None is the training's own type."""
+    parser.add_argument(
+        "--feature-cache",
+        type=Path,
+        default=None,
+        required=required,
+        metavar="DIR",
+        help="read the frozen vision transformer's tokens from here, and fill it where they are missing",
+    )
+    parser.add_argument(
+        "--cache-dtype",
+        default=dtype,
+        choices=CACHE_DTYPES,
+        help=f"type of the values in it; default: {dtype or 'that of the training'}",
+    )
 
 
 def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
@@ -29,5 +50,7 @@ def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="processes that read images; default: the training's own",
     )
+    add("--gallery-dtype", default=None, choices=GALLERY_DTYPES, help="default: the training's own")
+    add_cache_flags(parser, dtype=None)
     add("--save-memory", action="store_true", help="keep the gallery's features in main memory")
     add("--device", default=None, help="cpu, cuda, cuda:1, ...; default: cuda if there is one")

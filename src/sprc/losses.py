@@ -31,7 +31,10 @@ def contrastive_loss(queries: Tensor, targets: Tensor, temp: Tensor) -> Tensor:
     Returns:
         Scalar; SPRC's `loss_itc` for the sentence-prompt queries, `loss_rtc` for the text-only ones.
     """
-    logits = similarity(queries, targets) / temp
+    # Mixed precision would round similarities to steps that 1 / temp makes large.
+    with torch.autocast(queries.device.type, enabled=False):
+        queries, targets = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (queries, targets))
+        logits = similarity(queries, targets) / temp
     return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
 
 

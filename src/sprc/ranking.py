@@ -2,40 +2,106 @@
 
 A candidate's rank is the number of candidates before it: those with a higher similarity, and those with
 an equal one and a lower gallery index. So ties never depend on a sort's whims.
-Shapes: T queries, G gallery images, Q tokens an image, E embedding width, K set members.
+
+Similarities come in blocks of queries, and each block walks the gallery in chunks: neither a (queries x
+gallery) nor a (queries x gallery x tokens) tensor exists, and memory does not grow with the queries' number.
+
+Shapes: T queries, R queries of a block, G gallery images, Q tokens an image, E embedding width, K members
+of a set.
 """
 
+from collections.abc import Iterable, Iterator
 from statistics import fmean, geometric_mean, harmonic_mean
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sprc.losses import similarity
+# Queries scored at once, and gallery images a matrix product. On a CPU a chunk's products, (128 x 32 x 128)
+# floats, stay in its cache; a GPU wants larger products.
+QUERY_BLOCK = 128
+GALLERY_CHUNK = {"cpu": 128, "cuda": 4096}
 
-# Query rows scored at once: bounds the memory for the (rows x G x Q) products.
-BLOCK = 64
+# Which queries, and their (R, G) similarities on the CPU.
+ScoreBlocks = Iterable[tuple[Tensor, Tensor]]
 
 
-def similarities(queries: Tensor, gallery: Tensor) -> Tensor:
-    """Late-interaction similarity of every query to every gallery image.
+def score_blocks(queries: Tensor, gallery: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Late-interaction similarity of every query to every gallery image, block by block.
 
     Args:
         queries: (T, E), normalised.
-        gallery: (G, Q, E), normalised.
+        gallery: (G, Q, E), normalised, float32 or float16, on any device: the products are made there.
 
-    Returns:
-        (T, G) on the CPU.
+    Yields:
+        (R,) numbers of queries, and their (R, G) similarities, on the CPU.
 
     Raises:
         FloatingPointError: a similarity is not finite. A rank among NaNs would look like a perfect one.
     """
-    rows = [similarity(block.to(gallery.device), gallery).cpu() for block in queries.split(BLOCK)]
-    result = torch.cat(rows)
-    if not result.isfinite().all():
+    for numbers in torch.arange(len(queries)).split(QUERY_BLOCK):
+        yield numbers, block_scores(queries[numbers], gallery)
+
+
+def block_scores(queries: Tensor, gallery: Tensor) -> Tensor:
+    """(R, E) queries and the (G, Q, E) gallery to (R, G) on the CPU; see :func:`score_blocks`."""
+    chunk = GALLERY_CHUNK.get(gallery.device.type, GALLERY_CHUNK["cuda"])
+    columns = queries.to(gallery.device).T.contiguous()  # (E, R)
+    # A CPU has no fast float16 products: there a chunk of a float16 gallery is widened for its turn.
+    wide = queries.dtype if gallery.device.type == "cpu" else gallery.dtype
+    columns = columns.to(wide)
+    scores = torch.empty(len(gallery), len(queries), dtype=queries.dtype)
+    for start in range(0, len(gallery), chunk):
+        part = gallery[start : start + chunk].to(wide)
+        products = (part.flatten(0, 1) @ columns).unflatten(0, part.shape[:2])  # (chunk, Q, R)
+        scores[start : start + chunk] = products.amax(dim=1)
+    if not scores.isfinite().all():
         raise FloatingPointError(
             "similarities are not finite: the model's weights or features hold NaN or inf"
         )
-    return result
+    return scores.T.contiguous()
+
+
+class Ranking(NamedTuple):
+    """Where the targets came, and what came first; None for what was not asked for or cannot be known."""
+
+    ranks: Tensor | None  # (T,), of the target in the gallery, from 0
+    set_ranks: Tensor | None  # (T,), of the target in its image set
+    top: Tensor | None  # (T, k) gallery indices, best first
+    set_order: Tensor | None  # (T, K) gallery indices of the image set, best first, the reference last
+
+
+def rank(
+    blocks: ScoreBlocks,
+    *,
+    targets: Tensor | None,
+    references: Tensor | None,
+    members: Tensor | None,
+    k: int | None = None,
+) -> Ranking:
+    """Rank block by block.
+
+    Args:
+        blocks: from :func:`score_blocks`, every query once.
+        targets: (T,) gallery indices, or None where they are secret.
+        references: (T,) gallery indices taken out of the ranking (CIRR), or None (FashionIQ).
+        members: (T, K) gallery indices of the image sets (CIRR), or None.
+        k: how many candidates a query to return, or None for no ``top``.
+    """
+    rows: dict[str, list[Tensor]] = {name: [] for name in ("numbers", *Ranking._fields)}
+    for numbers, scores in blocks:
+        target, reference, group = (x if x is None else x[numbers] for x in (targets, references, members))
+        rows["numbers"].append(numbers)
+        if target is not None:
+            rows["ranks"].append(target_ranks(scores, target, reference))
+        if target is not None and group is not None:
+            rows["set_ranks"].append(subset_ranks(scores, target, reference, group))
+        if k is not None:
+            rows["top"].append(top_k(scores, k, reference))
+        if group is not None:
+            rows["set_order"].append(subset_order(scores, reference, group))
+    order = torch.cat(rows.pop("numbers")).argsort()
+    return Ranking(**{name: torch.cat(parts)[order] if parts else None for name, parts in rows.items()})
 
 
 def target_ranks(scores: Tensor, targets: Tensor, references: Tensor | None = None) -> Tensor:
@@ -85,7 +151,14 @@ def top_k(scores: Tensor, k: int, references: Tensor | None = None) -> Tensor:
     if references is not None:
         scores = scores.scatter(1, references[:, None], -torch.inf)
         available -= 1
-    return scores.sort(dim=1, descending=True, stable=True).indices[:, : min(k, available)]
+    k = min(k, available)
+    # Which of the candidates that equal the last one come in, topk does not say: the first by index shall.
+    last = scores.topk(k, dim=1).values[:, -1:]  # (R, 1)
+    above, equal = scores > last, scores == last
+    free = k - above.sum(dim=1, keepdim=True)
+    chosen = above | (equal & (equal.cumsum(dim=1) <= free))
+    best = chosen.nonzero()[:, 1].view(-1, k)  # by gallery index, so that a stable sort breaks ties by it
+    return best.gather(1, scores.gather(1, best).sort(dim=1, descending=True, stable=True).indices)
 
 
 def subset_order(scores: Tensor, references: Tensor, members: Tensor) -> Tensor:

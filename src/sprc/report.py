@@ -10,17 +10,16 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from sprc.checkpoint import load_checkpoint
 from sprc.data.captions import process_caption
 from sprc.data.cirr import CirrSplit, load_cirr
-from sprc.data.datasets import check_images, load_image
+from sprc.data.datasets import load_image
 from sprc.data.transforms import denormalise, make_transform
 from sprc.errors import InputError
+from sprc.evaluation import Scorer
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
-from sprc.models.factory import choose_device, place
-from sprc.ranking import similarities, top_k
+from sprc.ranking import block_scores, top_k
 from sprc.run_folder import write_atomically
-from sprc.validation import EncodedSplit, encode_split, modality_table
+from sprc.validation import EncodedSplit, modality_table
 
 matplotlib.use("Agg")  # files only: works without a screen
 from matplotlib import pyplot as plt
@@ -38,24 +37,17 @@ def report_run(run_folder: Path, *, queries: int = 8, seed: int = 0, device: str
     checkpoint_file = run_folder / "saved_models" / "tuned_clip_arithmetic.pt"
     if not checkpoint_file.exists():
         raise InputError(f"{checkpoint_file} is missing; train with --save-training --save-best")
-    checkpoint = load_checkpoint(checkpoint_file)
-    settings = checkpoint.hyperparameters
-    model = place(checkpoint.model, choose_device(device))
+    scorer = Scorer.load(checkpoint_file, device=device)
+    checkpoint = scorer.checkpoint
+    told = checkpoint.hyperparameters
+    if told["dataset"] != "cirr":
+        raise InputError(f"{run_folder} was trained on {told['dataset']}; reports are made of CIRR runs")
+    split = load_cirr(Path(told["data_path"]), "val")
+    (encoded,) = scorer.encode([split])
+    settings, model = scorer.settings, checkpoint.model
     transform = make_transform(settings["transform"], model.config.image_size, settings["target_ratio"])
-    if settings["dataset"] != "cirr":
-        raise InputError(f"{run_folder} was trained on {settings['dataset']}; reports are made of CIRR runs")
-    split = load_cirr(Path(settings["data_path"]), "val")
-    check_images(split.image_paths, split.image_paths)
-    encoded = encode_split(
-        model,
-        split,
-        transform,
-        batch_size=settings["batch_size"],
-        num_workers=settings["num_workers"],
-        save_memory=settings["save_memory"],
-    )
     draw_gate_maps(model, split, encoded, transform, run_folder / "gate_maps.png", queries, seed)
-    table = pd.DataFrame(modality_table(encoded)).T.rename_axis("query")
+    table = pd.DataFrame(modality_table(split, encoded)).T.rename_axis("query")
     text = table.to_csv(lineterminator="\n")
     write_atomically(run_folder / "recall_table.csv", lambda file: file.write(text.encode()))
     shown = table[[name for name in table if "recall_at" in name]]
@@ -112,7 +104,7 @@ def draw_gate_maps(
 
     references = torch.stack([load_image(split.image_paths[t.reference], transform) for t in triplets])
     gate, change = fusion_maps(model, references, [process_caption(t.caption) for t in triplets])
-    scores = similarities(encoded.composed[chosen], encoded.gallery)
+    scores = block_scores(encoded.composed[chosen], encoded.gallery)
     best = top_k(scores, TOP, encoded.references[chosen])
 
     figure, axes = plt.subplots(

@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
+from sprc.config import AMP
 from sprc.data.datasets import TripletDataset
 from sprc.errors import InputError, Interrupted
 from sprc.run_folder import write_atomically, write_csv
@@ -37,6 +38,7 @@ class TrainingConfig:
     checkpoint_every: int = 0  # steps between saved states; 0 saves one an epoch
     num_workers: int = 2
     seed: int = 0
+    amp: str = "off"  # see precision
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -57,12 +59,25 @@ class TrainingConfig:
             if not 0 <= weight < math.inf:
                 raise InputError(f"--{name.replace('_', '-')} {weight} must be a number of at least 0")
 
+        if self.amp not in AMP:
+            raise InputError(f"--amp {self.amp!r} is unknown; choose from {', '.join(AMP)}")
+
     def check_fits(self, num_triplets: int) -> None:
         """Raise :class:`InputError` if ``num_triplets`` do not fill one batch."""
         if num_triplets < self.batch_size:
             raise InputError(
                 f"--batch-size {self.batch_size} is larger than the training set of {num_triplets} triplets"
             )
+
+
+def precision(amp: str, device: torch.device) -> torch.dtype | None:
+    """The type that mixed precision computes in: ``--amp`` on ``device``; None is float32 throughout.
+
+    "auto" is bfloat16 on a GPU that has it, float16 on another, and off on a CPU.
+    """
+    if amp == "auto" and device.type == "cuda":
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
 
 
 def make_optimizer(model: nn.Module, learning_rate: float) -> Optimizer:
@@ -149,7 +164,9 @@ class Trainer:
         self.schedule = make_schedule(
             config.dataset, self.optimizer, config.learning_rate, self.steps_per_epoch, config.num_epochs
         )
-        self.scaler = torch.amp.GradScaler(model.device.type, enabled=model.device.type == "cuda")
+        self.precision = precision(config.amp, model.device)
+        # float16's gradients would vanish without scaling; bfloat16 has float32's range.
+        self.scaler = torch.amp.GradScaler(model.device.type, enabled=self.precision is torch.float16)
         self.progress = Progress()
 
     @property
@@ -181,7 +198,8 @@ class Trainer:
         self.model.load_state_dict(frozen | state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"] and self.scaler.is_enabled():  # --amp auto may differ on another GPU
+            self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["random"])
         if state["random_cuda"]:
             torch.cuda.set_rng_state_all(state["random_cuda"])
@@ -247,7 +265,7 @@ class Trainer:
                 for key, value in batch.items()
             }
             self.optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(device.type, torch.float16, enabled=self.scaler.is_enabled()):
+            with torch.autocast(device.type, self.precision, enabled=self.precision is not None):
                 losses = model(batch)
                 total = sum(config.loss_weights.get(name, 1.0) * loss for name, loss in losses.items())
             if not torch.isfinite(total):

@@ -1,20 +1,28 @@
 """Score a model on a benchmark's split: every image through the model once, then ranks and recall."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from sprc.data.captions import process_caption
 from sprc.data.cirr import CirrSplit
-from sprc.data.datasets import ImageDataset
+from sprc.data.datasets import ImageDataset, Loader
 from sprc.data.fashioniq import FashionIQSplit
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
-from sprc.ranking import cirr_metrics, fashioniq_metrics, similarities, subset_ranks, target_ranks
+from sprc.ranking import (
+    QUERY_BLOCK,
+    Ranking,
+    ScoreBlocks,
+    block_scores,
+    cirr_metrics,
+    fashioniq_metrics,
+    rank,
+    score_blocks,
+)
 
 Split = CirrSplit | FashionIQSplit
 
@@ -35,11 +43,12 @@ class EncodedSplit:
 def encode_split(
     model: Blip2QformerCirAlignPrompt,
     split: Split,
-    transform: Callable[[Image], Tensor],
+    load: Loader,
     *,
     batch_size: int,
     num_workers: int,
     save_memory: bool = False,
+    gallery_dtype: str = "float32",
 ) -> EncodedSplit:
     """Encode a split's gallery and queries, in eval mode; the model's mode is put back afterwards.
 
@@ -49,10 +58,11 @@ def encode_split(
     Args:
         model: on its device.
         split: of CIRR or FashionIQ.
-        transform: the preprocessing the model was trained with.
+        load: reads an image by its path, see :func:`sprc.feature_cache.open_images`.
         batch_size: images, and queries, at once.
         num_workers: processes that read images.
         save_memory: keep the gallery's features in main memory instead of the GPU's.
+        gallery_dtype: "float32", or "float16" at half the memory.
     """
     names = list(split.image_paths)
     label = " ".join([getattr(split, "dress_type", ""), split.name]).strip()
@@ -63,20 +73,21 @@ def encode_split(
         queries_of.setdefault(index[triplet.reference], []).append(number)
 
     config, device = model.config, model.device
-    gallery = torch.empty(len(names), config.num_query_tokens, config.embed_dim)
-    gallery = gallery.to("cpu" if save_memory else device)
+    gallery = torch.empty(
+        (len(names), config.num_query_tokens, config.embed_dim),
+        dtype=getattr(torch, gallery_dtype),
+        device="cpu" if save_memory else device,
+    )
     composed = torch.empty(len(captions), config.embed_dim)
     text_only = torch.empty_like(composed)
-    loader = DataLoader(
-        ImageDataset(names, split.image_paths, transform), batch_size, num_workers=num_workers
-    )
+    loader = DataLoader(ImageDataset(names, split.image_paths, load), batch_size, num_workers=num_workers)
     hidden = any(triplet.target is None for triplet in split.triplets)
     was_training = model.training
     model.eval()
     for image_indices, images in tqdm(loader, desc=f"encode {label}", leave=False):
         image_embeds = model.encode_image(images.to(device))
         keys = model.Qformer.bert.image_keys(image_embeds)
-        gallery[image_indices] = model.target_features(keys).to(gallery.device)
+        gallery[image_indices] = model.target_features(keys).to(gallery)
         rows = [(row, q) for row, i in enumerate(image_indices.tolist()) for q in queries_of.get(i, ())]
         for start in range(0, len(rows), batch_size):
             row, query = (list(column) for column in zip(*rows[start : start + batch_size], strict=True))
@@ -113,50 +124,59 @@ def member_indices(split: Split, index: dict[str, int]) -> Tensor:
     )
 
 
-def image_similarities(encoded: EncodedSplit) -> Tensor:
-    """Similarity of each reference *image alone* to the gallery, (T, G): the image-only baseline.
+def image_score_blocks(encoded: EncodedSplit) -> Iterator[tuple[Tensor, Tensor]]:
+    """Similarity of each reference *image alone* to the gallery, as of :func:`sprc.ranking.score_blocks`.
 
-    Late interaction as for a query, averaged over the reference's Q tokens.
+    Late interaction as for a query, averaged over the reference's Q tokens. A reference of several queries is
+    scored once.
     """
-    unique, inverse = encoded.references.unique(return_inverse=True)
-    tokens = encoded.gallery[unique.to(encoded.gallery.device)]  # (R, Q, E)
-    scores = sum(similarities(tokens[:, q], encoded.gallery) for q in range(tokens.shape[1]))
-    return scores[inverse] / tokens.shape[1]
+    references, of_query = encoded.references.unique(return_inverse=True)
+    tokens_each = encoded.gallery.shape[1]
+    at_once = max(QUERY_BLOCK // tokens_each, 1)
+    for start in range(0, len(references), at_once):
+        tokens = encoded.gallery[references[start : start + at_once].to(encoded.gallery.device)]
+        scores = block_scores(tokens.flatten(0, 1).float(), encoded.gallery)
+        scores = scores.unflatten(0, tokens.shape[:2]).mean(dim=1)
+        numbers = ((of_query >= start) & (of_query < start + at_once)).nonzero()[:, 0]
+        for part in numbers.split(QUERY_BLOCK):
+            yield part, scores[of_query[part] - start]
 
 
-def score(encoded: EncodedSplit, scores: Tensor) -> dict[str, float]:
-    """CIRR's metrics of (T, G) similarities, the reference taken out of the ranking."""
-    return cirr_metrics(
-        target_ranks(scores, encoded.targets, encoded.references),
-        subset_ranks(scores, encoded.targets, encoded.references, encoded.members),
-    )
+def rank_split(split: Split, encoded: EncodedSplit, blocks: ScoreBlocks | None = None, **k: int) -> Ranking:
+    """Rank a split's queries as its benchmark does: CIRR's without the reference and in sets as well.
+
+    ``blocks`` are the composed queries' similarities by default; ``k`` goes to :func:`sprc.ranking.rank`.
+    """
+    blocks = score_blocks(encoded.composed, encoded.gallery) if blocks is None else blocks
+    if isinstance(split, CirrSplit):
+        sets = {"references": encoded.references, "members": encoded.members}
+    else:
+        sets = {"references": None, "members": None}
+    return rank(blocks, targets=encoded.targets, **sets, **k)
 
 
-def validate(splits: list[Split], encoded: list[EncodedSplit]) -> dict[str, float]:
-    """The benchmark's metrics of the composed queries, in percent.
+def metrics(splits: list[Split], rankings: list[Ranking]) -> dict[str, float]:
+    """The benchmark's metrics, in percent.
 
     Args:
         splits: CIRR's one split, or FashionIQ's one split a type.
-        encoded: the same splits, encoded.
+        rankings: of the same splits.
     """
-    scores = [similarities(one.composed, one.gallery) for one in encoded]
     if isinstance(splits[0], CirrSplit):
-        return score(encoded[0], scores[0])
+        return cirr_metrics(rankings[0].ranks, rankings[0].set_ranks)
     return fashioniq_metrics(
-        {
-            split.dress_type: target_ranks(matrix, one.targets)
-            for split, one, matrix in zip(splits, encoded, scores, strict=True)
-        }
+        {split.dress_type: ranking.ranks for split, ranking in zip(splits, rankings, strict=True)}
     )
 
 
-def modality_table(encoded: EncodedSplit) -> dict[str, dict[str, float]]:
+def modality_table(split: CirrSplit, encoded: EncodedSplit) -> dict[str, dict[str, float]]:
     """CIRR's metrics of the composed query, the text alone and the image alone.
 
     A benchmark where either half does as well as the whole does not test composition.
     """
-    return {
-        "reference and text": score(encoded, similarities(encoded.composed, encoded.gallery)),
-        "text only": score(encoded, similarities(encoded.text_only, encoded.gallery)),
-        "image only": score(encoded, image_similarities(encoded)),
+    blocks = {
+        "reference and text": score_blocks(encoded.composed, encoded.gallery),
+        "text only": score_blocks(encoded.text_only, encoded.gallery),
+        "image only": image_score_blocks(encoded),
     }
+    return {name: metrics([split], [rank_split(split, encoded, b)]) for name, b in blocks.items()}

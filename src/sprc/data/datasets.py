@@ -25,6 +25,7 @@ from sprc.data.captions import process_caption
 from sprc.errors import InputError
 
 Transform = Callable[[Image.Image], Tensor]
+Loader = Callable[[Path], Tensor]  # see image_loader; a feature cache is another
 Report = Callable[[str], None]  # is told what is wrong with the data, in one line
 
 # The bytes that close a complete file of the format; a few bytes of garbage after them do no harm.
@@ -61,21 +62,22 @@ class Triplet:
 class TripletDataset(Dataset):
     """Triplets as the model takes them.
 
-    An item is ``{"image": (3, S, S), "target": (3, S, S), "text_input": str}``: reference, target, caption as
-    :func:`process_caption` leaves it. The default collate makes ``text_input`` a list of B strings.
+    An item is ``{"image": reference, "target": target, "text_input": str}``: the two as ``load`` gives them,
+    (3, S, S) pixels or (N, D) tokens, the caption as :func:`process_caption` leaves it. The default collate
+    makes ``text_input`` a list of B strings.
     Of a triplet's ``training_captions`` each is as likely; which one it is depends on ``seed``, the epoch and
     the index alone, not on the worker or on what was read before.
     Raises :class:`InputError` for an image that cannot be read.
     """
 
     def __init__(
-        self, triplets: list[Triplet], image_paths: dict[str, Path], transform: Transform, seed: int = 0
+        self, triplets: list[Triplet], image_paths: dict[str, Path], load: Loader, seed: int = 0
     ) -> None:
         if any(triplet.target is None for triplet in triplets):
             raise ValueError("triplets without a target cannot be trained on; use ImageDataset to score them")
         self.triplets = triplets
         self.image_paths = image_paths
-        self.transform = transform
+        self.load = load
         self.seed = seed
         # Persistent workers keep the copy of this object that they were started with: only memory that all
         # processes share can tell them of a new epoch.
@@ -98,8 +100,8 @@ class TripletDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
         triplet = self.triplets[index]
         return {
-            "image": load_image(self.image_paths[triplet.reference], self.transform),
-            "target": load_image(self.image_paths[triplet.target], self.transform),
+            "image": self.load(self.image_paths[triplet.reference]),
+            "target": self.load(self.image_paths[triplet.target]),
             "text_input": process_caption(self.text(index)),
         }
 
@@ -107,20 +109,25 @@ class TripletDataset(Dataset):
 class ImageDataset(Dataset):
     """Images in the order of ``names``, a gallery for one.
 
-    An item is ``(index, image)``, the image (3, S, S).
+    An item is ``(index, image)``, the image as ``load`` gives it.
     Raises :class:`InputError` for an image that cannot be read.
     """
 
-    def __init__(self, names: list[str], image_paths: dict[str, Path], transform: Transform) -> None:
+    def __init__(self, names: list[str], image_paths: dict[str, Path], load: Loader) -> None:
         self.names = names
         self.image_paths = image_paths
-        self.transform = transform
+        self.load = load
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[int, Tensor]:
-        return index, load_image(self.image_paths[self.names[index]], self.transform)
+        return index, self.load(self.image_paths[self.names[index]])
+
+
+def image_loader(transform: Transform) -> Loader:
+    """What reads an image file into (3, S, S) pixels, see :func:`load_image`."""
+    return partial(load_image, transform=transform)
 
 
 def load_image(path: Path, transform: Transform) -> Tensor:

@@ -196,8 +196,9 @@ class Blip2QformerCirAlignPrompt(nn.Module):
     def vit_tokens(self, image: Tensor) -> Tensor:
         """(B, 3, S, S) to the vision transformer's tokens (B, N, D). No graph through a frozen one.
 
-        On a GPU a frozen ViT runs in float16, as in LAVIS, whatever the precision around it. What already is
-        (B, N, D) is returned as it is.
+        On a GPU a frozen ViT runs in float16, as in LAVIS, whatever the precision around it. On a CPU it
+        takes one image at a time: so rounding does not depend on what else is in the batch, and tokens from
+        a cache are the same to the bit. What already is (B, N, D) is returned as it is.
         """
         if image.dim() == 3:
             return image
@@ -205,7 +206,7 @@ class Blip2QformerCirAlignPrompt(nn.Module):
             return self.visual_encoder(image)
         on_gpu = image.device.type == "cuda"
         with torch.no_grad(), torch.autocast(image.device.type, torch.float16, enabled=on_gpu):
-            return self.visual_encoder(image)
+            return torch.cat([self.visual_encoder(part) for part in image.split(len(image) if on_gpu else 1)])
 
     def normalise(self, tokens: Tensor) -> Tensor:
         """ln_vision, which is trained: (B, N, D) to (B, N, D) float32."""
