@@ -2,8 +2,8 @@
 
     python src/extract_features.py --dataset CIRR --backbone pretrain --feature-cache DIR
     python src/blip_fine_tune_2.py --dataset CIRR --backbone pretrain --feature-cache DIR ...
-At ViT-g an image takes 0.72 MB in float16. Training and scoring fill what is missing themselves; what is there
-is only verified, and a killed filling goes on where it was.
+At ViT-g an image takes 0.72 MB in float16. Training and scoring fill what is missing themselves; what is
+there is only verified, and a killed filling goes on where it was.
 """
 
 import argparse

@@ -1,20 +1,42 @@
 """Ranks and recall against brute force: sorted lists, loops, ties and the reference's removal included."""
 
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
+from runner import ROOT
 
+import sprc.ranking
 from sprc.ranking import (
-    BLOCK,
+    QUERY_BLOCK,
     cirr_metrics,
+    rank,
     recall,
-    similarities,
+    score_blocks,
     subset_order,
     subset_ranks,
     target_ranks,
     top_k,
 )
+from sprc.validation import EncodedSplit, image_score_blocks
+
+
+@pytest.fixture(params=[(128, 128), (7, 3), (1, 1)], ids=str)
+def small_blocks(request, monkeypatch):
+    """The blocks as they are, and so small that everything crosses their borders."""
+    queries, images = request.param
+    monkeypatch.setattr(sprc.ranking, "QUERY_BLOCK", queries)
+    monkeypatch.setattr(sprc.ranking, "GALLERY_CHUNK", {"cpu": images})
+
+
+def all_scores(queries, gallery):
+    """(T, G), put together from the blocks."""
+    rows = {}
+    for numbers, block in score_blocks(queries, gallery):
+        rows |= dict(zip(numbers.tolist(), block, strict=True))
+    return torch.stack([rows[number] for number in range(len(queries))])
 
 
 def brute_force_order(scores, reference=None):
@@ -98,18 +120,109 @@ def test_subset_order_is_the_sorted_set_with_the_reference_last():
         assert got == [*expected, reference]
 
 
-def test_similarity_is_the_maximum_over_the_tokens_in_more_than_one_block():
-    generator = torch.Generator().manual_seed(0)
-    queries = torch.randn(BLOCK + 3, 4, generator=generator, dtype=torch.float64)
-    gallery = torch.randn(5, 3, 4, generator=generator, dtype=torch.float64)
-    scores = similarities(queries, gallery)
-    assert scores.shape == (BLOCK + 3, 5)
-    for i in range(BLOCK + 3):
-        for j in range(5):
-            best = max(
-                sum(queries[i, c].item() * gallery[j, q, c].item() for c in range(4)) for q in range(3)
-            )
-            assert scores[i, j].item() == pytest.approx(best, abs=1e-12)
+def test_top_k_equals_the_sorted_gallery_where_nearly_all_scores_are_equal():
+    for seed in range(5):
+        scores, references, _, _ = random_case(seed, gallery=30, levels=2)
+        for k in (1, 2, 9, 29):
+            best = top_k(torch.tensor(scores), k, torch.tensor(references))
+            expected = [
+                brute_force_order(row, reference)[:k]
+                for row, reference in zip(scores, references, strict=True)
+            ]
+            assert best.tolist() == expected
+
+
+def late_interaction(query, tokens):
+    """The largest of the products with an image's tokens, number by number."""
+    return max(sum(a * b for a, b in zip(query, token, strict=True)) for token in tokens)
+
+
+def vectors(seed, *shape):
+    """Of small whole numbers over 8: sums are exact in any order, and ties are many."""
+    return torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(seed)).float() / 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_similarity_is_the_maximum_over_the_tokens(small_blocks, dtype):
+    queries, gallery = vectors(0, QUERY_BLOCK + 3, 4), vectors(1, 5, 3, 4)
+    scores = all_scores(queries, gallery.to(dtype))
+    assert scores.dtype == torch.float32
+    expected = [[late_interaction(q, image) for image in gallery.tolist()] for q in queries.tolist()]
+    assert scores.tolist() == expected
+
+
+def test_ranking_in_blocks_equals_brute_force(small_blocks):
+    queries, gallery = vectors(2, 23, 4), vectors(3, 17, 3, 4)
+    rng = random.Random(0)
+    sets = [rng.sample(range(17), 6) for _ in range(23)]
+    references, targets = [group[1] for group in sets], [group[3] for group in sets]
+    orders = []
+    for query, reference in zip(queries.tolist(), references, strict=True):
+        orders.append(
+            brute_force_order([late_interaction(query, image) for image in gallery.tolist()], reference)
+        )
+    in_set = [[i for i in order if i in group] for order, group in zip(orders, sets, strict=True)]
+    ranking = rank(
+        score_blocks(queries, gallery),
+        targets=torch.tensor(targets),
+        references=torch.tensor(references),
+        members=torch.tensor(sets),
+        k=5,
+    )
+    assert ranking.ranks.tolist() == [order.index(t) for order, t in zip(orders, targets, strict=True)]
+    assert ranking.set_ranks.tolist() == [order.index(t) for order, t in zip(in_set, targets, strict=True)]
+    assert ranking.top.tolist() == [order[:5] for order in orders]
+    assert ranking.set_order.tolist() == [[*o, r] for o, r in zip(in_set, references, strict=True)]
+
+
+def test_secret_targets_and_plain_galleries_leave_out_what_they_cannot_have(small_blocks):
+    queries, gallery, members = vectors(4, 9, 4), vectors(5, 8, 3, 4), torch.arange(8).repeat(9, 1)
+    references, targets = torch.zeros(9, dtype=torch.int64), torch.ones(9, dtype=torch.int64)
+    blocks = list(score_blocks(queries, gallery))
+    secret = rank(blocks, targets=None, references=references, members=members, k=2)
+    assert secret.ranks is None
+    assert secret.set_ranks is None
+    assert secret.top.shape == (9, 2)
+    plain = rank(blocks, targets=targets, references=None, members=None)
+    assert plain.set_ranks is plain.set_order is plain.top is None
+    expected = [
+        brute_force_order([late_interaction(q, image) for image in gallery.tolist()]).index(1)
+        for q in queries.tolist()
+    ]
+    assert plain.ranks.tolist() == expected
+
+
+def test_the_image_alone_is_ranked_by_the_mean_over_its_tokens(small_blocks):
+    gallery, references = vectors(6, 7, 3, 4), torch.tensor([4, 0, 4, 6, 1, 4, 0])
+    encoded = EncodedSplit(gallery, gallery[:, 0], gallery[:, 0], references, None, torch.empty(7, 0))
+    rows = {}
+    for numbers, block in image_score_blocks(encoded):
+        rows |= dict(zip(numbers.tolist(), block.tolist(), strict=True))
+    for number, reference in enumerate(references.tolist()):
+        tokens = gallery[reference].tolist()
+        expected = [sum(late_interaction(token, image) for token in tokens) / 3 for image in gallery.tolist()]
+        assert rows[number] == pytest.approx(expected, abs=1e-7)
+
+
+MEMORY = """
+import resource, sys, torch
+sys.path.insert(0, sys.argv[1])
+from sprc.ranking import rank, score_blocks
+torch.set_num_threads(1)
+queries, gallery = torch.randn(int(sys.argv[2]), 64), torch.randn(3000, 8, 64)
+index = torch.zeros(len(queries), dtype=torch.int64)
+rank(score_blocks(queries, gallery), targets=index, references=index + 1, members=index[:, None], k=50)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_memory_does_not_grow_with_the_queries():
+    def peak(queries):
+        command = [sys.executable, "-c", MEMORY, str(ROOT / "src"), str(queries)]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    # A (queries x gallery) matrix of the larger would be 240 MB; the queries and their top 50 are 13 MB.
+    assert peak(20_000) - peak(500) < 120_000
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -117,7 +230,7 @@ def test_a_similarity_that_is_not_finite_is_an_error_and_not_a_perfect_rank(valu
     gallery = torch.ones(3, 2, 4)
     gallery[1, 0, 0] = value
     with pytest.raises(FloatingPointError, match="not finite"):
-        similarities(torch.ones(2, 4), gallery)
+        list(score_blocks(torch.ones(2, 4), gallery))
 
 
 def test_recall_counts_targets_among_the_first_k_in_percent():

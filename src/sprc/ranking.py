@@ -45,7 +45,7 @@ def score_blocks(queries: Tensor, gallery: Tensor) -> Iterator[tuple[Tensor, Ten
 
 def block_scores(queries: Tensor, gallery: Tensor) -> Tensor:
     """(R, E) queries and the (G, Q, E) gallery to (R, G) on the CPU; see :func:`score_blocks`."""
-    chunk = GALLERY_CHUNK.get(gallery.device.type, GALLERY_CHUNK["cuda"])
+    chunk = GALLERY_CHUNK[gallery.device.type]
     columns = queries.to(gallery.device).T.contiguous()  # (E, R)
     # A CPU has no fast float16 products: there a chunk of a float16 gallery is widened for its turn.
     wide = queries.dtype if gallery.device.type == "cpu" else gallery.dtype
