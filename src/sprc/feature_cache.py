@@ -70,6 +70,9 @@ def open_images(
     Raises:
         InputError: an image cannot be used, or the cache cannot; see :class:`FeatureCache`.
     """
+    for name, value, least in (("batch-size", batch_size, 1), ("num-workers", num_workers, 0)):
+        if value < least:
+            raise InputError(f"--{name} {value} is too small; the least is {least}")
     transform = make_transform(
         preprocessing["transform"], model.config.image_size, preprocessing["target_ratio"]
     )

@@ -96,7 +96,8 @@ def make_schedule(
     if dataset == "CIRR":
         shape = {"pct_start": 1 / 50, "epochs": max(80, num_epochs)}
     else:
-        shape = {"pct_start": min(1.5 / num_epochs, 1.0), "div_factor": 100.0, "epochs": num_epochs}
+        span = max(2, num_epochs)  # the warm-up takes 1.5 epochs: one epoch is the first of two
+        shape = {"pct_start": 1.5 / span, "div_factor": 100.0, "epochs": span}
     return OneCycleLR(optimizer, max_lr=learning_rate, steps_per_epoch=steps_per_epoch, **shape)
 
 
