@@ -231,6 +231,48 @@ def test_gradients_equal_those_of_the_plain_model(tokenizer, changes: dict, batc
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-3, atol=2e-5 * scale.item(), msg=name)
 
 
+@pytest.mark.parametrize("changes", [VARIANTS[name] for name in ("gated", "off")], ids=str)
+def test_compiled_losses_are_the_same(tokenizer, changes: dict) -> None:
+    model = build_model(tokenizer, **changes)
+    compiled = torch.compile(model.losses, dynamic=True, backend="eager")
+    tokens = model.vit_tokens(random_images(2 * len(CAPTIONS), model.config))
+    for captions in (CAPTIONS, CAPTIONS[:1] * 3):  # of other lengths
+        text = model.tokenize(captions)
+        expected = model.losses(tokens, text)
+        for name, loss in compiled(tokens, text).items():
+            torch.testing.assert_close(loss, expected[name], msg=name)
+
+
+def test_mixed_precision_scores_in_float32(tokenizer) -> None:
+    model = build_model(tokenizer)
+    samples = {
+        "image": random_images(3, model.config, seed=1),
+        "target": random_images(3, model.config, seed=2),
+        "text_input": CAPTIONS,
+    }
+    expected = model(samples)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(samples)
+    for name, loss in rounded.items():
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, expected[name], rtol=0.05, atol=0.02)
+    assert rounded["loss_itc"] != expected["loss_itc"]
+
+
+def test_tokens_in_place_of_pixels_give_the_same_losses_to_the_bit(tokenizer) -> None:
+    model = build_model(tokenizer)
+    pixels = {
+        "image": random_images(3, model.config, seed=1),
+        "target": random_images(3, model.config, seed=2),
+        "text_input": CAPTIONS,
+    }
+    with torch.no_grad():
+        tokens = {name: model.visual_encoder(pixels[name]) for name in ("image", "target")}
+    expected = model(pixels)
+    for name, loss in model({**pixels, **tokens}).items():
+        assert torch.equal(loss, expected[name])
+
+
 # --- text: padding and truncation
 
 

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from sprc.errors import InputError
 from sprc.run_folder import create_run_folder, write_atomically, write_csv, write_json
-from sprc.training import Trainer, TrainingConfig, make_optimizer, make_schedule
+from sprc.training import Trainer, TrainingConfig, make_optimizer, make_schedule, precision
 
 
 class Numbers(Dataset):
@@ -124,6 +124,7 @@ def test_the_optimizer_is_the_published_one_over_what_requires_a_gradient():
         ("CIRR", 10, 80, 1 / 50, 1 / 25),
         ("CIRR", 100, 100, 1 / 50, 1 / 25),
         ("FashionIQ", 30, 30, 1.5 / 30, 1 / 100),
+        ("FashionIQ", 1, 2, 1.5 / 2, 1 / 100),
     ],
 )
 def test_the_schedule_spans_and_peaks_where_it_was_published(dataset, epochs, span, peak_share, first):
@@ -146,8 +147,33 @@ def test_the_schedule_spans_and_peaks_where_it_was_published(dataset, epochs, sp
 
 
 @pytest.mark.parametrize(
+    ("amp", "device", "has_bfloat16", "expected"),
+    [
+        ("auto", "cpu", True, None),
+        ("auto", "cuda", True, torch.bfloat16),
+        ("auto", "cuda", False, torch.float16),
+        ("off", "cuda", True, None),
+        ("fp16", "cuda", True, torch.float16),
+        ("bf16", "cuda", False, torch.bfloat16),
+    ],
+)
+def test_automatic_precision_is_bfloat16_where_the_gpu_has_it(
+    monkeypatch, amp, device, has_bfloat16, expected
+):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
+    assert precision(amp, torch.device(device)) is expected
+
+
+@pytest.mark.parametrize(("amp", "scaled"), [("off", False), ("bf16", False), ("fp16", True)])
+def test_only_float16_scales_its_gradients(tmp_path, amp, scaled):
+    trainer = Trainer(Recorder(), Numbers(8), TrainingConfig(batch_size=4, num_workers=0, amp=amp), tmp_path)
+    assert trainer.scaler.is_enabled() == scaled
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"amp": "fp8"}, "--amp 'fp8'"),
         ({"num_epochs": 0}, "--num-epochs 0"),
         ({"batch_size": -1}, "--batch-size -1"),
         ({"validation_frequency": 0}, "--validation-frequency 0"),

@@ -1,0 +1,56 @@
+"""Encoding a split: every image once, each query as `inference` would compose it."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CAPTIONS, random_images, randomise, small_config
+
+from sprc.data.cirr import CirrSplit
+from sprc.data.datasets import Triplet
+from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
+from sprc.validation import encode_split
+
+NAMES = [f"image{number}" for number in range(7)]
+# One reference several times, in several blocks; captions that differ in length.
+REFERENCES = [3, 0, 3, 5, 3, 1, 3, 3]
+TRIPLETS = [
+    Triplet(number, NAMES[reference], NAMES[6], CAPTIONS[number % 3], (NAMES[reference], NAMES[6], NAMES[2]))
+    for number, reference in enumerate(REFERENCES)
+]
+
+
+@pytest.mark.parametrize("gallery_dtype", ["float32", "float16"])
+@pytest.mark.parametrize("fusion", [True, False])
+def test_a_split_is_encoded_once_an_image_and_as_inference_does(tokenizer, fusion, gallery_dtype):
+    model = Blip2QformerCirAlignPrompt(small_config(use_gated_fusion=fusion), tokenizer)
+    randomise(model)
+    pixels = dict(zip(NAMES, random_images(len(NAMES), model.config), strict=True))
+    loads = Counter()
+
+    def load(path):
+        loads[path.name] += 1
+        return pixels[path.name]
+
+    split = CirrSplit("val", TRIPLETS, {name: Path("folder") / name for name in NAMES})
+    encoded = encode_split(model, split, load, batch_size=3, num_workers=0, gallery_dtype=gallery_dtype)
+    assert model.training
+    assert loads == dict.fromkeys(NAMES, 1)
+
+    model.eval()
+    target_feats, image_embeds = model.extract_target_features(torch.stack(list(pixels.values())))
+    assert encoded.gallery.dtype == getattr(torch, gallery_dtype)
+    torch.testing.assert_close(encoded.gallery.float(), target_feats, rtol=1e-3, atol=1e-3)
+    if gallery_dtype == "float32":
+        torch.testing.assert_close(encoded.gallery, target_feats, rtol=1e-5, atol=1e-6)
+    axes = torch.eye(model.config.embed_dim)[:, None, :]  # against these, similarities are the query's entries
+    for number, reference in enumerate(REFERENCES):
+        f = model.inference(image_embeds[reference][None], axes, [TRIPLETS[number].caption])[0]
+        torch.testing.assert_close(encoded.composed[number], f, rtol=1e-5, atol=1e-6)
+        with torch.no_grad():
+            p = model.text_features(model.tokenize([TRIPLETS[number].caption]))[0]
+        torch.testing.assert_close(encoded.text_only[number], p, rtol=1e-5, atol=1e-6)
+    assert encoded.references.tolist() == REFERENCES
+    assert encoded.targets.tolist() == [6] * len(REFERENCES)
+    assert encoded.members.tolist() == [[reference, 6, 2] for reference in REFERENCES]
