@@ -44,7 +44,8 @@ def test_a_split_is_encoded_once_an_image_and_as_inference_does(tokenizer, fusio
     torch.testing.assert_close(encoded.gallery.float(), target_feats, rtol=1e-3, atol=1e-3)
     if gallery_dtype == "float32":
         torch.testing.assert_close(encoded.gallery, target_feats, rtol=1e-5, atol=1e-6)
-    axes = torch.eye(model.config.embed_dim)[:, None, :]  # against these, similarities are the query's entries
+    # Against unit axes, similarities are the entries of the query itself.
+    axes = torch.eye(model.config.embed_dim)[:, None, :]
     for number, reference in enumerate(REFERENCES):
         f = model.inference(image_embeds[reference][None], axes, [TRIPLETS[number].caption])[0]
         torch.testing.assert_close(encoded.composed[number], f, rtol=1e-5, atol=1e-6)
