@@ -11,35 +11,42 @@ from sprc.data import TYPES
 from sprc.data.cirr import load_cirr
 from sprc.data.datasets import Triplet, TripletDataset, check_images
 from sprc.data.fashioniq import load_fashioniq
+from sprc.data.synthetic_cirr import load_cirr_test
+from sprc.errors import InputError
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.validation import EncodedSplit, Split, encode_split, validate
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A data set's validation splits and the published habits around them."""
+    """A data set's splits to score and the published habits around them."""
 
     name: str  # "CIRR" or "FashionIQ"
     protocol: str | None  # FashionIQ's gallery; its name stands beside every figure
-    val: list[Split]
+    splits: list[Split]
     criterion: str  # the metric whose best epoch is kept
     checkpoint: str  # under this name
 
     @classmethod
-    def load(cls, dataset: str, data_path: Path, protocol: str) -> "Benchmark":
-        """Read and check the validation annotations of ``dataset``, "cirr" or "fashioniq".
+    def load(cls, dataset: str, data_path: Path, protocol: str, split: str = "val") -> "Benchmark":
+        """Read and check the annotations of ``dataset``, "cirr" or "fashioniq".
 
+        ``split`` is "val" or, where the built-in data in CIRR's format hold its targets, "test1".
         Raises :class:`InputError` naming the file and the entry.
         """
         if dataset == "cirr":
-            val = [load_cirr(data_path, "val")]
-            return cls("CIRR", None, val, "arithmetic_mean", "tuned_clip_arithmetic")
-        val = [load_fashioniq(data_path, "val", dress_type, protocol) for dress_type in TYPES]
-        return cls("FashionIQ", protocol, val, "average_recall", "tuned_clip_best")
+            splits = [load_cirr_test(data_path) if split == "test1" else load_cirr(data_path, "val")]
+            return cls("CIRR", None, splits, "arithmetic_mean", "tuned_clip_arithmetic")
+        if split != "val":
+            raise InputError(
+                f"--split {split}: FashionIQ's runs are scored on its validation split; give val"
+            )
+        splits = [load_fashioniq(data_path, "val", dress_type, protocol) for dress_type in TYPES]
+        return cls("FashionIQ", protocol, splits, "average_recall", "tuned_clip_best")
 
     def check_images(self) -> None:
         """Look at every image of the galleries; see :func:`sprc.data.datasets.check_images`."""
-        for split in self.val:
+        for split in self.splits:
             check_images(split.image_paths, split.image_paths)
 
     def train_triplets(self, data_path: Path) -> tuple[list[Triplet], dict[str, Path]]:
@@ -58,12 +65,12 @@ class Benchmark:
         transform: Callable[[Image], Tensor],
         **encoding: int | bool,
     ) -> list[EncodedSplit]:
-        """The validation splits as vectors; ``encoding`` goes to :func:`sprc.validation.encode_split`."""
-        return [encode_split(model, split, transform, **encoding) for split in self.val]
+        """The splits as vectors; ``encoding`` goes to :func:`sprc.validation.encode_split`."""
+        return [encode_split(model, split, transform, **encoding) for split in self.splits]
 
     def metrics(self, encoded: list[EncodedSplit]) -> dict[str, float | str]:
         """The metrics of :meth:`encode`'s result in percent, FashionIQ's after the name of their protocol."""
-        metrics = validate(self.val, encoded)
+        metrics = validate(self.splits, encoded)
         return metrics if self.protocol is None else {"protocol": self.protocol, **metrics}
 
     def summary(self, metrics: dict[str, float | str]) -> str:

@@ -1,4 +1,4 @@
-"""Score a checkpoint: on a validation split (``blip_validate.py``), or for CIRR's server (``submission``)."""
+"""Score a checkpoint: on a split with targets (``blip_validate.py``), or for CIRR's server."""
 
 import argparse
 from pathlib import Path
@@ -11,8 +11,8 @@ from sprc.data.datasets import check_images
 from sprc.data.transforms import make_transform
 from sprc.errors import InputError
 from sprc.models.factory import choose_device, place
-from sprc.ranking import similarities, subset_order, top_k
-from sprc.run_folder import write_json
+from sprc.ranking import similarities, subset_order, subset_ranks, target_ranks, top_k
+from sprc.run_folder import write_csv, write_json
 from sprc.validation import EncodedSplit, encode_split
 
 TOP = 50
@@ -39,11 +39,14 @@ def load_to_score(arguments: argparse.Namespace) -> tuple[Checkpoint, Any, dict[
 
 
 def run_validation(arguments: argparse.Namespace) -> dict[str, float | str]:
-    """Print and return the metrics of a checkpoint; with ``save_rankings`` write each query's top 50.
+    """Print and return the metrics of a checkpoint.
 
-    With the settings of its training, the default, they are the figures that training wrote.
+    With ``save_rankings`` write each query's top 50, with ``save_ranks`` its target's ranks. With the
+    settings of its training, the default, the figures of "val" are those that training wrote.
     """
-    benchmark = Benchmark.load(arguments.dataset, arguments.data_path, arguments.fiq_protocol)
+    benchmark = Benchmark.load(
+        arguments.dataset, arguments.data_path, arguments.fiq_protocol, arguments.split
+    )
     checkpoint, transform, encoding = load_to_score(arguments)
     benchmark.check_images()
     encoded = benchmark.encode(checkpoint.model, transform, **encoding)
@@ -53,13 +56,16 @@ def run_validation(arguments: argparse.Namespace) -> dict[str, float | str]:
     if arguments.save_rankings:
         write_json(arguments.save_rankings, rankings(benchmark, encoded))
         print(f"wrote {arguments.save_rankings}")
+    if arguments.save_ranks:
+        write_csv(arguments.save_ranks, query_ranks(benchmark, encoded))
+        print(f"wrote {arguments.save_ranks}")
     return metrics
 
 
 def rankings(benchmark: Benchmark, encoded: list[EncodedSplit]) -> list[dict[str, Any]]:
     """Each query with its 50 best candidates, best first, as names."""
     result = []
-    for split, one in zip(benchmark.val, encoded, strict=True):
+    for split, one in zip(benchmark.splits, encoded, strict=True):
         names = list(split.image_paths)
         references = one.references if benchmark.name == "CIRR" else None
         best = top_k(similarities(one.composed, one.gallery), TOP, references)
@@ -68,6 +74,32 @@ def rankings(benchmark: Benchmark, encoded: list[EncodedSplit]) -> list[dict[str
             entry |= {"reference": triplet.reference, "caption": triplet.caption, "target": triplet.target}
             result.append({**entry, "ranking": [names[i] for i in row]})
     return result
+
+
+def query_ranks(benchmark: Benchmark, encoded: list[EncodedSplit]) -> list[dict[str, int | str]]:
+    """The rank of each query's target, from 0: all that the metrics are made of.
+
+    CIRR: `pairid`, `rank` in the gallery, `subset_rank` in the image set. FashionIQ: `type`, `number` of the
+    entry in the type's captions file, `rank`.
+    """
+    rows = []
+    for split, one in zip(benchmark.splits, encoded, strict=True):
+        scores = similarities(one.composed, one.gallery)
+        ids = [triplet.pair_id for triplet in split.triplets]
+        if isinstance(split, CirrSplit):
+            ranks = target_ranks(scores, one.targets, one.references).tolist()
+            set_ranks = subset_ranks(scores, one.targets, one.references, one.members).tolist()
+            rows += [
+                {"pairid": i, "rank": rank, "subset_rank": set_rank}
+                for i, rank, set_rank in zip(ids, ranks, set_ranks, strict=True)
+            ]
+        else:
+            ranks = target_ranks(scores, one.targets).tolist()
+            rows += [
+                {"type": split.dress_type, "number": i, "rank": rank}
+                for i, rank in zip(ids, ranks, strict=True)
+            ]
+    return rows
 
 
 def run_submission(arguments: argparse.Namespace) -> tuple[Path, Path]:
