@@ -193,7 +193,7 @@ def compare(pairs: list[tuple[CellResult, CellResult]]) -> Difference:
     """
     dataset = pairs[0][0].dataset
     keys = ["pairid"] if dataset == "cirr" else ["type", "number"]
-    first = pairs[0][0].ranks[keys]
+    first = pairs[0][1].ranks[keys]
     for one in (one for pair in pairs for one in pair):
         if not one.ranks[keys].equals(first):
             raise InputError(
