@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -10,7 +11,6 @@ import shutil
 import signal
 import statistics
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from runner import ENVIRONMENT, ROOT, read_csv, run
+from runner import read_csv, run
 
 import sprc.ablation
 from sprc.ablation import AblationConfig, Cell, run_cells
@@ -259,22 +259,19 @@ def test_a_signal_stops_the_running_cells_and_the_next_call_resumes_them(fake_sc
 
 def test_a_training_that_outlives_a_killed_ablation_is_waited_for(fake_scripts, monkeypatch):
     monkeypatch.setenv("TAKES", "1.5")
-    code = (
-        "import sys; from pathlib import Path; import sprc.ablation as ablation; ablation.ROOT = Path.cwd()\n"
-        "grid = ablation.AblationConfig(fusion=['off'], seeds=[0], training=['--dataset', 'CIRR'])\n"
-        "ablation.run_cells(grid, Path('out'), ['cpu'])\n"
-    )
-    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT / "src"), "TAKES": "1.5"}
-    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL)
+    # Forked, so that it need not import everything again.
+    arguments = (config(fusion=["off"], seeds=[0]), fake_scripts / "out", ["cpu"])
+    process = multiprocessing.get_context("fork").Process(target=run_cells, args=arguments)
+    process.start()
     end = time.monotonic() + 60
     while not Path("calls.txt").exists():
-        assert process.poll() is None
+        assert process.is_alive()
         assert time.monotonic() < end, "no training was started"
         time.sleep(0.01)
     process.kill()
-    process.wait()
+    process.join()
     monkeypatch.setenv("TAKES", "0")
-    assert run_cells(config(fusion=["off"], seeds=[0]), fake_scripts / "out", ["cpu"]) == {}
+    assert run_cells(*arguments) == {}
     orphan, resumed = calls()
     assert resumed["begin"] - orphan["begin"] >= 1.5
     assert resumed["argv"][0] == "--resume"

@@ -399,6 +399,7 @@ def plot_bands(
             if len(members) > 1:
                 axis.fill_between(epochs, mean - spread, mean + spread, color=color, alpha=0.2, linewidth=0)
         axis.set(title=label, xlabel="epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(visible=True)
     figure.suptitle(title)
     handles, labels = axes[0][0].get_legend_handles_labels()
