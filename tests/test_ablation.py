@@ -26,8 +26,8 @@ from sprc.ablation import AblationConfig, Cell, run_cells
 from sprc.ablation_report import CellResult, paired_bootstrap, report_ablation, table
 from sprc.checkpoint import load_checkpoint
 from sprc.data.captions import process_caption
+from sprc.data.cirr import load_cirr_test
 from sprc.data.datasets import load_image
-from sprc.data.synthetic_cirr import load_cirr_test
 from sprc.data.transforms import make_transform
 from sprc.errors import InputError, Interrupted
 from sprc.models.gated_fusion import FUSION_STRATEGIES

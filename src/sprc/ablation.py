@@ -29,7 +29,7 @@ import yaml
 from tqdm import tqdm
 
 from sprc.config import FUSION_STARTS, POOLS
-from sprc.data.synthetic_cirr import edits_of_test1
+from sprc.data.cirr import edits_of_test1
 from sprc.errors import InputError, Interrupted
 from sprc.fine_tuning import HYPERPARAMETERS
 from sprc.flags import ROOT

@@ -8,10 +8,9 @@ from PIL.Image import Image
 from torch import Tensor
 
 from sprc.data import TYPES
-from sprc.data.cirr import load_cirr
+from sprc.data.cirr import load_cirr, load_cirr_test
 from sprc.data.datasets import Triplet, TripletDataset, check_images
 from sprc.data.fashioniq import load_fashioniq
-from sprc.data.synthetic_cirr import load_cirr_test
 from sprc.errors import InputError
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.validation import EncodedSplit, Split, encode_split, validate

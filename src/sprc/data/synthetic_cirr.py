@@ -2,17 +2,13 @@
 
 import itertools
 import random
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 from tqdm import tqdm
 
-from sprc.data.cirr import CirrSplit, load_cirr
-from sprc.data.datasets import quote, read_field, read_json
 from sprc.data.scenes import edit_between, render, write_caption
 from sprc.data.synthetic import SyntheticConfig, axis_pairs, draw_family, draw_queries, json_text, write_once
-from sprc.errors import InputError
 
 SPLIT_FOLDERS = {"train": "train", "val": "dev", "test1": "test1"}  # also the prefix of image names
 
@@ -24,36 +20,6 @@ def make_cirr(out: Path, config: SyntheticConfig) -> None:
     "target"}}, which holds test1's targets as well.
     """
     write_once(out / "cirr_dataset", config, _write_benchmark)
-
-
-def edits_of_test1(data_path: Path) -> Path:
-    """Where the made benchmark keeps the targets of test1; CIRR itself has no such file."""
-    return Path(data_path) / "cirr_dataset" / "edits.test1.json"
-
-
-def load_cirr_test(data_path: Path) -> CirrSplit:
-    """The made benchmark's test1 with its targets, which :func:`sprc.data.cirr.load_cirr` leaves out.
-
-    Raises :class:`InputError` naming the file and the entry; CIRR's own test1 has no public targets.
-    """
-    path = edits_of_test1(data_path)
-    if not path.exists():
-        raise InputError(
-            f"{path} is missing: only the built-in data have targets for test1; score the val split, or send "
-            "CIRR's server what cirr_test_submission.py writes"
-        )
-    split, edits = load_cirr(data_path, "test1"), read_json(path)
-    triplets = []
-    for triplet in split.triplets:
-        try:
-            edit = read_field(edits, str(triplet.pair_id), dict)
-            target = read_field(edit, "target", str)
-            if target not in triplet.members or target == triplet.reference:
-                raise InputError(f"the target {quote(target)} is not another member of the image set")
-        except InputError as error:
-            raise InputError(f"{path}: pairid {triplet.pair_id}: {error}; make the data again") from error
-        triplets.append(replace(triplet, target=target))
-    return replace(split, triplets=triplets)
 
 
 def _write_benchmark(root: Path, config: SyntheticConfig) -> None:
