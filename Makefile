@@ -1,5 +1,6 @@
 # make demo         sets up, makes the built-in data, trains `tiny` with gated fusion, reports
 # make demo-fashioniq   the same in FashionIQ's format, without the report
+# make ablation     compares fusion off and three strategies on the built-in data, three seeds each
 # make test         sets up the same and runs all tests (LAVIS's included)
 # make test-modern  runs the tests on a newer Python, without LAVIS, with today's torch and transformers
 # make setup        only the virtual environment
@@ -7,7 +8,7 @@
 MODERN_PYTHON ?= 3.12
 UV := $(or $(shell command -v uv),.tools/bin/uv)
 
-.PHONY: setup demo demo-fashioniq test test-modern
+.PHONY: setup demo demo-fashioniq ablation test test-modern
 .DELETE_ON_ERROR:
 
 setup: .venv/ready
@@ -38,6 +39,13 @@ demo-fashioniq: .venv/ready
 	.venv/bin/python src/blip_fine_tune_2.py --dataset FashionIQ --backbone tiny --data-path demo \
 		--num-epochs 10 --batch-size 64 --learning-rate 5e-4 --num-workers 0 \
 		--validation-frequency 2 --save-training --save-best
+
+# Two cells at once, one core each. The flags are the demo's.
+ablation: .venv/ready
+	.venv/bin/python src/make_demo_data.py --out demo
+	.venv/bin/python src/run_ablation.py --out ablation --fusion off gated additive film --seeds 0 1 2 \
+		--devices cpu cpu -- --dataset CIRR --backbone tiny --data-path demo \
+		--num-epochs 12 --batch-size 64 --learning-rate 5e-4 --num-workers 0 --validation-frequency 1
 
 test: .venv/ready
 	.venv/bin/python -m pytest -n 2 --dist loadfile

@@ -108,8 +108,18 @@ def parse_arguments() -> argparse.Namespace:
     fusion = parser.add_argument_group("fusion of the text into the reference's image tokens")
     add = fusion.add_argument
     add("--use-gated-fusion", action=argparse.BooleanOptionalAction, default=None, help="off is plain SPRC")
-    add("--fusion-strategy", default=None, metavar="NAME", help="gated (default), additive, weighted")
-    add("--alpha-init", type=float, default=None, help="start of the learned strength; default: 0.5")
+    add(
+        "--fusion-strategy",
+        default=None,
+        metavar="NAME",
+        help="gated (default), additive, weighted, film, tirg, gmu",
+    )
+    add(
+        "--alpha-init",
+        type=float,
+        default=None,
+        help="start of the learned strength, in gated and additive; default: 0.5",
+    )
     add("--fusion-dropout", type=float, default=None, help="default: 0.1")
     add(
         "--pool",
@@ -117,7 +127,12 @@ def parse_arguments() -> argparse.Namespace:
         choices=POOLS,
         help="the text's mean: without padding (masked, default) or with",
     )
-    add("--fusion-start", default=None, choices=FUSION_STARTS, help="identity: step 0 is plain SPRC")
+    add(
+        "--fusion-start",
+        default=None,
+        choices=FUSION_STARTS,
+        help="identity: step 0 is plain SPRC; gmu has none",
+    )
     arguments = parser.parse_args()
     if (arguments.dataset is None) == (arguments.resume is None):
         parser.error("give --dataset to start a run, or --resume (without it) to go on with one")

@@ -1,4 +1,4 @@
-"""Score a checkpoint on a benchmark's validation split.
+"""Score a checkpoint on a benchmark's validation split, or on the test split of the built-in data.
 
     python src/blip_validate.py --dataset CIRR --model-path FILE
 A published SPRC checkpoint does not say what it is: add --backbone pretrain.
@@ -25,6 +25,13 @@ def main() -> None:
         choices=PROTOCOLS,
         help="FashionIQ's gallery; default: %(default)s",
     )
+    add(
+        "--split",
+        default="val",
+        choices=("val", "test1"),
+        help="test1: only of the built-in data in CIRR's format; default: %(default)s",
+    )
+    add("--save-ranks", type=Path, default=None, metavar="FILE", help="CSV: the rank of each target, from 0")
     add("--save-rankings", type=Path, default=None, metavar="FILE", help="JSON: each query's top 50")
     add_scoring_flags(parser)
     arguments = parser.parse_args()

@@ -108,7 +108,7 @@ def randomise(module: nn.Module, seed: int = 0) -> None:
         for name, parameter in module.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() == 0:
-                parameter.fill_({"temp": 0.3, "alpha": 0.8}[name.split(".")[-1]])
+                parameter.fill_({"temp": 0.3, "alpha": 0.8, "w_g": 1.3, "w_r": 0.7}[name.split(".")[-1]])
             elif parameter.dim() == 1 and name.endswith("weight"):
                 parameter.copy_(1 + 0.3 * noise)
             elif parameter.dim() == 1:

@@ -265,7 +265,7 @@ class Fused:
 
     fused: Tensor
     gate: Tensor | None
-    delta: Tensor
+    delta: Tensor | None
 
 
 def fuse(w: Weights, strategy: str, image: Tensor, text: Tensor, mask: Tensor, pool: str = "masked") -> Fused:
@@ -278,10 +278,22 @@ def fuse(w: Weights, strategy: str, image: Tensor, text: Tensor, mask: Tensor, p
     if "text_proj.weight" in w:
         t = linear(w, "text_proj", t)
     t = t[:, None, :].expand(-1, image.shape[1], -1)
+    pair = torch.cat([image, t], dim=-1)
+    if strategy == "film":
+        affine = linear(w, "generator", t)
+        gamma, beta = 1 + affine[..., : image.shape[2]], affine[..., image.shape[2] :]
+        return Fused(gamma * image + beta, None, None)
+    if strategy == "tirg":
+        gate = 1 / (1 + torch.exp(-mlp(w, "gate_mlp", pair)))
+        return Fused(w["w_g"] * gate * image + w["w_r"] * mlp(w, "res_mlp", pair), gate, None)
+    if strategy == "gmu":
+        h_v, h_t = torch.tanh(image @ w["image_layer.weight"].T), torch.tanh(t @ w["text_layer.weight"].T)
+        z = 1 / (1 + torch.exp(-(pair @ w["gate_layer.weight"].T)))
+        return Fused(z * h_v + (1 - z) * h_t, z, None)
     delta = torch.tanh(mlp(w, "delta_mlp", t))
     if strategy == "additive":
         return Fused(image + w["alpha"] * delta, None, delta)
-    gate = 1 / (1 + torch.exp(-mlp(w, "gate_mlp", torch.cat([image, t], dim=-1))))
+    gate = 1 / (1 + torch.exp(-mlp(w, "gate_mlp", pair)))
     if strategy == "gated":
         return Fused(image + w["alpha"] * gate * delta, gate, delta)
     assert strategy == "weighted"

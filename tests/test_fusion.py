@@ -13,7 +13,8 @@ from sprc.models.gated_fusion import FUSION_STRATEGIES, fusion_class
 
 BATCH, TOKENS, LENGTH, WIDTH = 3, 5, 7, 6
 # Every strategy that plain_model.fuse states.
-STRATEGIES = ["gated", "additive", "weighted"]
+STRATEGIES = ["gated", "additive", "weighted", "film", "tirg", "gmu"]
+WITH_DELTA = ["gated", "additive", "weighted"]
 
 
 def build(strategy: str, text_width: int = WIDTH, **options: object) -> torch.nn.Module:
@@ -50,9 +51,12 @@ def test_strategy_equals_its_formula(strategy: str, text_width: int, pool: str, 
     def close(mine: Tensor, theirs: Tensor) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
 
-    assert ours.delta.shape == (BATCH, 1, WIDTH)
     close(ours.fused, expected.fused)
-    close(ours.delta.expand(-1, TOKENS, -1), expected.delta)
+    if strategy in WITH_DELTA:
+        assert ours.delta.shape == (BATCH, 1, WIDTH)
+        close(ours.delta.expand(-1, TOKENS, -1), expected.delta)
+    else:
+        assert ours.delta is None
     if expected.gate is None:
         assert ours.gate is None
     else:
@@ -82,7 +86,15 @@ def test_padding_has_no_say_in_the_masked_mean(strategy: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "expected"), [("gated", 2_955_265), ("additive", 1_182_721), ("weighted", 2_955_264)]
+    ("strategy", "expected"),
+    [
+        ("gated", 2_955_265),
+        ("additive", 1_182_721),
+        ("weighted", 2_955_264),
+        ("film", 2 * (768 * 768 + 768)),
+        ("tirg", 2 * (2_955_264 - 1_182_720) + 2),  # two networks of the gate's shape, w_g and w_r
+        ("gmu", 4 * 768 * 768),
+    ],
 )
 def test_parameter_count_at_768(strategy: str, expected: int) -> None:
     module = FUSION_STRATEGIES[strategy](768, 768)
@@ -100,14 +112,42 @@ def test_text_is_projected_only_where_widths_differ() -> None:
     assert count[768] - count[1408] == 768 * 1408 + 1408
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_identity_start_changes_nothing_but_can_learn(strategy: str) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "learning"),
+    [(name, ["delta_mlp.4"]) for name in WITH_DELTA]
+    + [("film", ["generator"]), ("tirg", ["gate_mlp.4", "res_mlp.4"])],
+)
+def test_identity_start_changes_nothing_but_can_learn(strategy: str, learning: list[str]) -> None:
     module = build(strategy, start="identity")
     image, text, mask = random_inputs(dtype=torch.float32)
     output = module(image, text, mask)
     assert torch.equal(output.fused, image)
     output.fused.square().sum().backward()
-    assert module.delta_mlp[-1].weight.grad.abs().sum() > 0
+    for name in learning:
+        assert module.get_parameter(f"{name}.weight").grad.abs().sum() > 0
+
+
+def test_a_strategy_that_cannot_start_as_the_identity_says_so() -> None:
+    with pytest.raises(InputError, match=r"'gmu' has no identity start.*--fusion-start random") as caught:
+        build("gmu", start="identity")
+    assert "\n" not in str(caught.value)
+
+
+def test_strategies_keep_the_parameter_names_of_their_checkpoints() -> None:
+    mlp_names = [f"{i}.{kind}" for i in (0, 1, 4) for kind in ("weight", "bias")]
+    delta = [f"delta_mlp.{name}" for name in mlp_names]
+    gate = [f"gate_mlp.{name}" for name in mlp_names]
+    projection = ["text_proj.weight", "text_proj.bias"]
+    expected = {
+        "gated": [*projection, *delta, *gate, "alpha"],
+        "additive": [*projection, *delta, "alpha"],
+        "weighted": [*projection, *delta, *gate],
+        "film": [*projection, "generator.weight", "generator.bias"],
+        "tirg": [*projection, *gate, *(f"res_mlp.{name}" for name in mlp_names), "w_g", "w_r"],
+        "gmu": [*projection, "image_layer.weight", "text_layer.weight", "gate_layer.weight"],
+    }
+    for strategy, names in expected.items():
+        assert sorted(build(strategy, 4).state_dict()) == sorted(names), strategy
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -123,7 +163,10 @@ def test_alpha_is_learned_from_its_start(alpha: float) -> None:
         assert isinstance(start, torch.nn.Parameter)
         assert start.shape == ()
         assert start.item() == pytest.approx(alpha)
-    assert "alpha" not in dict(build("weighted", alpha_init=alpha).named_parameters())
+    for strategy in ("weighted", "film", "tirg", "gmu"):
+        ours, default = build(strategy, alpha_init=alpha).state_dict(), build(strategy).state_dict()
+        assert "alpha" not in ours
+        assert all(torch.equal(ours[name], value) for name, value in default.items())
 
 
 def test_alpha_starts_at_a_half() -> None:
@@ -142,27 +185,34 @@ def test_gate_and_delta_keep_their_ranges(strategy: str) -> None:
     assert 0.3 < output.delta.max() < 1
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_dropout_acts_in_training_alone(strategy: str) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "networks"), [("gated", 2), ("additive", 1), ("weighted", 2), ("tirg", 2)]
+)
+def test_dropout_acts_in_training_alone(strategy: str, networks: int) -> None:
     image, text, mask = random_inputs(dtype=torch.float32)
     module = build(strategy, dropout=0.5)
     rates = {name: m.p for name, m in module.named_modules() if isinstance(m, torch.nn.Dropout)}
     assert set(rates.values()) == {0.5}
-    assert len(rates) == (1 if strategy == "additive" else 2)
+    assert len(rates) == networks
     module.train()
     assert not torch.equal(module(image, text, mask).fused, module(image, text, mask).fused)
     module.eval()
     assert torch.equal(module(image, text, mask).fused, module(image, text, mask).fused)
 
 
-def test_text_is_worked_out_once_a_sample() -> None:
-    # 2 N D^2 multiplications for the gate, 3 D^2 for the text's row (its gate half and the two of delta).
+# Multiplications in units of D^2: a token's, and those of the text's one row. gated: W_i and the gate's last
+# layer; the gate's half and delta's two. tirg: two such gates. gmu: W_v and a half of W_z; W_t and the other.
+@pytest.mark.parametrize(
+    ("strategy", "a_token", "a_text"),
+    [("gated", 2, 3), ("additive", 0, 2), ("film", 0, 2), ("tirg", 4, 2), ("gmu", 2, 2)],
+)
+def test_text_is_worked_out_once_a_sample(strategy: str, a_token: int, a_text: int) -> None:
     tokens, width = 257, 64
-    module = FUSION_STRATEGIES["gated"](width, width).eval()
+    module = FUSION_STRATEGIES[strategy](width, width).eval()
     image, text, mask = torch.randn(1, tokens, width), torch.randn(1, 32, width), torch.ones(1, 32)
     with FlopCounterMode(display=False) as counter:
         module(image, text, mask)
-    assert counter.get_total_flops() == 2 * (2 * tokens + 3) * width**2
+    assert counter.get_total_flops() == 2 * (a_token * tokens + a_text) * width**2
 
 
 def test_unknown_strategy_is_refused_by_name(tokenizer) -> None:

@@ -31,6 +31,9 @@ VARIANTS = {
     "gated-same-width": {"vit_width": 24, "hidden_size": 24},
     "additive": {"fusion_strategy": "additive"},
     "weighted": {"fusion_strategy": "weighted"},
+    "film": {"fusion_strategy": "film"},
+    "tirg": {"fusion_strategy": "tirg"},
+    "gmu": {"fusion_strategy": "gmu"},
     "clip": CLIP,
     "every-layer": {"cross_attention_every": 1},
     "every-third-layer": {"cross_attention_every": 3},
@@ -393,7 +396,7 @@ def test_without_fusion_there_is_no_fusion_parameter(tokenizer) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("strategy", ["gated", "additive", "weighted"])
+@pytest.mark.parametrize("strategy", ["gated", "additive", "weighted", "film", "tirg"])
 def test_identity_start_is_plain_sprc_to_the_bit(tokenizer, strategy: str) -> None:
     off = build_model(tokenizer, use_gated_fusion=False)
     on = Blip2QformerCirAlignPrompt(

@@ -52,7 +52,9 @@ def test_validation_gives_training_s_figures_to_the_last_digit(data, trained):
     assert f"SPRC with gated fusion, epoch {best['epoch']}" in stdout
 
 
-def test_fashioniq_trains_its_own_way_and_validates_to_the_last_digit(fashioniq, trained_on_fashioniq):
+def test_fashioniq_trains_its_own_way_and_validates_to_the_last_digit(
+    fashioniq, trained_on_fashioniq, tmp_path
+):
     folder = trained_on_fashioniq
     assert folder.name.startswith("clip_finetuned_on_fiq_blip2_cir_align_prompt_")
     rows = read_csv(folder / "validation_metrics.csv")
@@ -66,8 +68,17 @@ def test_fashioniq_trains_its_own_way_and_validates_to_the_last_digit(fashioniq,
     best = max(rows, key=lambda row: float(row["average_recall"]))
     flags = ("--data-path", fashioniq, "--fiq-protocol", "val-split")
     checkpoint = folder / "saved_models" / "tuned_clip_best.pt"
-    stdout, _ = run("blip_validate.py", "--dataset", "fashioniq", "--model-path", checkpoint, *flags)
+    given = ("--dataset", "fashioniq", "--model-path", checkpoint, "--save-ranks", tmp_path / "ranks.csv")
+    stdout, _ = run("blip_validate.py", *given, *flags)
     assert {"epoch": best["epoch"], **printed_metrics(stdout)} == best
+    ranks = read_csv(tmp_path / "ranks.csv")
+    for kind in ("dress", "shirt", "toptee"):
+        captions = json.loads((fashioniq / f"fashionIQ_dataset/captions/cap.{kind}.val.json").read_text())
+        of_kind = [row for row in ranks if row["type"] == kind]
+        assert [int(row["number"]) for row in of_kind] == list(range(len(captions)))
+        for k in (10, 50):
+            share = sum(int(row["rank"]) < k for row in of_kind) / len(of_kind)
+            assert float(best[f"{kind}_recall_at{k}"]) == pytest.approx(100 * share)
     stdout, _ = run("blip_validate.py", "--dataset", "fashioniq", "--model-path", checkpoint, *flags[:2])
     assert printed_metrics(stdout)["protocol"] == "original"
 
@@ -120,6 +131,9 @@ def test_flags_that_contradict_the_checkpoint_are_refused(data, trained, trained
         "--backbone 'pretrain', but": ("--backbone", "pretrain"),
         "--transform": ("--transform", "round"),
         "cirr_dataset is missing": ("--data-path", folder),
+        "--split test1: FashionIQ's runs are scored on its validation split": (
+            *("--dataset", "fashioniq", "--split", "test1"),
+        ),
         "x.pt is missing": ("--model-path", folder / "x.pt"),
     }
     for message, flags in cases.items():

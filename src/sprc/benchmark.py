@@ -4,38 +4,44 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sprc.data import TYPES
-from sprc.data.cirr import load_cirr
+from sprc.data.cirr import load_cirr, load_cirr_test
 from sprc.data.datasets import Triplet
 from sprc.data.fashioniq import load_fashioniq
+from sprc.errors import InputError
 from sprc.ranking import Ranking
 from sprc.validation import Split, metrics
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A data set's validation splits and the published habits around them."""
+    """A data set's splits to score and the published habits around them."""
 
     name: str  # "CIRR" or "FashionIQ"
     protocol: str | None  # FashionIQ's gallery; its name stands beside every figure
-    val: list[Split]
+    splits: list[Split]
     criterion: str  # the metric whose best epoch is kept
     checkpoint: str  # under this name
 
     @classmethod
-    def load(cls, dataset: str, data_path: Path, protocol: str) -> "Benchmark":
-        """Read and check the validation annotations of ``dataset``, "cirr" or "fashioniq".
+    def load(cls, dataset: str, data_path: Path, protocol: str, split: str = "val") -> "Benchmark":
+        """Read and check the annotations of ``dataset``, "cirr" or "fashioniq".
 
+        ``split`` is "val" or, where the built-in data in CIRR's format hold its targets, "test1".
         Raises :class:`InputError` naming the file and the entry.
         """
         if dataset == "cirr":
-            val = [load_cirr(data_path, "val")]
-            return cls("CIRR", None, val, "arithmetic_mean", "tuned_clip_arithmetic")
-        val = [load_fashioniq(data_path, "val", dress_type, protocol) for dress_type in TYPES]
-        return cls("FashionIQ", protocol, val, "average_recall", "tuned_clip_best")
+            splits = [load_cirr_test(data_path) if split == "test1" else load_cirr(data_path, "val")]
+            return cls("CIRR", None, splits, "arithmetic_mean", "tuned_clip_arithmetic")
+        if split != "val":
+            raise InputError(
+                f"--split {split}: FashionIQ's runs are scored on its validation split; give val"
+            )
+        splits = [load_fashioniq(data_path, "val", dress_type, protocol) for dress_type in TYPES]
+        return cls("FashionIQ", protocol, splits, "average_recall", "tuned_clip_best")
 
     def image_paths(self) -> list[Path]:
         """The images of the galleries."""
-        return [path for split in self.val for path in split.image_paths.values()]
+        return [path for split in self.splits for path in split.image_paths.values()]
 
     def train_triplets(self, data_path: Path) -> tuple[list[Triplet], dict[str, Path]]:
         """The training triplets (FashionIQ's three types chained) and the paths of the images they need."""
@@ -50,7 +56,7 @@ class Benchmark:
 
     def metrics(self, rankings: list[Ranking]) -> dict[str, float | str]:
         """The metrics of the ranked splits in percent, FashionIQ's after the name of their protocol."""
-        values = metrics(self.val, rankings)
+        values = metrics(self.splits, rankings)
         return values if self.protocol is None else {"protocol": self.protocol, **values}
 
     def summary(self, metrics: dict[str, float | str]) -> str:

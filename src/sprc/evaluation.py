@@ -1,4 +1,4 @@
-"""Score a checkpoint: on a validation split (``blip_validate.py``), or for CIRR's server (``submission``)."""
+"""Score a checkpoint: on a split with targets (``blip_validate.py``), or for CIRR's server."""
 
 import argparse
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from sprc.errors import InputError
 from sprc.feature_cache import open_images
 from sprc.models.factory import choose_device, place
 from sprc.ranking import Ranking
-from sprc.run_folder import write_json
+from sprc.run_folder import write_csv, write_json
 from sprc.validation import EncodedSplit, Split, encode_split, rank_split
 
 TOP = 50
@@ -79,33 +79,56 @@ class Scorer:
 
 
 def run_validation(arguments: argparse.Namespace) -> dict[str, float | str]:
-    """Print and return the metrics of a checkpoint; with ``save_rankings`` write each query's top 50.
+    """Print and return the metrics of a checkpoint.
 
-    With the settings of its training, the default, they are the figures that training wrote.
+    With ``save_rankings`` write each query's top 50, with ``save_ranks`` its target's ranks. With the
+    settings of its training, the default, the figures of "val" are those that training wrote.
     """
-    benchmark = Benchmark.load(arguments.dataset, arguments.data_path, arguments.fiq_protocol)
-    encoded = Scorer.from_flags(arguments).encode(benchmark.val)
+    benchmark = Benchmark.load(
+        arguments.dataset, arguments.data_path, arguments.fiq_protocol, arguments.split
+    )
+    encoded = Scorer.from_flags(arguments).encode(benchmark.splits)
     k = TOP if arguments.save_rankings else None
-    rankings = [rank_split(split, one, k=k) for split, one in zip(benchmark.val, encoded, strict=True)]
+    rankings = [rank_split(split, one, k=k) for split, one in zip(benchmark.splits, encoded, strict=True)]
     metrics = benchmark.metrics(rankings)
     for name, value in metrics.items():
         print(f"{name}: {value}")
     if arguments.save_rankings:
         write_json(arguments.save_rankings, named_rankings(benchmark, rankings))
         print(f"wrote {arguments.save_rankings}")
+    if arguments.save_ranks:
+        write_csv(arguments.save_ranks, query_ranks(benchmark, rankings))
+        print(f"wrote {arguments.save_ranks}")
     return metrics
 
 
 def named_rankings(benchmark: Benchmark, rankings: list[Ranking]) -> list[dict[str, Any]]:
     """Each query with its best candidates, best first, as names."""
     result = []
-    for split, ranking in zip(benchmark.val, rankings, strict=True):
+    for split, ranking in zip(benchmark.splits, rankings, strict=True):
         names = list(split.image_paths)
         for triplet, row in zip(split.triplets, ranking.top.tolist(), strict=True):
             entry = {"pairid": triplet.pair_id} if benchmark.name == "CIRR" else {"type": split.dress_type}
             entry |= {"reference": triplet.reference, "caption": triplet.caption, "target": triplet.target}
             result.append({**entry, "ranking": [names[i] for i in row]})
     return result
+
+
+def query_ranks(benchmark: Benchmark, rankings: list[Ranking]) -> list[dict[str, int | str]]:
+    """The rank of each query's target, from 0: all that the metrics are made of.
+
+    CIRR: `pairid`, `rank` in the gallery, `subset_rank` in the image set. FashionIQ: `type`, `number` of the
+    entry in the type's captions file, `rank`.
+    """
+    rows = []
+    for split, ranking in zip(benchmark.splits, rankings, strict=True):
+        for number, (triplet, rank) in enumerate(zip(split.triplets, ranking.ranks.tolist(), strict=True)):
+            if isinstance(split, CirrSplit):
+                set_rank = ranking.set_ranks[number].item()
+                rows.append({"pairid": triplet.pair_id, "rank": rank, "subset_rank": set_rank})
+            else:
+                rows.append({"type": split.dress_type, "number": triplet.pair_id, "rank": rank})
+    return rows
 
 
 def run_submission(arguments: argparse.Namespace) -> tuple[Path, Path]:

@@ -105,8 +105,8 @@ def fine_tune(arguments: argparse.Namespace) -> Path:
     def score() -> dict[str, float | str]:
         encoding = {"batch_size": config.batch_size, "num_workers": config.num_workers}
         encoding |= {"save_memory": arguments.save_memory, "gallery_dtype": arguments.gallery_dtype}
-        encoded = [encode_split(model, split, load, **encoding) for split in benchmark.val]
-        return benchmark.metrics([rank_split(*pair) for pair in zip(benchmark.val, encoded, strict=True)])
+        encoded = [encode_split(model, split, load, **encoding) for split in benchmark.splits]
+        return benchmark.metrics([rank_split(*pair) for pair in zip(benchmark.splits, encoded, strict=True)])
 
     def keep(epoch: int, metrics: dict[str, Any], earlier: list[dict[str, Any]]) -> None:
         better = all(metrics[benchmark.criterion] > row[benchmark.criterion] for row in earlier)

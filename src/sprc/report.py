@@ -160,7 +160,7 @@ def fusion_maps(
         captions: B of them.
 
     Returns:
-        None for what the model does not have: both without fusion, the gate in `additive`.
+        None for what the model does not have: both without fusion, the gate in a strategy without one.
     """
     embeds = model.encode_image(references.to(model.device))
     fusion = model.fuse(embeds, model.tokenize(captions))

@@ -6,10 +6,12 @@ weights, optimizer, schedule, scaler, random states, the place in the data's ord
 
 import math
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -127,6 +129,7 @@ class Progress:
     sums: dict[str, float] = field(default_factory=dict)  # over those batches, of what is logged
     train_rows: list[dict[str, float]] = field(default_factory=list)
     validation_rows: list[dict[str, float]] = field(default_factory=list)
+    time_rows: list[dict[str, float]] = field(default_factory=list)
 
 
 class Trainer:
@@ -219,6 +222,9 @@ class Trainer:
     ) -> None:
         """Train up to ``config.num_epochs``, writing `train_metrics.csv` and `validation_metrics.csv`.
 
+        `step_times.csv` holds each epoch's median wall-clock seconds a step, reading the batch included: a
+        file of its own, because times are the one thing that two runs of one seed do not share.
+
         Args:
             validate: scores the model as it is.
             keep: is given the epoch, its scores and the rows of earlier validations, and saves the model if
@@ -231,8 +237,11 @@ class Trainer:
         config, progress = self.config, self.progress
         with stop_signals() as stop:
             while progress.epoch < config.num_epochs:
-                self.train_epoch(stop)
+                seconds = self.train_epoch(stop)
                 epoch, sums = progress.epoch, progress.sums
+                if seconds:  # none after a resume at an epoch's very end
+                    progress.time_rows.append({"epoch": epoch, "median_step_seconds": median(seconds)})
+                    write_csv(self.run_folder / "step_times.csv", progress.time_rows)
                 means = {name: value / self.steps_per_epoch for name, value in sums.items()}
                 progress.train_rows.append({"epoch": epoch, **means})
                 write_csv(self.run_folder / "train_metrics.csv", progress.train_rows)
@@ -245,8 +254,8 @@ class Trainer:
                 progress.epoch, progress.step, progress.sums = epoch + 1, 0, {}
                 self.save_state()
 
-    def train_epoch(self, stop: list[int]) -> None:
-        """Train the rest of the current epoch, adding to ``progress.sums``."""
+    def train_epoch(self, stop: list[int]) -> list[float]:
+        """Train the rest of the current epoch, adding to ``progress.sums``; return each step's seconds."""
         model, progress, config = self.model, self.progress, self.config
         model.train()
         device = model.device
@@ -260,6 +269,7 @@ class Trainer:
             total=self.steps_per_epoch,
             mininterval=1.0,
         )
+        seconds, before = [], time.perf_counter()
         for batch in bar:
             batch = {
                 key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
@@ -281,6 +291,10 @@ class Trainer:
             self.schedule.step()
             for name, value in {"train_loss": total, **losses, **model.diagnostics}.items():
                 progress.sums[name] = progress.sums.get(name, 0.0) + value.item()
+            # Reading the values has waited for the device: the step is over.
+            now = time.perf_counter()
+            seconds.append(now - before)
+            before = now
             progress.step += 1
             shown = {name: f"{progress.sums[name] / progress.step:.3f}" for name in losses}
             bar.set_postfix(shown, refresh=False)
@@ -289,6 +303,7 @@ class Trainer:
                 raise Interrupted(stop[0])
             if config.checkpoint_every and progress.step % config.checkpoint_every == 0:
                 self.save_state()
+        return seconds
 
 
 @contextmanager

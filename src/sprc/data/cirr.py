@@ -1,7 +1,7 @@
 """CIRR (Liu et al., ICCV 2021) as it is published, release rc2."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,36 @@ def load_cirr(data_path: Path, split: str, report: Report = stop_at) -> CirrSpli
         require_file("CIRR", root, captions_file)
         triplets = _read_triplets(captions_file, images, split, report)
     return CirrSplit(split, triplets, image_paths)
+
+
+def edits_of_test1(data_path: Path) -> Path:
+    """Where the made benchmark keeps the targets of test1; CIRR itself has no such file."""
+    return Path(data_path) / "cirr_dataset" / "edits.test1.json"
+
+
+def load_cirr_test(data_path: Path) -> CirrSplit:
+    """The made benchmark's test1 with its targets, which :func:`load_cirr` leaves out.
+
+    Raises :class:`InputError` naming the file and the entry; CIRR's own test1 has no public targets.
+    """
+    path = edits_of_test1(data_path)
+    if not path.exists():
+        raise InputError(
+            f"{path} is missing: only the built-in data have targets for test1; score the val split, or send "
+            "CIRR's server what cirr_test_submission.py writes"
+        )
+    split, edits = load_cirr(data_path, "test1"), read_json(path)
+    triplets = []
+    for triplet in split.triplets:
+        try:
+            edit = read_field(edits, str(triplet.pair_id), dict)
+            target = read_field(edit, "target", str)
+            if target not in triplet.members or target == triplet.reference:
+                raise InputError(f"the target {quote(target)} is not another member of the image set")
+        except InputError as error:
+            raise InputError(f"{path}: pairid {triplet.pair_id}: {error}; make the data again") from error
+        triplets.append(replace(triplet, target=target))
+    return replace(split, triplets=triplets)
 
 
 def _read_images(split_file: Path) -> dict[str, Any]:

@@ -42,21 +42,23 @@ class FusionOutput(NamedTuple):
     """What a fusion did to a batch of image tokens."""
 
     fused: Tensor  # (B, N, D), the edited tokens
-    gate: Tensor | None  # (B, N, D) in (0, 1); None where the strategy has no gate
-    delta: Tensor  # (B, 1, D) in (-1, 1), the direction of the edit
+    # (B, N, D) in (0, 1); None where the strategy has no gate. How much to change; in `tirg` and `gmu`, as in
+    # their papers, how much of the image to keep.
+    gate: Tensor | None
+    delta: Tensor | None  # (B, 1, D) in (-1, 1), the direction of the edit; None where there is none
 
 
 class FusionModule(nn.Module):
-    """The text side that all strategies share: pooling, projection to the image's width, and delta.
+    """The text side that all strategies share: pooling and projection to the image's width.
 
     Args:
         image_width: D, the channels of an image token.
         text_width: Dt, the channels of a word embedding.
-        dropout: inside each MLP.
+        dropout: inside each MLP; strategies without an MLP ignore it.
         alpha_init: start of the learned strength; strategies without alpha ignore it.
         pool: "masked" takes the mean over the words alone, "all" over the padding as well.
-        start: "random", or "identity", where the last layer of delta starts at zero, so that step 0
-            leaves the tokens as they are.
+        start: "random", or "identity", where step 0 leaves the tokens as they are. A strategy that cannot
+            raises :class:`InputError`.
     """
 
     def __init__(
@@ -72,10 +74,6 @@ class FusionModule(nn.Module):
         super().__init__()
         self.pool = pool
         self.text_proj = nn.Linear(text_width, image_width) if text_width != image_width else nn.Identity()
-        self.delta_mlp = mlp(image_width, image_width, dropout)
-        if start == "identity":
-            nn.init.zeros_(self.delta_mlp[-1].weight)
-            nn.init.zeros_(self.delta_mlp[-1].bias)
 
     def pool_text(self, text_embeds: Tensor, attention_mask: Tensor) -> Tensor:
         """Mean word embedding, projected: (B, M, Dt) and a (B, M) mask of ones and zeros to (B, 1, D)."""
@@ -88,7 +86,35 @@ class FusionModule(nn.Module):
 
     def forward(self, image_embeds: Tensor, text_embeds: Tensor, attention_mask: Tensor) -> FusionOutput:
         """Edit (B, N, D) image tokens by (B, M, Dt) word embeddings and their (B, M) mask."""
-        t = self.pool_text(text_embeds, attention_mask)
+        return self.edit(image_embeds, self.pool_text(text_embeds, attention_mask))
+
+    def edit(self, image_embeds: Tensor, t: Tensor) -> FusionOutput:
+        """Edit (B, N, D) tokens by the (B, 1, D) text."""
+        raise NotImplementedError
+
+
+class DeltaFusion(FusionModule):
+    """What the strategies share that move a token along delta = tanh(MLP_d(t)), (B, 1, D).
+
+    With the identity start the last layer of delta starts at zero.
+    """
+
+    def __init__(
+        self,
+        image_width: int,
+        text_width: int,
+        *,
+        dropout: float = 0.1,
+        start: str = "random",
+        **options: float | str,
+    ) -> None:
+        super().__init__(image_width, text_width, **options)
+        self.delta_mlp = mlp(image_width, image_width, dropout)
+        if start == "identity":
+            start_at_zero(self.delta_mlp[-1])
+
+    def edit(self, image_embeds: Tensor, t: Tensor) -> FusionOutput:
+        """See :meth:`FusionModule.edit`."""
         # One row a sample: delta depends on the text alone, so it is not repeated for the N tokens.
         delta = torch.tanh(self.delta_mlp(t))
         return self.fuse(image_embeds, t, delta)
@@ -98,8 +124,14 @@ class FusionModule(nn.Module):
         raise NotImplementedError
 
 
+def start_at_zero(layer: nn.Linear) -> None:
+    """Make the layer's output zero until it has learned."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+
+
 def mlp(in_width: int, out_width: int, dropout: float) -> nn.Sequential:
-    """Linear, LayerNorm, ReLU, Dropout, Linear: the shape of both the gate's and delta's network."""
+    """Linear, LayerNorm, ReLU, Dropout, Linear: the network of the gates, of delta and of the residual."""
     return nn.Sequential(
         nn.Linear(in_width, out_width),
         nn.LayerNorm(out_width),
@@ -123,8 +155,21 @@ def gate_values(gate_mlp: nn.Sequential, image_embeds: Tensor, t: Tensor) -> Ten
     return torch.sigmoid(hidden)
 
 
+def linear_of_pair(weight: Tensor, bias: Tensor | None, image_embeds: Tensor, t: Tensor) -> Tensor:
+    """W [I ; t] + b as W_i I + (W_t t + b), (B, N, K), without building the 2D-wide concatenation.
+
+    Args:
+        weight: W = [W_i, W_t], (K, 2D).
+        bias: b, (K,), or None.
+        image_embeds: I, (B, N, D).
+        t: (B, 1, D).
+    """
+    image_weight, text_weight = weight.split(image_embeds.shape[-1], dim=1)
+    return F.linear(image_embeds, image_weight) + F.linear(t, text_weight, bias)
+
+
 @register_fusion("gated")
-class GatedFusionModule(FusionModule):
+class GatedFusionModule(DeltaFusion):
     """fused = I + alpha * gate * delta, with alpha learned. At D = Dt = 768: 2,955,265 parameters."""
 
     def __init__(
@@ -147,7 +192,7 @@ class GatedFusionModule(FusionModule):
 
 
 @register_fusion("additive")
-class AdditiveFusion(FusionModule):
+class AdditiveFusion(DeltaFusion):
     """fused = I + alpha * delta: every token moves by the same step; there is no gate."""
 
     def __init__(
@@ -162,7 +207,7 @@ class AdditiveFusion(FusionModule):
 
 
 @register_fusion("weighted")
-class WeightedFusion(FusionModule):
+class WeightedFusion(DeltaFusion):
     """fused = gate * (I + delta) + (1 - gate) * I, which is I + gate * delta: gated with alpha fixed at 1."""
 
     def __init__(
@@ -175,3 +220,116 @@ class WeightedFusion(FusionModule):
         """See the class."""
         gate = gate_values(self.gate_mlp, image_embeds, t)
         return FusionOutput(image_embeds + gate * delta, gate, delta)
+
+
+@register_fusion("film")
+class FilmFusion(FusionModule):
+    """fused = gamma * I + beta: a scale and a shift a channel, both from the text.
+
+    FiLM: Visual Reasoning with a General Conditioning Layer, Perez et al., AAAI 2018. gamma and beta are
+    functions of the text (eq. 1) that scale and shift each feature map (eq. 2); gamma = 1 + dgamma, where
+    dgamma is what is predicted (eq. 3). As there, the functions are one affine projection of the text's
+    vector. Adapted: an image token's channel stands for a feature map's, and the text's vector is the
+    projected mean of the word embeddings instead of a GRU's last state. There is no gate, no alpha and no
+    dropout.
+
+    With the identity start the projection starts at zero: gamma = 1, beta = 0.
+    """
+
+    def __init__(
+        self, image_width: int, text_width: int, *, start: str = "random", **options: float | str
+    ) -> None:
+        super().__init__(image_width, text_width, **options)
+        self.generator = nn.Linear(image_width, 2 * image_width)  # dgamma, then beta
+        if start == "identity":
+            start_at_zero(self.generator)
+
+    def edit(self, image_embeds: Tensor, t: Tensor) -> FusionOutput:
+        """See the class."""
+        gamma_change, beta = self.generator(t).chunk(2, dim=-1)  # (B, 1, D) each
+        return FusionOutput((1 + gamma_change) * image_embeds + beta, None, None)
+
+
+@register_fusion("tirg")
+class TirgFusion(FusionModule):
+    """fused = w_g * f_gate + w_r * f_res, with w_g and w_r learned from 1.
+
+    Text Image Residual Gating: Composing Text and Image for Image Retrieval, Vo et al., CVPR 2019:
+
+        fused  = w_g f_gate(I, t) + w_r f_res(I, t)         (eq. 1)
+        f_gate = sigmoid(W_g2 ReLU(W_g1 [I ; t])) * I       (eq. 2)
+        f_res  = W_r2 ReLU(W_r1 [I ; t])                    (eq. 3)
+
+    Adapted: the W are linear layers a token instead of 3 x 3 convolutions, LayerNorm stands before the ReLU
+    for the paper's batch norm (a batch of one must work), and the other strategies' dropout after it. There
+    is no alpha. The gate says how much of the image to keep.
+
+    With the identity start the last layers of both networks start at zero and w_g at 2: the gate is then 1/2
+    everywhere, f_res is 0, and 2 * (1/2 * I) is I to the bit.
+    """
+
+    def __init__(
+        self,
+        image_width: int,
+        text_width: int,
+        *,
+        dropout: float = 0.1,
+        start: str = "random",
+        **options: float | str,
+    ) -> None:
+        super().__init__(image_width, text_width, **options)
+        self.gate_mlp = mlp(2 * image_width, image_width, dropout)
+        self.res_mlp = mlp(2 * image_width, image_width, dropout)
+        self.w_g = nn.Parameter(torch.tensor(1.0))
+        self.w_r = nn.Parameter(torch.tensor(1.0))
+        if start == "identity":
+            start_at_zero(self.gate_mlp[-1])
+            start_at_zero(self.res_mlp[-1])
+            nn.init.constant_(self.w_g, 2.0)
+
+    def edit(self, image_embeds: Tensor, t: Tensor) -> FusionOutput:
+        """See the class."""
+        gate = gate_values(self.gate_mlp, image_embeds, t)
+        first, *rest = self.res_mlp
+        residual = linear_of_pair(first.weight, first.bias, image_embeds, t)
+        for layer in rest:
+            residual = layer(residual)
+        return FusionOutput(self.w_g * (gate * image_embeds) + self.w_r * residual, gate, None)
+
+
+@register_fusion("gmu")
+class GmuFusion(FusionModule):
+    """fused = z * h_v + (1 - z) * h_t: each channel of a token is a mix of what image and text say.
+
+    Gated Multimodal Units for Information Fusion, Arevalo et al., ICLR 2017 workshop, the bimodal unit:
+
+        h_v   = tanh(W_v I)                                 (eq. 1)
+        h_t   = tanh(W_t t)                                 (eq. 2)
+        z     = sigmoid(W_z [I ; t])                        (eq. 3)
+        fused = z * h_v + (1 - z) * h_t                     (eq. 4)
+
+    with W_v, W_t, W_z learned (eq. 5) and no biases. Adapted: the unit acts on each image token with the one
+    vector of the text. There is no alpha and no dropout. The gate z says how much of the image to keep.
+
+    Raises:
+        InputError: for the identity start. A mix of two tanh lies in (-1, 1) and cannot be the token itself.
+    """
+
+    def __init__(
+        self, image_width: int, text_width: int, *, start: str = "random", **options: float | str
+    ) -> None:
+        if start == "identity":
+            raise InputError(
+                "fusion_strategy='gmu' has no identity start, since its tokens go through tanh; "
+                "give --fusion-start random"
+            )
+        super().__init__(image_width, text_width, **options)
+        self.image_layer = nn.Linear(image_width, image_width, bias=False)
+        self.text_layer = nn.Linear(image_width, image_width, bias=False)
+        self.gate_layer = nn.Linear(2 * image_width, image_width, bias=False)
+
+    def edit(self, image_embeds: Tensor, t: Tensor) -> FusionOutput:
+        """See the class."""
+        gate = torch.sigmoid(linear_of_pair(self.gate_layer.weight, None, image_embeds, t))
+        from_image, from_text = torch.tanh(self.image_layer(image_embeds)), torch.tanh(self.text_layer(t))
+        return FusionOutput(gate * from_image + (1 - gate) * from_text, gate, None)
