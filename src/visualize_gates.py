@@ -2,7 +2,7 @@
 
     python src/visualize_gates.py --dataset CIRR --model-path FILE --queries 16
     python src/visualize_gates.py --dataset CIRR --model-path FILE --pairs 12 57
-    python src/visualize_gates.py --dataset CIRR --model-path FILE --same-image NAME --captions "add a star" ...
+    python src/visualize_gates.py --dataset CIRR --model-path FILE --same-image NAME --captions TEXT TEXT
     python src/visualize_gates.py --dataset CIRR --model-path FILE --localisation --off-model-path PLAIN
 Writes PNG sheets, one HTML page that needs no network, and localisation.csv.
 """
@@ -57,7 +57,7 @@ def main() -> None:
     add(
         "--localisation",
         action="store_true",
-        help="built-in data only: how much of gate, change and gradient attribution falls on the edited place",
+        help="built-in data only: the share of gate, change and gradients on the edited place",
     )
     add(
         "--off-model-path",

@@ -25,10 +25,11 @@ PAGE = Template("""<!DOCTYPE html>
 <style>
 :root { --opacity: $opacity; }
 body { font: 14px/1.35 sans-serif; margin: 0 1em 2em; color: #222; background: #fff; }
-header { position: sticky; top: 0; background: #fff; padding: .5em 0; border-bottom: 1px solid #ccc; z-index: 1; }
+header { position: sticky; top: 0; z-index: 1; padding: .5em 0; background: #fff; }
+header, .group { border-bottom: 1px solid #ccc; }
 h1 { font-size: 1.1em; margin: 0 0 .3em; }
 label, button { margin-right: .8em; }
-.group { display: flex; gap: 1em; overflow-x: auto; border-bottom: 1px solid #ccc; padding: .6em 0; }
+.group { display: flex; gap: 1em; overflow-x: auto; padding: .6em 0; }
 .query h2 { font-size: 1em; font-weight: normal; margin: 0 0 .4em; overflow-wrap: anywhere; }
 .cells { display: flex; flex-wrap: wrap; gap: .5em; }
 .several .query { flex: 0 0 17em; }

@@ -1,13 +1,13 @@
 """Does the fusion edit the right place? Numbers on the built-in data, whose edits are known.
 
-The built-in data tell for each triplet the kind of its edit and the cells of the scene that it concerns. A map
-over the reference's patches is held against them by
+The built-in data tell for each triplet the kind of its edit and the cells of the scene that it concerns. A
+map over the reference's patches is held against them by
 
     share     how much of the map's sum falls on the edit; a patch that a cell covers in part counts in part
     chance    the edit's share of the image's area, which a flat map has as its share
     ratio     share / chance, of each query
-    pointing  does the largest patch lie on the edit? The pointing game (Zhang et al., Top-down Neural Attention
-              by Excitation Backprop, ECCV 2016); a random patch scores chance
+    pointing  does the largest patch lie on the edit? The pointing game (Zhang et al., Top-down Neural
+              Attention by Excitation Backprop, ECCV 2016); a random patch scores chance
 
 Each map is made a second time with the *caption of another query*. A map that prefers objects to background
 scores above chance under any caption; only the gain of the query's own caption over it follows the text.
@@ -59,8 +59,8 @@ def read_edits(data_path: Path, split: Split) -> list[PlacedEdit]:
         file = Path(data_path) / "cirr_dataset" / f"edits.{split.name}.json"
     if not file.exists():
         raise InputError(
-            f"{file} is missing: --localisation needs to know where the edits are, and only the built-in data "
-            "do; make them with make_demo_data.py and give their folder as --data-path"
+            f"{file} is missing: --localisation needs to know where the edits are, which only the built-in "
+            "data tell; make them with make_demo_data.py and give their folder as --data-path"
         )
     entries = read_json(file)
     if isinstance(entries, list):  # FashionIQ has no pair ids: the place in the file is the id
@@ -299,14 +299,16 @@ def summarise(
 def as_text(rows: list[dict[str, Any]]) -> str:
     """The rows as a table to print: shares in percent, intervals in brackets."""
     names = ("model", "map", "caption", "kind", "queries")
-    columns = {"share": ("share %", 100, 1), "ratio": ("ratio", 1, 2), "pointing": ("pointing %", 100, 1)}
-    columns["gain"] = ("gain %", 100, 1)
+    columns = {"share": ("share %", 100, 2), "ratio": ("ratio", 1, 3), "pointing": ("pointing %", 100, 1)}
+    columns["gain"] = ("gain %", 100, 2)
     lines = [(*names, "chance %", *(header for header, _, _ in columns.values()))]
     for row in rows:
         cells = [*(str(row[name]) for name in names), f"{100 * row['chance']:.1f}"]
         for name, (_, factor, digits) in columns.items():
             if name in row:
-                mean, low, high = (factor * row[name + end] for end in ("", "_low", "_high"))
+                mean, low, high = (
+                    round(factor * row[name + end], digits) + 0.0 for end in ("", "_low", "_high")
+                )
                 cells.append(f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]")
             else:
                 cells.append("")

@@ -26,8 +26,9 @@ ROWS = 8  # queries on a sheet
 
 NOTE = (
     "Gate: the mean over channels for each patch. Change: the mean of |fused - image|; the image tokens are "
-    "layer-normalised, so 1 is about their own spread. Each is drawn on the scale from 0 to 1 and on one from "
-    "the image's least value to its largest, which makes small differences look large: read its numbers. "
+    "layer-normalised, so 1 is about their own spread. Each is drawn on the scale from 0 to 1 and on one "
+    "from the image's least value to its largest, which makes small differences look large: read its "
+    "numbers. Where one image has several captions, that scale is the same for all of them. "
     "A map says where tokens are edited, not where the model looks."
 )
 
@@ -43,8 +44,8 @@ def run_visualisation(arguments: argparse.Namespace) -> None:
     checkpoint, transform, encoding = load_to_score(arguments)
     if checkpoint.model.gated_fusion is None:
         raise InputError(
-            f"{arguments.model_path} holds plain SPRC: without fusion there is no gate and no change to draw; "
-            "give a checkpoint with fusion (plain SPRC's place is --off-model-path, with --localisation)"
+            f"{arguments.model_path} holds plain SPRC: without fusion there is no gate and no change to "
+            "draw; give a checkpoint with fusion (plain SPRC's place is --off-model-path, with --localisation)"
         )
     off = load_off(arguments)
     check_images(split.image_paths, split.image_paths)
@@ -56,9 +57,8 @@ def run_visualisation(arguments: argparse.Namespace) -> None:
     except OSError as error:
         raise InputError(f"--out {out}: cannot write there ({error}); choose another folder") from error
     if groups:
-        draw(
-            split, groups, checkpoint, transform, encoding, out, side_by_side=arguments.same_image is not None
-        )
+        side_by_side = arguments.same_image is not None
+        draw(split, groups, checkpoint, transform, encoding, out, side_by_side=side_by_side)
     if edits is not None:
         batch_size = encoding["batch_size"]
         rows = localise(checkpoint.model, "fused", split, edits, transform, batch_size, arguments.seed)
@@ -89,8 +89,8 @@ def load_off(arguments: argparse.Namespace) -> tuple[Any, Transform] | None:
     checkpoint, transform, _ = load_to_score(given)
     if checkpoint.model.gated_fusion is not None:
         raise InputError(
-            f"--off-model-path {arguments.off_model_path} holds a fusion; give a checkpoint of plain SPRC, trained "
-            "with --no-use-gated-fusion"
+            f"--off-model-path {arguments.off_model_path} holds a fusion; give a checkpoint of plain SPRC, "
+            "trained with --no-use-gated-fusion"
         )
     return checkpoint.model, transform
 
@@ -195,7 +195,8 @@ def draw(
         path = out / f"{stem}_{number:03d}.png"
         titles = [describe(view) for view, _ in sheet]
         draw_sheet(path, [cells for _, cells in sheet], titles, picture, down=side_by_side)
-    print(f"wrote {len(sheets)} sheets, {out / f'{stem}_001.png'} and on")
+    more = f" to {len(sheets):03d}" if len(sheets) > 1 else ""
+    print(f"wrote {out / f'{stem}_001.png'}{more}")
     page = out / ("same_image.html" if side_by_side else "gate_maps.html")
     config = model.config
     title = (
