@@ -127,31 +127,23 @@ def rank_gallery(
     return ranks, top_k(scores, TOP, references).tolist()
 
 
-def cells_of(views: list[QueryView]) -> list[list[Cell]]:
-    """The pictures of each view. The scale of the image's own spans all the views: give those of one image.
+def cells_of(view: QueryView) -> list[Cell]:
+    """The pictures of a view: reference, maps, target, candidates.
 
     Each map is there twice: on the scale from 0 to 1, and on one from its least value to its largest.
     """
-    own = {}
-    for name in ("gate", "change"):
-        maps = [getattr(view, name) for view in views if getattr(view, name) is not None]
-        if maps:
-            own[name] = own_scale(torch.stack(maps))
-    rows = []
-    for view in views:
-        triplet = view.triplet
-        cells = [Cell("reference", triplet.reference)]
-        for name, scale in own.items():
-            values = getattr(view, name)
+    triplet = view.triplet
+    cells = [Cell("reference", triplet.reference)]
+    for name, values in (("gate", view.gate), ("change", view.change)):
+        if values is not None:
             cells.append(Cell(f"{name}, 0 to 1", triplet.reference, values))
-            cells.append(Cell(f"{name}, own scale", triplet.reference, values, scale))
-        if triplet.target is not None:
-            cells.append(Cell("target", triplet.target))
-        for place, name in enumerate(view.top, start=1):
-            right = None if triplet.target is None else name == triplet.target
-            cells.append(Cell(f"top {place}", name, right=right))
-        rows.append(cells)
-    return rows
+            cells.append(Cell(f"{name}, own scale", triplet.reference, values, own_scale(values)))
+    if triplet.target is not None:
+        cells.append(Cell("target", triplet.target))
+    for place, name in enumerate(view.top, start=1):
+        right = None if triplet.target is None else name == triplet.target
+        cells.append(Cell(f"top {place}", name, right=right))
+    return cells
 
 
 def own_scale(values: Tensor) -> tuple[float, float]:
@@ -187,20 +179,16 @@ def picture_of(split: Split, transform: Transform) -> Callable[[str], np.ndarray
 
 
 def draw_sheet(
-    path: Path, rows: list[list[Cell]], titles: list[str], picture: Callable[[str], np.ndarray], *, down: bool
+    path: Path, views: list[QueryView], picture: Callable[[str], np.ndarray], *, down: bool = False
 ) -> None:
     """Write one PNG: a row a query, or with ``down`` a column a query, so that maps stand side by side.
 
-    Args:
-        path: of the PNG.
-        rows: from :func:`cells_of`, as many cells in each.
-        titles: of each row, see :func:`describe`.
-        picture: from :func:`picture_of`.
-        down: see above.
+    ``views`` are of one model and one split; ``picture`` is from :func:`picture_of`.
     """
+    rows = [cells_of(view) for view in views]
     wide, high = (len(rows), len(rows[0])) if down else (len(rows[0]), len(rows))
     # In inches, fixed: a layout that is computed takes seconds a sheet.
-    side, across, between = 1.4, 0.42, 0.25 if down else 0.45
+    side, across, between = 1.4, 0.5, 0.25 if down else 0.45
     left, right, bottom, top = 0.1, across, 0.1 if down else 0.3, 0.85 if down else 0.25
     width = left + wide * side + (wide - 1) * across + right
     height = bottom + high * side + (high - 1) * between + top
@@ -213,16 +201,15 @@ def draw_sheet(
         wspace=across / side,
         hspace=between / side,
     )
-    for cells, title, row in zip(rows, titles, axes.T if down else axes, strict=True):
+    for view, cells, row in zip(views, rows, axes.T if down else axes, strict=True):
         for cell, axis in zip(cells, row, strict=True):
             draw_cell(axis, cell, picture(cell.image))
         # Captions are the users' words: never read them as math markup. One may be wider than its cell.
-        if down:
-            text = "\n".join(textwrap.wrap(title, 26)[:4])
-            row[0].text(0, 1.2, text, fontsize=7, va="bottom", parse_math=False, transform=row[0].transAxes)
-        else:
-            text = textwrap.shorten(title, 30 * wide, placeholder=" ...")
-            row[0].text(0, -0.05, text, fontsize=8, va="top", parse_math=False, transform=row[0].transAxes)
+        lines = textwrap.wrap(
+            describe(view), 26 if down else 30 * wide, max_lines=4 if down else 1, placeholder=" ..."
+        )
+        at = {"x": 0, "y": 1.2, "va": "bottom"} if down else {"x": 0, "y": -0.05, "va": "top"}
+        row[0].text(**at, s="\n".join(lines), fontsize=7.5, parse_math=False, transform=row[0].transAxes)
     save_figure(figure, path)
 
 

@@ -88,7 +88,7 @@ def write_page(
         path: of the HTML file.
         title: of the page.
         note: a sentence or two that stand above the queries.
-        groups: queries; those of one group share one image, and so one scale of its own.
+        groups: queries; those of one group share one image.
         picture: from :func:`sprc.gate_maps.picture_of`.
     """
     sections = [_section(order, views, picture) for order, views in enumerate(groups)]
@@ -109,8 +109,8 @@ def _section(order: int, views: list[QueryView], picture: Callable[[str], np.nda
     ranks = [view.rank for view in views if view.rank is not None]
     kind = "group several" if len(views) > 1 else "group"
     queries = []
-    for view, cells in zip(views, cells_of(views), strict=True):
-        figures = "".join(_figure(cell, picture(cell.image)) for cell in cells)
+    for view in views:
+        figures = "".join(_figure(cell, picture(cell.image)) for cell in cells_of(view))
         rank = "" if view.rank is None else f" &middot; <b>rank {view.rank}</b>"
         queries.append(
             f'<article class="query"><h2>pair {view.triplet.pair_id}{rank} &middot; '

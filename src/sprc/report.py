@@ -11,7 +11,7 @@ from sprc.data.datasets import check_images
 from sprc.data.transforms import make_transform
 from sprc.errors import InputError
 from sprc.figures import plt, save_figure
-from sprc.gate_maps import cells_of, describe, draw_sheet, picture_of, view_queries
+from sprc.gate_maps import draw_sheet, picture_of, view_queries
 from sprc.models.factory import choose_device, place
 from sprc.run_folder import write_atomically
 from sprc.validation import encode_split, modality_table
@@ -45,10 +45,8 @@ def report_run(run_folder: Path, *, queries: int = 8, seed: int = 0, device: str
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(split.triplets), generator=generator)[:queries].tolist()
     views = view_queries(model, split, encoded, rows, transform, settings["batch_size"])
-    cells = [row for view in views for row in cells_of([view])]
-    sheet, titles = run_folder / "gate_maps.png", [describe(view) for view in views]
-    draw_sheet(sheet, cells, titles, picture_of(split, transform), down=False)
-    print(f"wrote {sheet}")
+    draw_sheet(run_folder / "gate_maps.png", views, picture_of(split, transform))
+    print(f"wrote {run_folder / 'gate_maps.png'}")
     table = pd.DataFrame(modality_table(encoded)).T.rename_axis("query")
     text = table.to_csv(lineterminator="\n")
     write_atomically(run_folder / "recall_table.csv", lambda file: file.write(text.encode()))

@@ -16,7 +16,7 @@ from sprc.data.datasets import Transform, Triplet, check_images, quote, require_
 from sprc.data.fashioniq import load_fashioniq
 from sprc.errors import InputError
 from sprc.evaluation import load_to_score
-from sprc.gate_maps import cells_of, describe, draw_sheet, picture_of, view_queries
+from sprc.gate_maps import draw_sheet, picture_of, view_queries
 from sprc.gate_page import write_page
 from sprc.localisation import as_text, localise, read_edits, require_squares
 from sprc.run_folder import write_csv
@@ -27,8 +27,7 @@ ROWS = 8  # queries on a sheet
 NOTE = (
     "Gate: the mean over channels for each patch. Change: the mean of |fused - image|; the image tokens are "
     "layer-normalised, so 1 is about their own spread. Each is drawn on the scale from 0 to 1 and on one "
-    "from the image's least value to its largest, which makes small differences look large: read its "
-    "numbers. Where one image has several captions, that scale is the same for all of them. "
+    "from its own least value to its largest, which makes small differences look large: read its numbers. "
     "A map says where tokens are edited, not where the model looks."
 )
 
@@ -45,7 +44,7 @@ def run_visualisation(arguments: argparse.Namespace) -> None:
     if checkpoint.model.gated_fusion is None:
         raise InputError(
             f"{arguments.model_path} holds plain SPRC: without fusion there is no gate and no change to "
-            "draw; give a checkpoint with fusion (plain SPRC's place is --off-model-path, with --localisation)"
+            "draw; give a checkpoint with fusion (plain SPRC goes to --off-model-path, with --localisation)"
         )
     off = load_off(arguments)
     check_images(split.image_paths, split.image_paths)
@@ -105,6 +104,8 @@ def choose(split: Split, arguments: argparse.Namespace) -> list[list[Triplet]]:
         raise InputError(f"--queries {arguments.queries}: give a whole number of at least 0")
     if arguments.queries == 0 and not arguments.localisation:
         raise InputError("--queries 0 draws nothing; give at least 1, or add --localisation")
+    if arguments.off_model_path is not None and not arguments.localisation:
+        raise InputError(f"--off-model-path {arguments.off_model_path}: only --localisation uses it; add it")
     if arguments.captions is not None and len(arguments.same_image or ()) != 1:
         raise InputError("--captions needs one image to go with: add --same-image NAME")
     if arguments.same_image is not None:
@@ -185,16 +186,12 @@ def draw(
     grouped = [[next(views) for _ in group] for group in groups]
     picture = picture_of(split, transform)
 
-    # The pictures of each query, in the sheets' order: a sheet holds rows of several images, or one image.
-    lists = [list(zip(group, cells_of(group), strict=True)) for group in grouped]
-    if not side_by_side:
-        lists = [[query for group in lists for query in group]]
-    sheets = [queries[i : i + ROWS] for queries in lists for i in range(0, len(queries), ROWS)]
+    # A sheet holds queries of several images, or captions of one.
+    lists = grouped if side_by_side else [[view for group in grouped for view in group]]
+    sheets = [views[i : i + ROWS] for views in lists for i in range(0, len(views), ROWS)]
     stem = "same_image" if side_by_side else "sheet"
     for number, sheet in enumerate(tqdm(sheets, desc="sheets", unit="sheet"), start=1):
-        path = out / f"{stem}_{number:03d}.png"
-        titles = [describe(view) for view, _ in sheet]
-        draw_sheet(path, [cells for _, cells in sheet], titles, picture, down=side_by_side)
+        draw_sheet(out / f"{stem}_{number:03d}.png", sheet, picture, down=side_by_side)
     more = f" to {len(sheets):03d}" if len(sheets) > 1 else ""
     print(f"wrote {out / f'{stem}_001.png'}{more}")
     page = out / ("same_image.html" if side_by_side else "gate_maps.html")
