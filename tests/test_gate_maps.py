@@ -216,16 +216,20 @@ def test_a_hidden_test_split_is_drawn_without_marks_and_measured(data, checkpoin
 def test_fashioniq_is_drawn_in_its_own_gallery_with_the_reference_in_it(checkpoints, monkeypatch, tmp_path):
     families = {"train_families": 1, "val_families": 1, "test_families": 1}
     make_fashioniq(tmp_path, FashionIQConfig(**families, image_size=48))
-    flags = ("--dataset", "FashionIQ", "--fiq-type", "shirt", "--pairs", 3, "--localisation")
-    visualize(monkeypatch, checkpoints["gated"], tmp_path, *flags, "--out", tmp_path / "maps")
-    page = (tmp_path / "maps" / "gate_maps.html").read_text()
-    entries = json.loads((tmp_path / "fashionIQ_dataset/captions/cap.shirt.val.json").read_text())
-    assert "<h2>pair 3 " in page
-    assert entries[3]["candidate"] in page
     split = load_fashioniq(tmp_path, "val", "shirt")
     model = load_checkpoint(checkpoints["gated"]).model
-    rank = loop_rank(model, split, split.triplets[3], make_transform("targetpad", 96, 1.25), False)
-    assert f'data-rank="{rank}"' in page
+    transform = make_transform("targetpad", 96, 1.25)
+    pairs = (5, 0, 1, 2, 3, 4)
+    ranks, without = (
+        [str(loop_rank(model, split, split.triplets[pair], transform, leave_out)) for pair in pairs]
+        for leave_out in (False, True)
+    )
+    assert ranks != without  # else this could not tell the two apart
+    flags = ("--dataset", "FashionIQ", "--fiq-type", "shirt", "--pairs", *pairs, "--localisation")
+    visualize(monkeypatch, checkpoints["gated"], tmp_path, *flags, "--out", tmp_path / "maps")
+    page = (tmp_path / "maps" / "gate_maps.html").read_text()
+    assert re.findall(r"<h2>pair (\d) ", page) == list(map(str, pairs))
+    assert re.findall(r'data-rank="(\d+)"', page) == ranks
     edits = json.loads((tmp_path / "fashionIQ_dataset/edits.shirt.val.json").read_text())
     (row,) = [
         row

@@ -80,10 +80,6 @@ def load_off(arguments: argparse.Namespace) -> tuple[Any, Transform] | None:
     """The plain SPRC model of ``--off-model-path`` and its transform; None where there is no such flag."""
     if arguments.off_model_path is None:
         return None
-    if not arguments.localisation:
-        raise InputError(
-            f"--off-model-path {arguments.off_model_path}: only --localisation uses it; add that"
-        )
     given = argparse.Namespace(**{**vars(arguments), "model_path": arguments.off_model_path})
     checkpoint, transform, _ = load_to_score(given)
     if checkpoint.model.gated_fusion is not None:
