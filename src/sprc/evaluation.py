@@ -8,6 +8,8 @@ from typing import Any
 from sprc.benchmark import Benchmark
 from sprc.checkpoint import Checkpoint, load_checkpoint
 from sprc.data.cirr import CirrSplit, load_cirr
+from sprc.data.datasets import Transform
+from sprc.data.transforms import make_transform
 from sprc.errors import InputError
 from sprc.feature_cache import open_images
 from sprc.models.factory import choose_device, place
@@ -64,6 +66,12 @@ class Scorer:
         """The same from the command line of :func:`sprc.flags.add_scoring_flags`."""
         names = ("blip_model_name", "backbone", "device", "feature_cache", *PUBLISHED)
         return cls.load(arguments.model_path, **{name: getattr(arguments, name) for name in names})
+
+    @property
+    def transform(self) -> Transform:
+        """The preprocessing, for pictures to be looked at."""
+        size = self.checkpoint.model.config.image_size
+        return make_transform(self.settings["transform"], size, self.settings["target_ratio"])
 
     def encode(self, splits: list[Split]) -> list[EncodedSplit]:
         """The splits as vectors, all their images looked at before the first is encoded."""
