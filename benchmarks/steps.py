@@ -1,0 +1,355 @@
+"""Training steps: an epoch with the feature cache and without, the Q-Former, the fusion's share, growth.
+
+Random weights of true shapes (ViT-g and BLIP-2's Q-Former), or small ones with ``--quick``. A step is the
+losses and their gradients; ``trainable`` is what is left of it when the image tokens are at hand.
+"""
+
+import os
+import random
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from measure import (
+    Row,
+    Settings,
+    in_seconds,
+    memory_row,
+    not_measured,
+    peak_memory,
+    ratio_row,
+    require_memory,
+    side_by_side,
+    spread,
+)
+from PIL import Image, ImageDraw
+from published import HAS_LAVIS, NO_LAVIS, LavisStep
+from torch import Tensor, nn
+
+from sprc.config import ModelConfig
+from sprc.data.datasets import load_image
+from sprc.data.transforms import make_transform
+from sprc.feature_cache import FeatureCache
+from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
+from sprc.models.factory import place
+from sprc.models.tokenizer import make_vocabulary, tokenizer_from_vocabulary
+from sprc.training import make_optimizer, precision
+
+SMALL = {
+    "image_size": 28,
+    "vit_width": 32,
+    "vit_depth": 2,
+    "vit_heads": 2,
+    "vocab_size": 300,
+    "hidden_size": 24,
+    "num_layers": 2,
+    "num_heads": 2,
+    "intermediate_size": 48,
+    "num_query_tokens": 4,
+    "embed_dim": 8,
+}
+LOSS_WEIGHTS = {"loss_itc": 1.0, "loss_rtc": 0.4, "loss_align": 0.4}  # CIRR's
+TRIPLETS = 28_225  # of CIRR's training split
+IMAGES = 21_552  # of CIRR's
+BATCH = 64  # the published one
+PREPROCESSING = {"transform": "targetpad", "target_ratio": 1.25}
+SENTENCES = (
+    "make the a same dog with its mouth open and on grass instead of wood remove person add more two fewer "
+    "show closer view from side is lying down white black background different angle of breed facing left"
+)
+WORDS = SENTENCES.split()
+
+Samples = dict[str, Tensor | list[str]]
+Step = Callable[[Samples], None]
+
+
+# --- what all of them share
+
+
+def make_config(quick: bool, **changes: Any) -> ModelConfig:
+    """True shapes, or small ones."""
+    return ModelConfig(**{**(SMALL if quick else {}), **changes})
+
+
+def make_model(config: ModelConfig, device: str, *, with_vit: bool = False) -> Blip2QformerCirAlignPrompt:
+    """The model on ``device``, its vision transformer of one block unless it is asked for."""
+    torch.manual_seed(0)
+    vocabulary = make_vocabulary(WORDS)
+    vocabulary += [f"unused{number}" for number in range(config.vocab_size - 1 - len(vocabulary))]
+    one_block = ModelConfig(**{**vars(config), "vit_depth": 1})
+    model = Blip2QformerCirAlignPrompt(one_block, tokenizer_from_vocabulary(vocabulary))
+    assert len(model.tokenizer) == config.vocab_size
+    if with_vit:
+        with torch.device("meta"):  # the model's own start of a billion weights takes half a minute
+            vit = model.vision_transformer(config)
+        model.visual_encoder = vit.to_empty(device="cpu").requires_grad_(False)
+        for name, weights in vit.named_parameters():
+            if "norm" in name:
+                weights.fill_(float(name.endswith("weight")))
+            else:
+                weights.uniform_(-0.03, 0.03)
+    return place(model.train(), torch.device(device))
+
+
+def make_captions(count: int) -> list[str]:
+    """Captions of CIRR's lengths: a mean of 11 words, few below 5 or above 20."""
+    draw = random.Random(0)
+    lengths = [min(max(round(draw.gammavariate(5, 11.3 / 5)), 3), 28) for _ in range(count)]
+    return [" ".join(draw.choices(WORDS, k=length)) for length in lengths]
+
+
+def make_samples(config: ModelConfig, batch: int, device: str) -> Samples:
+    """A batch as a feature cache in float16 gives it: (B, N, D) tokens of references and targets."""
+    shape = (2, batch, config.num_patches**2 + 1, config.vit_width)
+    generator = torch.Generator().manual_seed(3)
+    image, target = torch.randn(shape, generator=generator).half().to(device)
+    return {"image": image, "target": target, "text_input": make_captions(batch)}
+
+
+def backward(model: nn.Module, device: str, samples: Samples) -> None:
+    """Losses and gradients, in the precision that ``--amp auto`` takes; then the gradients are dropped."""
+    amp = precision("auto", torch.device(device))
+    with torch.autocast(device, amp, enabled=amp is not None):
+        losses = model(samples)
+        total = sum(LOSS_WEIGHTS[name] * loss for name, loss in losses.items())
+    total.backward()
+    model.zero_grad(set_to_none=True)
+
+
+def assert_equal(ours: nn.Module, theirs: nn.Module, samples: Samples) -> None:
+    """Without dropout both give the same losses, and the same gradients of what both train."""
+    shared = dict(ours.Qformer.bert.named_parameters())
+    found = []
+    for model, bert in ((ours, ours.Qformer.bert), (theirs, theirs.bert)):
+        model.eval()
+        losses = model(samples)
+        sum(losses.values()).backward()
+        found.append((losses, {name: p.grad for name, p in bert.named_parameters() if name in shared}))
+        model.zero_grad(set_to_none=True)
+        model.train()
+    (our_losses, our_grads), (their_losses, their_grads) = found
+    largest = max(grad.abs().max() for grad in their_grads.values() if grad is not None)
+    for name, loss in their_losses.items():
+        assert torch.allclose(our_losses[name], loss, rtol=1e-4), f"{name}: {our_losses[name]} is not {loss}"
+    reached = 0
+    for name, grad in their_grads.items():
+        if grad is None:
+            assert our_grads[name] is None, name
+            continue
+        assert (our_grads[name] - grad).abs().max() <= 1e-4 * largest, f"gradient of {name}"
+        reached += 1
+    assert reached > 10
+
+
+def step_batch(settings: Settings) -> int:
+    """Triplets a step: few on a CPU, the published number on a GPU."""
+    return 2 if settings.quick else 16 if settings.device == "cpu" else BATCH
+
+
+# --- the rows
+
+
+def qformer(settings: Settings) -> list[Row]:
+    """The trainable part of plain SPRC: all four calls, ours against LAVIS's."""
+    batch = step_batch(settings)
+    name = f"Q-Former's four calls, LAVIS's / ours, B {batch}"
+    ours_first = f"Q-Former's four calls, ours / LAVIS's, B {batch}"
+    wanted = "1.3 x or more"
+    if not HAS_LAVIS:
+        return [not_measured(name, wanted, NO_LAVIS)]
+    require_memory(1 if settings.quick else 10)
+    model = make_model(make_config(settings.quick, use_gated_fusion=False), settings.device)
+    theirs = LavisStep(model)
+    samples = make_samples(model.config, batch, settings.device)
+    assert_equal(model, theirs, samples)
+    times = side_by_side(
+        {
+            "ours": partial(backward, model, settings.device, samples),
+            "LAVIS": partial(backward, theirs, settings.device, samples),
+        },
+        settings,
+    )
+    del model, theirs
+    peaks = {side: peak_memory(prepare_step, side, settings, batch, device=settings.device) for side in times}
+    return [
+        ratio_row(f"{name}: time", wanted, times["LAVIS"], times["ours"], least=1.3),
+        memory_row(f"{ours_first}: peak memory", "", peaks["ours"], peaks["LAVIS"]),
+    ]
+
+
+def prepare_step(side: str, settings: Settings, batch: int) -> Callable[[], None]:
+    """A trainable step of one side, ready to run."""
+    model = make_model(make_config(settings.quick, use_gated_fusion=False), settings.device)
+    step = LavisStep(model) if side == "LAVIS" else model
+    return partial(backward, step, settings.device, make_samples(model.config, batch, settings.device))
+
+
+def overhead(settings: Settings) -> list[Row]:
+    """What the fusion adds to a step with cached tokens."""
+    require_memory(1 if settings.quick else 10)
+    batch = step_batch(settings)
+    models = {
+        on: make_model(make_config(settings.quick, use_gated_fusion=on), settings.device)
+        for on in (False, True)
+    }
+    samples = make_samples(models[True].config, batch, settings.device)
+    times = side_by_side(
+        {on: partial(backward, model, settings.device, samples) for on, model in models.items()}, settings
+    )
+    percent = [100 * (on / off - 1) for off, on in zip(times[False], times[True], strict=True)]
+    return [
+        Row(
+            f"fusion on against off, whole step with cached tokens, B {batch}: overhead",
+            "under 10 %",
+            spread(percent, "{:.1f} %".format),
+            f"{in_seconds(median(times[True]))} against {in_seconds(median(times[False]))}",
+            median(percent) < 10,
+        )
+    ]
+
+
+def growing_batch(settings: Settings) -> list[Row]:
+    """The trainable step, fusion on, as the batch grows."""
+    sizes = (1, 2) if settings.quick else (1, 8, 64)
+    require_memory(1 if settings.quick else 14)
+    model = make_model(make_config(settings.quick), settings.device)
+    sides = {
+        size: partial(backward, model, settings.device, make_samples(model.config, size, settings.device))
+        for size in sizes
+    }
+    times = side_by_side(sides, settings)
+    return [
+        ratio_row(
+            f"growth, trainable step, B {size} / B {sizes[0]} ({size / sizes[0]:g} x): time",
+            "",
+            times[size],
+            times[sizes[0]],
+        )._replace(
+            detail=f"{in_seconds(median(times[size]))}, {in_seconds(median(times[size]) / size)} a triplet"
+        )
+        for size in sizes
+    ]
+
+
+def epoch(settings: Settings) -> list[Row]:
+    """A step from image files and a step from the feature cache, and what an epoch of them takes."""
+    names = {
+        "plain": "epoch, plain SPRC (LAVIS's Q-Former) / ours with the cache",
+        "cache alone": "epoch, plain SPRC / its trainable part alone: what a cache alone could give",
+        "ours": "epoch, ours without the cache / ours with it",
+        "limit": "epoch, cached step / its trainable part alone",
+        "hours": f"epoch of {TRIPLETS} triplets, extrapolated",
+    }
+    device = settings.device
+    batch = 2 if settings.quick else 8 if device == "cpu" else BATCH
+    require_memory(1 if settings.quick else 14)
+    config = make_config(settings.quick, use_gated_fusion=False)
+    model = make_model(config, device, with_vit=True)
+    transform = make_transform(image_size=config.image_size, kind="targetpad", target_ratio=1.25)
+    captions = make_captions(batch)
+    steps = {"ours": partial(backward, model, device)}
+    if HAS_LAVIS:
+        steps["LAVIS"] = partial(backward, LavisStep(model), device)
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
+        paths = make_images(Path(folder) / "images", 2 * batch)
+        cache = FeatureCache(Path(folder) / "cache", model, PREPROCESSING, "float16")
+        cache.fill(paths, model, transform, batch_size=batch, num_workers=0)
+        # On a GPU's machine many cores read, as a data loader's workers would; on a CPU they compute.
+        read = pool.map if device == "cuda" else map
+        in_memory = torch.stack([cache(path) for path in paths]).to(device)
+
+        def run_step(tokens: Tensor, step: Step) -> None:
+            image, target = tokens.chunk(2)
+            step({"image": image, "target": target, "text_input": captions})
+
+        def from_images(step: Step) -> None:
+            pixels = torch.stack(list(read(partial(load_image, transform=transform), paths)))
+            run_step(model.vit_tokens(pixels.to(device)), step)
+
+        def from_cache(step: Step) -> None:
+            run_step(torch.stack(list(read(cache, paths))).to(device), step)
+
+        sides: dict[str, Callable[[], object]] = {
+            "cached": partial(from_cache, steps["ours"]),
+            "alone": partial(run_step, in_memory, steps["ours"]),
+            "ours": partial(from_images, steps["ours"]),
+        }
+        if HAS_LAVIS:
+            sides["LAVIS alone"] = partial(run_step, in_memory, steps["LAVIS"])
+            sides["LAVIS"] = partial(from_images, steps["LAVIS"])
+        files = [*paths, cache.tokens_file]
+        times = side_by_side(sides, settings, before=partial(drop_from_memory, files))
+
+    rows = []
+    if HAS_LAVIS:
+        rows += [
+            ratio_row(names["plain"], "7 x or more", times["LAVIS"], times["cached"], least=7),
+            ratio_row(names["cache alone"], "", times["LAVIS"], times["LAVIS alone"]),
+        ]
+    else:
+        rows += [not_measured(names["plain"], "7 x or more", NO_LAVIS)]
+    rows += [
+        ratio_row(names["ours"], "", times["ours"], times["cached"]),
+        ratio_row(names["limit"], "1.1 x or less", times["cached"], times["alone"], most=1.1),
+    ]
+
+    update = median(time_updates(model, settings))
+    hours = {
+        side: (TRIPLETS * median(seconds) / batch + TRIPLETS / BATCH * update) / 3600
+        for side, seconds in times.items()
+    }
+    an_image = (median(times["ours"]) - median(times["alone"])) / (2 * batch)
+    said = {"LAVIS": "plain SPRC", "ours": "ours without the cache", "cached": "ours with the cache"}
+    value = ", ".join(f"{what} {hours[side]:.2f} h" for side, what in said.items() if side in hours)
+    detail = (
+        f"steps of {batch} triplets, {in_seconds(median(times['cached']) / batch)} a triplet with the cache; "
+        f"AdamW's {in_seconds(update)} once in {BATCH}; filling the cache with CIRR's {IMAGES} images, once: "
+        f"{IMAGES * an_image / 3600:.2f} h"
+    )
+    rows.append(Row(names["hours"], "", value, detail))
+    return rows
+
+
+def time_updates(model: nn.Module, settings: Settings) -> list[float]:
+    """Seconds of AdamW's step over all that is trained."""
+    optimizer = make_optimizer(model, 1e-9)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    return side_by_side({"update": optimizer.step}, settings)["update"]
+
+
+def make_images(folder: Path, count: int) -> list[Path]:
+    """Files of CIRR's kind, 640 x 480, PNG and JPEG in turns: shapes over a gradient, with some noise."""
+    folder.mkdir()
+    random_values = np.random.default_rng(0)
+    slope = np.linspace(0, 150, 640)[None, :, None] + np.linspace(0, 60, 480)[:, None, None]
+    paths = []
+    for number in range(count):
+        noise = random_values.normal(0, 6, (480, 640, 3))
+        image = Image.fromarray((slope + noise + 20).clip(0, 255).astype(np.uint8))
+        draw = ImageDraw.Draw(image)
+        for left, top, *color in random_values.integers(0, 255, (12, 5)).tolist():
+            draw.ellipse([2 * left, top, 2 * left + 110, top + 90], fill=tuple(color))
+        paths.append(folder / f"{number}.{('png', 'jpg')[number % 2]}")
+        image.save(paths[-1])
+    return paths
+
+
+def drop_from_memory(paths: list[Path]) -> None:
+    """Make the next reading of these files a reading from the disk."""
+
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
