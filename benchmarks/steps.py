@@ -272,7 +272,7 @@ def epoch(settings: Settings) -> list[Row]:
 
         @torch.no_grad()
         def encode_at_once(pixels: Tensor) -> Tensor:
-            # On a CPU our vit_tokens takes one image at a time, for the cache's sake, which is a little slower.
+            # On a CPU vit_tokens takes one image at a time, for the sake of the cache, which is slower.
             return model.vit_tokens(pixels) if device == "cuda" else model.visual_encoder(pixels)
 
         def from_cache(step: Step) -> None:
