@@ -1,4 +1,4 @@
-"""What is logged of the fusion while it trains: against plain formulas, through the script, after a resume."""
+"""What is logged of the fusion while it trains: against formulas, by the script, after a resume."""
 
 import math
 
@@ -128,7 +128,7 @@ def test_the_script_logs_and_its_flags_reach_the_module(data, tmp_path):
     ("flags", "message"),
     [
         (("--log-fusion-every", -1), "--log-fusion-every -1"),
-        (("--fusion-lr", 0), "0.0 must be a positive number"),
+        (("--fusion-lr", 0), "the learning rate of gated_fusion.* 0.0 must be a positive number"),
         (("--fusion-lr", 1e-3, "--no-use-gated-fusion"), "gated_fusion.*, which this model does not have"),
         (("--fusion-text", "contextual", "--pool", "all"), "pool='all'"),
     ],

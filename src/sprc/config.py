@@ -81,9 +81,7 @@ class ModelConfig:
         _one_of("fusion_start", self.fusion_start, FUSION_STARTS)
         _one_of("fusion_text", self.fusion_text, FUSION_TEXTS)
         if self.fusion_text == "contextual" and self.pool == "all":
-            raise InputError(
-                "pool='all' takes the mean over padding, which fusion_text='contextual' never reads"
-            )
+            raise InputError("pool='all' averages padding as well, which fusion_text='contextual' has not")
         _divides("patch_size", self.patch_size, "image_size", self.image_size)
         _divides("vit_heads", self.vit_heads, "vit_width", self.vit_width)
         _divides("num_heads", self.num_heads, "hidden_size", self.hidden_size)

@@ -1,7 +1,7 @@
 """What the fusion module does while it is trained: a row every so many steps, and a warning where it fails.
 
-The loop knows nothing of this. A hook on the module sees its outputs, and the loop calls ``after_backward`` as
-it would call anything.
+The loop knows nothing of this. A hook on the module sees its outputs, and the loop calls ``after_backward``
+as it would call anything.
 """
 
 import csv
@@ -25,9 +25,9 @@ class FusionLog:
     """Writes `fusion_metrics.csv`: gate, delta, change and gradients of one training step each.
 
     Columns: `step` over the whole run, from 0; `gate_mean`, `gate_std` over tokens and channels;
-    `gate_near_0` and `gate_near_1`, the shares below 0.05 and above 0.95; `delta_norm`, the mean Euclidean norm of
-    the direction; `alpha`; `mean_change`, mean |fused - image|; `gradient_norm` of all the module's parameters, and
-    `gradient_norm_NAME` of each part. What a strategy does not have has no column.
+    `gate_near_0` and `gate_near_1`, the shares below 0.05 and above 0.95; `delta_norm`, the mean Euclidean
+    norm of the direction; `alpha`; `mean_change`, mean |fused - image|; `gradient_norm` of all the module's
+    parameters, and `gradient_norm_NAME` of each part. What a strategy does not have has no column.
 
     Args:
         module: the fusion module; a hook is put on it.
@@ -92,14 +92,14 @@ class FusionLog:
         if saturated > SATURATED:
             self.once(
                 "saturated",
-                f"{100 * saturated:.0f} % of the gate's values are within {NEAR} of 0 or 1: it has stopped to "
-                "choose and hardly learns any more; try a lower --learning-rate or --fusion-start identity",
+                f"{100 * saturated:.0f} % of the gate's values are within {NEAR} of 0 or 1: it has stopped "
+                "choosing and hardly learns any more; try a lower --fusion-lr or --fusion-start identity",
             )
         if not values["gradient_norm"] > 0:
             self.once(
                 "gradient",
-                "the fusion module gets no gradient, so it does not learn; with --fusion-start identity this is "
-                "so in the gate's first step only, else check the losses' weights and --alpha-init",
+                "the fusion module gets no gradient, so it does not learn; look for an --alpha-init of 0 or "
+                "losses whose weights are 0",
             )
 
     def once(self, kind: str, message: str) -> None:

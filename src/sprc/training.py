@@ -60,9 +60,11 @@ class TrainingConfig:
                 raise InputError(
                     f"--{name.replace('_', '-')} {getattr(self, name)} is too small; the least is {least}"
                 )
-        for rate in (self.learning_rate, *self.other_rates.values()):
+        rates = {"--learning-rate": self.learning_rate}
+        rates |= {f"the learning rate of {prefix}*": rate for prefix, rate in self.other_rates.items()}
+        for name, rate in rates.items():
             if not 0 < rate < math.inf:
-                raise InputError(f"--learning-rate {rate} must be a positive number")
+                raise InputError(f"{name} {rate} must be a positive number")
         for name, weight in self.loss_weights.items():
             if not 0 <= weight < math.inf:
                 raise InputError(f"--{name.replace('_', '-')} {weight} must be a number of at least 0")
