@@ -3,12 +3,13 @@
 # make ablation     compares fusion off and three strategies on the built-in data, three seeds each
 # make test         sets up the same and runs all tests (LAVIS's included)
 # make test-modern  runs the tests on a newer Python, without LAVIS, with today's torch and transformers
+# make bench        measures speed and memory, about half an hour: leave the machine alone meanwhile
 # make setup        only the virtual environment
 
 MODERN_PYTHON ?= 3.12
 UV := $(or $(shell command -v uv),.tools/bin/uv)
 
-.PHONY: setup demo demo-fashioniq ablation test test-modern
+.PHONY: setup demo demo-fashioniq ablation test test-modern bench
 .DELETE_ON_ERROR:
 
 setup: .venv/ready
@@ -52,3 +53,6 @@ test: .venv/ready
 
 test-modern: .venv-modern/ready
 	.venv-modern/bin/python -m pytest -n 2 --dist loadfile
+
+bench: .venv/ready
+	.venv/bin/python benchmarks/run.py

@@ -23,9 +23,11 @@ STATUS = Path("/proc/self/status")
 NOT_MEASURED = "not measured"
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
-# New processes are forked from one that has imported torch and done nothing else.
+# New processes are forked from one that has imported libraries and done nothing else.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["torch"])
+PROCESSES.set_forkserver_preload(
+    ["torch", "torchvision.transforms", "transformers.models.bert.tokenization_bert"]
+)
 
 
 class Settings(NamedTuple):

@@ -6,9 +6,15 @@ import sys
 
 import pytest
 import torch
+from conftest import CAPTIONS, VOCABULARY, random_images, small_config
 from runner import ROOT
 
 import sprc.ranking
+import sprc.validation
+from sprc.data.cirr import CirrSplit
+from sprc.data.datasets import Triplet
+from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
+from sprc.models.tokenizer import tokenizer_from_vocabulary
 from sprc.ranking import (
     QUERY_BLOCK,
     cirr_metrics,
@@ -20,14 +26,15 @@ from sprc.ranking import (
     target_ranks,
     top_k,
 )
-from sprc.validation import EncodedSplit, image_score_blocks
+from sprc.validation import EncodedSplit, encode_split, image_score_blocks, modality_table
 
 
 @pytest.fixture(params=[(128, 128), (7, 3), (1, 1)], ids=str)
 def small_blocks(request, monkeypatch):
     """The blocks as they are, and so small that everything crosses their borders."""
     queries, images = request.param
-    monkeypatch.setattr(sprc.ranking, "QUERY_BLOCK", queries)
+    for module in (sprc.ranking, sprc.validation):
+        monkeypatch.setattr(module, "QUERY_BLOCK", queries)
     monkeypatch.setattr(sprc.ranking, "GALLERY_CHUNK", {"cpu": images})
 
 
@@ -132,6 +139,16 @@ def test_top_k_equals_the_sorted_gallery_where_nearly_all_scores_are_equal():
             assert best.tolist() == expected
 
 
+@pytest.mark.parametrize("k", [0, 1, 4, 5, 9])
+def test_top_k_takes_any_k_and_may_keep_the_reference(k):
+    rows = [row[:5] for row in random_case(21, levels=2)[0]]
+    assert top_k(torch.tensor(rows), k).tolist() == [brute_force_order(row)[:k] for row in rows]
+
+
+def test_a_gallery_of_the_reference_alone_has_no_candidates():
+    assert top_k(torch.ones(2, 1), 5, torch.zeros(2, dtype=torch.int64)).tolist() == [[], []]
+
+
 def late_interaction(query, tokens):
     """The largest of the products with an image's tokens, number by number."""
     return max(sum(a * b for a, b in zip(query, token, strict=True)) for token in tokens)
@@ -149,6 +166,16 @@ def test_similarity_is_the_maximum_over_the_tokens(small_blocks, dtype):
     assert scores.dtype == torch.float32
     expected = [[late_interaction(q, image) for image in gallery.tolist()] for q in queries.tolist()]
     assert scores.tolist() == expected
+
+
+def test_a_float16_gallery_is_rounded_once_and_its_scores_are_not(small_blocks):
+    generator = torch.Generator().manual_seed(8)
+    queries = torch.randn(9, 16, generator=generator)
+    gallery = torch.randn(11, 3, 16, generator=generator).half()
+    scores = all_scores(queries, gallery)
+    expected = [[late_interaction(q, image) for image in gallery.tolist()] for q in queries.tolist()]
+    # float16 has steps of 2e-3 and more at these values, which are up to 10
+    assert torch.allclose(scores.double(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-5)
 
 
 def test_ranking_in_blocks_equals_brute_force(small_blocks):
@@ -202,6 +229,45 @@ def test_the_image_alone_is_ranked_by_the_mean_over_its_tokens(small_blocks):
         tokens = gallery[reference].tolist()
         expected = [sum(late_interaction(token, image) for token in tokens) / 3 for image in gallery.tolist()]
         assert rows[number] == pytest.approx(expected, abs=1e-7)
+
+
+def test_the_table_of_modalities_scores_each_of_them_once(monkeypatch):
+    passes = []
+
+    def counted(queries, gallery):
+        passes.append(queries)
+        return score_blocks(queries, gallery)
+
+    monkeypatch.setattr(sprc.validation, "score_blocks", counted)
+    gallery, composed, text_only = vectors(9, 4, 3, 4), vectors(10, 2, 4), vectors(11, 2, 4)
+    index = torch.tensor([0, 1])
+    encoded = EncodedSplit(gallery, composed, text_only, index, index + 1, torch.arange(4).repeat(2, 1))
+    table = modality_table(CirrSplit("val", [], {}), encoded)
+    assert list(table) == ["reference and text", "text only", "image only"]
+    assert [id(queries) for queries in passes] == [id(composed), id(text_only)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_an_image_of_many_triplets_is_encoded_once(dtype, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = Blip2QformerCirAlignPrompt(small_config(), tokenizer_from_vocabulary(VOCABULARY))
+    images = dict(zip("abcd", random_images(4, model.config), strict=True))
+    paths = {name: tmp_path / name for name in images}
+    pairs = [("a", "b"), ("a", "c"), ("b", "a"), ("a", "d"), ("d", "b"), ("a", "b")]
+    triplets = [Triplet(n, *pair, CAPTIONS[n // 2], tuple("abcd")) for n, pair in enumerate(pairs)]
+    encoded_images, encode_image = [], model.encode_image
+    monkeypatch.setattr(model, "encode_image", lambda x: encoded_images.extend(x) or encode_image(x))
+    split = CirrSplit("val", triplets, paths)
+    settings = {"batch_size": 3, "num_workers": 0, "gallery_dtype": dtype}
+    encoded = encode_split(model, split, lambda path: images[path.name], **settings)
+    assert torch.equal(torch.stack(encoded_images), torch.stack(list(images.values())))
+    assert encoded.gallery.dtype == getattr(torch, dtype)
+    assert encoded.references.tolist() == [0, 0, 1, 0, 3, 0]
+    # The same caption of the same image is the same query, whatever comes between.
+    for number, (reference, _) in enumerate(pairs):
+        alone = CirrSplit("val", [Triplet(9, reference, "b", CAPTIONS[number // 2], tuple("abcd"))], paths)
+        other = encode_split(model, alone, lambda path: images[path.name], **settings)
+        assert torch.allclose(encoded.composed[number], other.composed[0], atol=1e-5)
 
 
 MEMORY = """

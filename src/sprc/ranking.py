@@ -17,10 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Queries scored at once, and gallery images a matrix product. On a CPU a chunk's products, (128 x 32 x 128)
+# Queries scored at once, and gallery images a matrix product. On a CPU a chunk's products, (64 x 32 x 128)
 # floats, stay in its cache; a GPU wants larger products.
 QUERY_BLOCK = 128
-GALLERY_CHUNK = {"cpu": 128, "cuda": 4096}
+GALLERY_CHUNK = {"cpu": 64, "cuda": 4096}
 
 # Which queries, and their (R, G) similarities on the CPU.
 ScoreBlocks = Iterable[tuple[Tensor, Tensor]]
@@ -31,7 +31,8 @@ def score_blocks(queries: Tensor, gallery: Tensor) -> Iterator[tuple[Tensor, Ten
 
     Args:
         queries: (T, E), normalised.
-        gallery: (G, Q, E), normalised, float32 or float16, on any device: the products are made there.
+        gallery: (G, Q, E), normalised, float32 or float16, on any device: the products are made there, in
+            float32 either way. Scores rounded to float16 would make ties, and so ranks, of their own.
 
     Yields:
         (R,) numbers of queries, and their (R, G) similarities, on the CPU.
@@ -46,13 +47,10 @@ def score_blocks(queries: Tensor, gallery: Tensor) -> Iterator[tuple[Tensor, Ten
 def block_scores(queries: Tensor, gallery: Tensor) -> Tensor:
     """(R, E) queries and the (G, Q, E) gallery to (R, G) on the CPU; see :func:`score_blocks`."""
     chunk = GALLERY_CHUNK[gallery.device.type]
-    columns = queries.to(gallery.device).T.contiguous()  # (E, R)
-    # A CPU has no fast float16 products: there a chunk of a float16 gallery is widened for its turn.
-    wide = queries.dtype if gallery.device.type == "cpu" else gallery.dtype
-    columns = columns.to(wide)
-    scores = torch.empty(len(gallery), len(queries), dtype=queries.dtype)
+    columns = queries.to(gallery.device, torch.float32).T.contiguous()  # (E, R)
+    scores = torch.empty(len(gallery), len(queries))
     for start in range(0, len(gallery), chunk):
-        part = gallery[start : start + chunk].to(wide)
+        part = gallery[start : start + chunk].to(torch.float32)
         products = (part.flatten(0, 1) @ columns).unflatten(0, part.shape[:2])  # (chunk, Q, R)
         scores[start : start + chunk] = products.amax(dim=1)
     if not scores.isfinite().all():
@@ -152,12 +150,12 @@ def top_k(scores: Tensor, k: int, references: Tensor | None = None) -> Tensor:
         scores = scores.scatter(1, references[:, None], -torch.inf)
         available -= 1
     k = min(k, available)
-    # Which of the candidates that equal the last one come in, topk does not say: the first by index shall.
-    last = scores.topk(k, dim=1).values[:, -1:]  # (R, 1)
-    above, equal = scores > last, scores == last
-    free = k - above.sum(dim=1, keepdim=True)
-    chosen = above | (equal & (equal.cumsum(dim=1) <= free))
-    best = chosen.nonzero()[:, 1].view(-1, k)  # by gallery index, so that a stable sort breaks ties by it
+    found = scores.topk(min(k + 1, scores.shape[1]), dim=1)
+    best = found.indices[:, :k]
+    # Where the last one in equals the first one out, topk does not say which it takes: there sort the row.
+    cut = (found.values[:, k - 1 : k] == found.values[:, k : k + 1]).any(dim=1)
+    best[cut] = scores[cut].sort(dim=1, descending=True, stable=True).indices[:, :k]
+    best = best.sort(dim=1).values  # by gallery index, so that a stable sort breaks ties by it
     return best.gather(1, scores.gather(1, best).sort(dim=1, descending=True, stable=True).indices)
 
 

@@ -25,7 +25,7 @@ from transformers import BertTokenizer
 from sprc.config import ModelConfig
 from sprc.losses import align_loss, contrastive_loss, similarity
 from sprc.models.gated_fusion import FusionOutput, fusion_class
-from sprc.models.qformer import ImageKeys, Layout, QFormer
+from sprc.models.qformer import ImageKeys, Layout, QFormer, ScaledImage, batch_of
 from sprc.models.vision import ClipViT, EvaViT
 
 
@@ -142,10 +142,12 @@ class Blip2QformerCirAlignPrompt(nn.Module):
             tokens: (2 B, N, D) tokens of the vision transformer, the B references first.
             text: B captions.
         """
-        reference_embeds, target_embeds = self.normalise(tokens).chunk(2)
-        prompts = self.prompts_of(reference_embeds, text)
+        reference, target = tokens.chunk(2)
+        # The fusion edits a reference's tokens; all others are read as keys and values alone.
+        prepare = self.to_be_read if self.gated_fusion is None else self.normalise
+        prompts = self.prompts_of(prepare(reference), text)
         query_feats, text_feats = self.compose_and_text_features(prompts, text)
-        target_feats = self.target_features(target_embeds)
+        target_feats = self.target_features(self.to_be_read(target))
         return {
             "loss_itc": contrastive_loss(query_feats, target_feats, self.temp),
             "loss_rtc": contrastive_loss(text_feats, target_feats, self.temp),
@@ -212,6 +214,15 @@ class Blip2QformerCirAlignPrompt(nn.Module):
         """ln_vision, which is trained: (B, N, D) to (B, N, D) float32."""
         return self.ln_vision(tokens.float())
 
+    def to_be_read(self, tokens: Tensor) -> Tensor | ScaledImage:
+        """The same for tokens that only the Q-Former reads: no gradient goes to frozen (B, N, D) tokens."""
+        if tokens.requires_grad:
+            return self.normalise(tokens)
+        norm = self.ln_vision
+        return ScaledImage(
+            F.layer_norm(tokens.float(), norm.normalized_shape, eps=norm.eps), norm.weight, norm.bias
+        )
+
     def fuse(self, reference_embeds: Tensor, text: Text) -> FusionOutput | None:
         """What the fusion makes of (B, N, D) reference tokens; None when fusion is off.
 
@@ -237,7 +248,7 @@ class Blip2QformerCirAlignPrompt(nn.Module):
         prompts = self.prompts_of(reference_embeds, text)
         return self._cls_features(*self._embed_call_2(prompts, text), text.mask)
 
-    def prompts_of(self, reference_embeds: Tensor | ImageKeys, text: Text) -> Tensor:
+    def prompts_of(self, reference_embeds: Tensor | ScaledImage | ImageKeys, text: Text) -> Tensor:
         """Fusion, then call 1: the sentence prompts (B, Q, C) of each reference and text."""
         fusion = self.fuse(reference_embeds, text)
         if fusion is not None:
@@ -250,10 +261,9 @@ class Blip2QformerCirAlignPrompt(nn.Module):
         rows = layout.rows(queries, self.Qformer.bert.embeddings(text.words, 0))
         return self.Qformer.bert(rows, layout, reference_embeds, wanted=num_queries)
 
-    def target_features(self, image_embeds: Tensor | ImageKeys) -> Tensor:
+    def target_features(self, image_embeds: Tensor | ScaledImage | ImageKeys) -> Tensor:
         """Call 3: (B, N, D) image tokens, or ``Qformer.bert.image_keys`` of them, to features (B, Q, E)."""
-        first = image_embeds if isinstance(image_embeds, Tensor) else image_embeds[0][0]
-        layout = Layout(len(first), self.config.num_query_tokens)
+        layout = Layout(batch_of(image_embeds), self.config.num_query_tokens)
         queries = self.Qformer.bert.embeddings(self.query_tokens.expand(layout.batch, -1, -1)).flatten(0, 1)
         outputs = self.Qformer.bert(queries, layout, image_embeds).unflatten(0, (layout.batch, -1))
         return F.normalize(self.vision_proj(outputs), dim=-1)

@@ -21,6 +21,26 @@ from torch.autograd.function import FunctionCtx
 ImageKeys = list[tuple[Tensor, Tensor] | None]
 
 
+class ScaledImage(NamedTuple):
+    """Image tokens x * weight + bias, not worked out: W (x * weight + bias) = (W * weight) x + W bias.
+
+    So weight and bias get their gradients by way of W's, and the (B, N, D) tokens need none at all:
+    where these are a frozen vision transformer's, that saves one of the three products that a key or a value
+    takes, forward and backward.
+    """
+
+    tokens: Tensor  # (B, N, D), without gradient
+    weight: Tensor  # (D,)
+    bias: Tensor  # (D,)
+
+
+def batch_of(image: Tensor | ScaledImage | ImageKeys) -> int:
+    """B."""
+    if isinstance(image, ScaledImage):
+        return len(image.tokens)
+    return len(image if isinstance(image, Tensor) else image[0][0])
+
+
 class Layout(NamedTuple):
     """Which rows a call has, and where each stands in a padded batch of L = Q + M tokens.
 
@@ -174,7 +194,7 @@ class Bert(nn.Module):
         self,
         hidden: Tensor,
         layout: Layout,
-        image: Tensor | ImageKeys | None = None,
+        image: Tensor | ScaledImage | ImageKeys | None = None,
         wanted: int | None = None,
     ) -> Tensor:
         """Run the layers.
@@ -256,7 +276,7 @@ class Layer(nn.Module):
         self,
         hidden: Tensor,
         layout: Layout,
-        image: Tensor | tuple[Tensor, Tensor] | None,
+        image: Tensor | ScaledImage | tuple[Tensor, Tensor] | None,
         has_image: bool,
         wanted: int | None = None,
     ) -> Tensor:
@@ -294,9 +314,11 @@ class Attention(nn.Module):
         query = self.self.query(asking).unflatten(0, (layout.batch, wanted))
         return self.output(self.self(query, key, value, layout.mask).flatten(0, 1), asking)
 
-    def to_image(self, queries: Tensor, layout: Layout, image: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-        """The (B * Q, C) queries ask their images: (B, N, D) tokens, or those's keys and values."""
-        key, value = self.self.keys_values(image) if isinstance(image, Tensor) else image
+    def to_image(
+        self, queries: Tensor, layout: Layout, image: Tensor | ScaledImage | tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """The (B * Q, C) queries ask their images: (B, N, D) tokens, or their keys and values."""
+        key, value = image if type(image) is tuple else self.self.keys_values(image)
         query = self.self.query(queries).unflatten(0, (layout.batch, -1))
         return self.output(self.self(query, key, value).flatten(0, 1), queries)
 
@@ -312,9 +334,16 @@ class AttentionHeads(nn.Module):
         self.key = nn.Linear(context_width, hidden_size)
         self.value = nn.Linear(context_width, hidden_size)
 
-    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_values(self, context: Tensor | ScaledImage) -> tuple[Tensor, Tensor]:
         """(..., context_width) to keys and values, (..., C) each."""
-        return self.key(context), self.value(context)
+        if isinstance(context, Tensor):
+            return self.key(context), self.value(context)
+        tokens, weight, bias = context
+        key, value = (
+            F.linear(tokens, linear.weight * weight, F.linear(bias, linear.weight, linear.bias))
+            for linear in (self.key, self.value)
+        )
+        return key, value
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """Projected (B, L, C) queries, (B, N, C) keys and values, to (B, L, C)."""

@@ -1,0 +1,141 @@
+"""The benchmarks run, their table holds together, what they measure with is right. No figure is judged."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from runner import ENVIRONMENT, ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import fusion
+import measure
+import run as bench
+import steps
+
+MEGABYTE = 10**6
+QUICK = measure.Settings(device="cpu", repeats=1, quick=True)
+
+
+def test_a_quick_run_prints_and_saves_its_table(tmp_path) -> None:
+    out = tmp_path / "results.md"
+    names = ("epoch", "fusion", "overhead", "ranking")
+    command = [sys.executable, ROOT / "benchmarks" / "run.py", "--quick", "--repeats", "2", "--device", "cpu"]
+    command = [*map(str, command), "--out", str(out), "--only", *names]
+    result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert out.read_text() == result.stdout
+
+    head, rule, *rows = (
+        [cell.strip() for cell in line[1:-2].split("|")] for line in result.stdout.splitlines()
+    )
+    assert head[:2] == ["measured", "wanted"]
+    assert re.search(r"cores, 1 threads, torch \d.*, quick, \d{4}-\d\d-\d\d$", head[2])
+    assert rule == ["---"] * 3
+    for name in ("epoch", "fusion, naive", "fusion on against off", "ranking, published"):
+        assert any(row[0].startswith(name) for row in rows), name
+    ratios = 0
+    for name, wanted, cell in rows:
+        judged = cell.endswith(("; reached", "; **not reached**"))
+        assert judged == (wanted != "") or cell.startswith(measure.NOT_MEASURED), name
+        if found := re.match(r"([\d.]+) x \(([\d.]+) to ([\d.]+)\)", cell):
+            median, least, most = map(float, found.groups())
+            assert least <= median <= most, name
+            ratios += 1
+    assert ratios >= 6
+    (figures,) = json.loads(out.with_suffix(".json").read_text()).values()
+    assert [row[0] for row in rows] == list(figures)
+
+
+def test_a_column_of_another_machine_stays_and_gaps_are_empty() -> None:
+    def cells(**found: str) -> dict:
+        return {
+            name: {"wanted": "2 x", "cell": cell, "date": f"2026-01-0{day}"}
+            for day, (name, cell) in enumerate(found.items(), start=1)
+        }
+
+    lines = bench.table({"one": cells(a="1", b="2"), "other": cells(b="3")}).splitlines()
+    assert lines[0] == "| measured | wanted | one, 2026-01-01 to 2026-01-02 | other, 2026-01-01 |"
+    assert lines[2:] == ["| a | 2 x | 1 |  |", "| b | 2 x | 2 | 3 |"]
+
+
+def test_ratios_are_taken_turn_by_turn() -> None:
+    row = measure.ratio_row("name", "3 x or more", [2.0, 9.0, 4.0], [1.0, 3.0, 1.0], least=3)
+    assert row.cell == "3.00 x (2.00 to 4.00); 4.00 s against 1.00 s; reached"
+    row = measure.ratio_row("name", "1.1 x or less", [0.002, 0.009, 0.004], [0.001] * 3, most=1.1)
+    assert row.cell == "4.00 x (2.00 to 9.00); 4 ms against 1 ms; **not reached**"
+
+
+def test_sides_take_turns_after_a_warm_up() -> None:
+    done = []
+    sides = {name: lambda name=name: done.append(name) for name in "AB"}
+    times = measure.side_by_side(sides, QUICK._replace(repeats=2), before=lambda: done.append("-"))
+    assert "".join(done) == "AB" + "-A-B-A-B"
+    assert {name: len(seconds) for name, seconds in times.items()} == {"A": 2, "B": 2}
+
+
+def allocate(megabytes: int, pieces: int):
+    """Work that holds ``megabytes`` at once, in equal pieces, after as much again was freed."""
+
+    def work() -> None:
+        for _ in range(2):
+            held = [torch.ones(megabytes * MEGABYTE // 4 // pieces) for _ in range(pieces)]
+            assert len(held) == pieces
+            del held
+
+    return work
+
+
+def test_peak_memory_of_a_known_allocation() -> None:
+    peak = measure.peak_memory(allocate, 200, 100, device="cpu")
+    assert peak.extra == pytest.approx(200 * MEGABYTE, rel=0.05)
+    assert peak.whole > peak.extra
+
+
+def test_memory_that_runs_out_is_a_row_and_no_crash(capsys) -> None:
+    with pytest.raises(MemoryError, match="killed"):
+        measure.in_fresh_process(os._exit, 1)
+    case = bench.Case("what was to be measured", "test_benchmarks", "too_large")
+    (row,) = bench.measure(case, QUICK)
+    assert row.name == "what was to be measured"
+    assert row.cell.startswith("not measured; not enough memory (needs 9999999 GB of memory")
+
+
+def too_large(_: measure.Settings) -> None:
+    measure.require_memory(9999999)
+
+
+def test_the_fusion_benchmark_sees_a_difference_from_the_formula(monkeypatch) -> None:
+    module, inputs = fusion.make_inputs(2, 24, True, "cpu")
+    fusion.assert_equal(module, inputs)
+
+    def without_alpha(module, image, text, mask):
+        return image + (fusion.naive_fusion(module, image, text, mask) - image) / module.alpha.detach()
+
+    monkeypatch.setitem(fusion.SIDES, "naive", without_alpha)
+    with pytest.raises(AssertionError, match="differs from the formula"):
+        fusion.assert_equal(module, inputs)
+
+
+def test_captions_are_of_cirrs_length() -> None:
+    lengths = [len(caption.split()) for caption in steps.make_captions(2000)]
+    assert 10.5 < sum(lengths) / len(lengths) < 12.5
+    assert min(lengths) >= 3
+    assert max(lengths) <= 28
+
+
+def test_the_step_on_lavis_equals_ours() -> None:
+    pytest.importorskip("lavis", reason="LAVIS is not installed")
+    from published import LavisStep
+
+    model = steps.make_model(steps.make_config(True, use_gated_fusion=False), "cpu")
+    theirs = LavisStep(model)
+    samples = steps.make_samples(model.config, 3, "cpu")
+    steps.assert_equal(model, theirs, samples)
+    theirs.bert.encoder.layer[1].output.dense.weight.data = torch.zeros(24, 48)
+    with pytest.raises(AssertionError):
+        steps.assert_equal(model, theirs, samples)
