@@ -11,7 +11,7 @@ import torch
 
 from sprc.benchmark import Benchmark
 from sprc.checkpoint import load_checkpoint, save_checkpoint
-from sprc.config import switches_from_environment
+from sprc.config import ModelConfig, switches_from_environment
 from sprc.data.captions import process_caption
 from sprc.data.datasets import TripletDataset
 from sprc.errors import InputError, Interrupted
@@ -80,8 +80,10 @@ def fine_tune(arguments: argparse.Namespace) -> Path:
     torch.manual_seed(config.seed)
     model = start_model(arguments, [text for t in triplets for text in (t.training_captions or (t.caption,))])
     place(model, device)
-    started_with = getattr(arguments, "model_config", asdict(model.config))
-    if changed := [k for k, v in asdict(model.config).items() if started_with.get(k) != v]:
+    # Fields that an earlier version did not know were at their defaults.
+    defaults = asdict(ModelConfig())
+    started_with = defaults | getattr(arguments, "model_config", asdict(model.config))
+    if changed := [k for k, v in asdict(model.config).items() if started_with[k] != v]:
         raise InputError(
             f"{resume} was started with another {', '.join(changed)} than {arguments.backbone}.yaml "
             "gives now; put the file back as it was, or start a new run"
