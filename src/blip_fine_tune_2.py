@@ -13,7 +13,7 @@ After a crash or Ctrl-C:
 import argparse
 from pathlib import Path
 
-from sprc.config import AMP, BACKBONES, FUSION_STARTS, GALLERY_DTYPES, POOLS
+from sprc.config import AMP, BACKBONES, FUSION_STARTS, FUSION_TEXTS, GALLERY_DTYPES, POOLS
 from sprc.data import PROTOCOLS, TRANSFORMS
 from sprc.errors import run_script
 from sprc.flags import ROOT, add_cache_flags
@@ -133,6 +133,22 @@ def parse_arguments() -> argparse.Namespace:
         choices=FUSION_STARTS,
         help="identity: step 0 is plain SPRC; gmu has none",
     )
+    add(
+        "--fusion-text",
+        default=None,
+        choices=FUSION_TEXTS,
+        help="what is averaged: word embeddings (default), or these after the Q-Former's layers",
+    )
+    add("--fusion-lr", type=float, default=None, help="the module's own peak rate; default: --learning-rate")
+    add(
+        "--log-fusion-every",
+        type=int,
+        default=50,
+        metavar="STEPS",
+        help="steps between rows of fusion_metrics.csv; 0: none; default: %(default)s",
+    )
+    add = parser.add_argument
+    add("--tensorboard", action="store_true", help="write what goes to CSV files for TensorBoard, too")
     arguments = parser.parse_args()
     if (arguments.dataset is None) == (arguments.resume is None):
         parser.error("give --dataset to start a run, or --resume (without it) to go on with one")

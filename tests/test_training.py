@@ -131,7 +131,7 @@ def test_the_schedule_spans_and_peaks_where_it_was_published(dataset, epochs, sp
     """OneCycleLR by its definition: cosine from lr * first up to lr, then down to lr * first / 1e4."""
     steps, rate = 40, 1e-3
     optimizer = make_optimizer(Recorder(), rate)
-    schedule = make_schedule(dataset, optimizer, rate, steps, epochs)
+    schedule = make_schedule(dataset, optimizer, steps, epochs)
     peak = peak_share * span * steps - 1
     total = span * steps
     for step in range(min(total, epochs * steps) - 1):

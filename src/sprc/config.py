@@ -14,6 +14,7 @@ BACKBONES = ("pretrain", "pretrain_vitL", "coco", "tiny")
 VIT_KINDS = ("eva", "clip")
 POOLS = ("masked", "all")
 FUSION_STARTS = ("random", "identity")
+FUSION_TEXTS = ("embeddings", "contextual")
 AMP = ("auto", "off", "fp16", "bf16")  # mixed precision, see sprc.training.precision
 GALLERY_DTYPES = ("float32", "float16")
 CACHE_DTYPES = ("float16", "bfloat16", "float32")
@@ -61,6 +62,7 @@ class ModelConfig:
     fusion_dropout: float = 0.1
     pool: str = "masked"
     fusion_start: str = "random"
+    fusion_text: str = "embeddings"  # "contextual": the text goes through the Q-Former's layers first
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -77,6 +79,9 @@ class ModelConfig:
         _one_of("vit", self.vit, VIT_KINDS)
         _one_of("pool", self.pool, POOLS)
         _one_of("fusion_start", self.fusion_start, FUSION_STARTS)
+        _one_of("fusion_text", self.fusion_text, FUSION_TEXTS)
+        if self.fusion_text == "contextual" and self.pool == "all":
+            raise InputError("pool='all' averages padding as well, which fusion_text='contextual' has not")
         _divides("patch_size", self.patch_size, "image_size", self.image_size)
         _divides("vit_heads", self.vit_heads, "vit_width", self.vit_width)
         _divides("num_heads", self.num_heads, "hidden_size", self.hidden_size)

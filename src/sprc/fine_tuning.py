@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ import torch
 
 from sprc.benchmark import Benchmark
 from sprc.checkpoint import load_checkpoint, save_checkpoint
-from sprc.config import switches_from_environment
+from sprc.config import ModelConfig, switches_from_environment
 from sprc.data.captions import process_caption
 from sprc.data.datasets import TripletDataset
 from sprc.errors import InputError, Interrupted
 from sprc.feature_cache import open_images
+from sprc.fusion_log import FusionLog
 from sprc.models.factory import choose_device, create_model, model_class, place
 from sprc.run_folder import create_run_folder, write_json
 from sprc.training import Trainer, TrainingConfig
@@ -32,6 +34,7 @@ MODEL_SWITCHES = (
     "fusion_dropout",
     "pool",
     "fusion_start",
+    "fusion_text",
 )
 
 # The published weights of the losses; FashionIQ's is the unweighted sum.
@@ -50,6 +53,9 @@ def fine_tune(arguments: argparse.Namespace) -> Path:
     resume: Path | None = arguments.resume
     if resume is not None:
         arguments = resumed_arguments(arguments)
+    if arguments.log_fusion_every < 0:
+        raise InputError(f"--log-fusion-every {arguments.log_fusion_every} is too small; 0 logs nothing")
+    writer = tensorboard_writer() if arguments.tensorboard else None
     for name, weight in LOSS_WEIGHTS[arguments.dataset].items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, weight)
@@ -65,6 +71,7 @@ def fine_tune(arguments: argparse.Namespace) -> Path:
         num_workers=arguments.num_workers,
         seed=arguments.seed,
         amp=arguments.amp,
+        other_rates={} if arguments.fusion_lr is None else {"gated_fusion.": arguments.fusion_lr},
     )
     device = choose_device(arguments.device)
     triplets, paths = benchmark.train_triplets(arguments.data_path)
@@ -73,8 +80,10 @@ def fine_tune(arguments: argparse.Namespace) -> Path:
     torch.manual_seed(config.seed)
     model = start_model(arguments, [text for t in triplets for text in (t.training_captions or (t.caption,))])
     place(model, device)
-    started_with = getattr(arguments, "model_config", asdict(model.config))
-    if changed := [k for k, v in asdict(model.config).items() if started_with.get(k) != v]:
+    # Fields that an earlier version did not know were at their defaults.
+    defaults = asdict(ModelConfig())
+    started_with = defaults | getattr(arguments, "model_config", asdict(model.config))
+    if changed := [k for k, v in asdict(model.config).items() if started_with[k] != v]:
         raise InputError(
             f"{resume} was started with another {', '.join(changed)} than {arguments.backbone}.yaml "
             "gives now; put the file back as it was, or start a new run"
@@ -119,13 +128,19 @@ def fine_tune(arguments: argparse.Namespace) -> Path:
     if arguments.compile:
         # The method and not the model, so that parameters keep their names.
         model.losses = torch.compile(model.losses, dynamic=True)
-    trainer = Trainer(model, TripletDataset(triplets, paths, load, config.seed), config, run_folder)
+    scalars = writer(run_folder / "tensorboard") if arguments.tensorboard else None
+    training_set = TripletDataset(triplets, paths, load, config.seed)
+    trainer = Trainer(model, training_set, config, run_folder, scalars=scalars)
     if resume is not None:
         trainer.load_state()
         print(
             f"resuming {run_folder} at epoch {trainer.progress.epoch}, step {trainer.progress.step}",
             flush=True,
         )
+    if model.gated_fusion is not None and arguments.log_fusion_every:
+        step = trainer.progress.epoch * trainer.steps_per_epoch + trainer.progress.step
+        log = FusionLog(model.gated_fusion, run_folder, arguments.log_fusion_every, step, scalars)
+        trainer.after_backward = log.after_backward
     try:
         trainer.train(score, keep)
     except Interrupted as stop:
@@ -134,6 +149,15 @@ def fine_tune(arguments: argparse.Namespace) -> Path:
         )
         raise
     return run_folder
+
+
+def tensorboard_writer() -> Callable[[Path], Any]:
+    """TensorBoard's class of writers; :class:`InputError` where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
+    return SummaryWriter
 
 
 def start_model(arguments: argparse.Namespace, captions: list[str]) -> torch.nn.Module:

@@ -64,3 +64,13 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def append_csv(path: Path, row: dict[str, Any]) -> None:
+    """Add a row; the first one writes the keys before it. A killed run may leave its last line cut short."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from sprc.data.datasets import TripletDataset
 from sprc.errors import InputError, Interrupted
 from sprc.run_folder import write_atomically, write_csv
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
@@ -35,6 +38,8 @@ class TrainingConfig:
     num_epochs: int = 10
     batch_size: int = 64
     learning_rate: float = 1e-5
+    # Of the parameters whose names start with a key; a rate that a model's part needs for itself.
+    other_rates: dict[str, float] = field(default_factory=dict)
     loss_weights: dict[str, float] = field(default_factory=dict)  # a loss that is not named weighs 1
     validation_frequency: int = 1
     checkpoint_every: int = 0  # steps between saved states; 0 saves one an epoch
@@ -55,8 +60,11 @@ class TrainingConfig:
                 raise InputError(
                     f"--{name.replace('_', '-')} {getattr(self, name)} is too small; the least is {least}"
                 )
-        if not 0 < self.learning_rate < math.inf:
-            raise InputError(f"--learning-rate {self.learning_rate} must be a positive number")
+        rates = {"--learning-rate": self.learning_rate}
+        rates |= {f"the learning rate of {prefix}*": rate for prefix, rate in self.other_rates.items()}
+        for name, rate in rates.items():
+            if not 0 < rate < math.inf:
+                raise InputError(f"{name} {rate} must be a positive number")
         for name, weight in self.loss_weights.items():
             if not 0 <= weight < math.inf:
                 raise InputError(f"--{name.replace('_', '-')} {weight} must be a number of at least 0")
@@ -82,17 +90,28 @@ def precision(amp: str, device: torch.device) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
 
 
-def make_optimizer(model: nn.Module, learning_rate: float) -> Optimizer:
-    """SPRC's AdamW over the parameters that require a gradient."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def make_optimizer(
+    model: nn.Module, learning_rate: float, other_rates: dict[str, float] | None = None
+) -> Optimizer:
+    """SPRC's AdamW over the parameters that require a gradient.
+
+    Parameters whose names start with a key of ``other_rates`` are a group of their own, at its rate. Raises
+    :class:`InputError` if there are none.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    groups = []
+    for prefix, rate in (other_rates or {}).items():
+        names = [name for name in trained if name.startswith(prefix)]
+        if not names:
+            raise InputError(f"a learning rate of {rate} is for {prefix}*, which this model does not have")
+        groups.append({"params": [trained.pop(name) for name in names], "lr": rate})
+    groups.insert(0, {"params": list(trained.values()), "lr": learning_rate})
     # fused: one pass over the parameters in place of ten; on a CPU five times as fast.
-    return AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), eps=1e-7, weight_decay=0.05, fused=True)
+    return AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), eps=1e-7, weight_decay=0.05, fused=True)
 
 
-def make_schedule(
-    dataset: str, optimizer: Optimizer, learning_rate: float, steps_per_epoch: int, num_epochs: int
-) -> LRScheduler:
-    """SPRC's one-cycle schedule, stepped once a batch.
+def make_schedule(dataset: str, optimizer: Optimizer, steps_per_epoch: int, num_epochs: int) -> LRScheduler:
+    """SPRC's one-cycle schedule, stepped once a batch, up to each group's own rate.
 
     CIRR's spans 80 epochs however few are run (more, if more are run), so ten epochs stay near the peak.
     """
@@ -101,7 +120,8 @@ def make_schedule(
     else:
         span = max(2, num_epochs)  # the warm-up takes 1.5 epochs: one epoch is the first of two
         shape = {"pct_start": 1.5 / span, "div_factor": 100.0, "epochs": span}
-    return OneCycleLR(optimizer, max_lr=learning_rate, steps_per_epoch=steps_per_epoch, **shape)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    return OneCycleLR(optimizer, max_lr=rates, steps_per_epoch=steps_per_epoch, **shape)
 
 
 class EpochOrder(Sampler[int]):
@@ -142,16 +162,26 @@ class Trainer:
         dataset: items that the default collate makes into ``batch``; ``set_epoch`` tells it the epoch.
         config: see :class:`TrainingConfig`.
         run_folder: where the CSV files and the state go.
+        after_backward: is called once a step, when the gradients are there and not scaled.
+        scalars: a TensorBoard ``SummaryWriter`` that is given what the CSV files are given.
 
     Raises:
         InputError: the batch is larger than the data set.
     """
 
     def __init__(
-        self, model: nn.Module, dataset: TripletDataset, config: TrainingConfig, run_folder: Path
+        self,
+        model: nn.Module,
+        dataset: TripletDataset,
+        config: TrainingConfig,
+        run_folder: Path,
+        *,
+        after_backward: Callable[[], None] = lambda: None,
+        scalars: "SummaryWriter | None" = None,
     ) -> None:
         config.check_fits(len(dataset))
         self.model, self.dataset, self.config, self.run_folder = model, dataset, config, run_folder
+        self.after_backward, self.scalars = after_backward, scalars
         self.steps_per_epoch = len(dataset) // config.batch_size
         self.order = EpochOrder(len(dataset), config.seed)
         self.loader = DataLoader(
@@ -165,10 +195,8 @@ class Trainer:
             persistent_workers=config.num_workers > 0,
             pin_memory=model.device.type == "cuda",
         )
-        self.optimizer = make_optimizer(model, config.learning_rate)
-        self.schedule = make_schedule(
-            config.dataset, self.optimizer, config.learning_rate, self.steps_per_epoch, config.num_epochs
-        )
+        self.optimizer = make_optimizer(model, config.learning_rate, config.other_rates)
+        self.schedule = make_schedule(config.dataset, self.optimizer, self.steps_per_epoch, config.num_epochs)
         self.precision = precision(config.amp, model.device)
         # float16's gradients would vanish without scaling; bfloat16 has float32's range.
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=self.precision is torch.float16)
@@ -245,15 +273,23 @@ class Trainer:
                     write_csv(self.run_folder / "step_times.csv", progress.time_rows)
                 means = {name: value / self.steps_per_epoch for name, value in sums.items()}
                 progress.train_rows.append({"epoch": epoch, **means})
-                write_csv(self.run_folder / "train_metrics.csv", progress.train_rows)
+                self.write("train_metrics", progress.train_rows)
                 if epoch % config.validation_frequency == 0 or epoch == config.num_epochs - 1:
                     metrics = validate()
                     row = {"epoch": epoch, **metrics}
                     keep(epoch, metrics, progress.validation_rows)
                     progress.validation_rows.append(row)
-                    write_csv(self.run_folder / "validation_metrics.csv", progress.validation_rows)
+                    self.write("validation_metrics", progress.validation_rows)
                 progress.epoch, progress.step, progress.sums = epoch + 1, 0, {}
                 self.save_state()
+
+    def write(self, name: str, rows: list[dict[str, float | str]]) -> None:
+        """Write all rows to `name.csv`, and the numbers of the last one to TensorBoard."""
+        write_csv(self.run_folder / f"{name}.csv", rows)
+        if self.scalars is not None:
+            for key, value in rows[-1].items():
+                if key != "epoch" and isinstance(value, float):
+                    self.scalars.add_scalar(f"{name}/{key}", value, rows[-1]["epoch"])
 
     def train_epoch(self, stop: list[int]) -> list[float]:
         """Train the rest of the current epoch, adding to ``progress.sums``; return each step's seconds."""
@@ -287,6 +323,8 @@ class Trainer:
                     "lower --learning-rate or check the data. Checkpoints saved so far are kept"
                 )
             self.scaler.scale(total).backward()
+            self.scaler.unscale_(self.optimizer)
+            self.after_backward()
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.schedule.step()

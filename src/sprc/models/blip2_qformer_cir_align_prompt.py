@@ -224,10 +224,18 @@ class Blip2QformerCirAlignPrompt(nn.Module):
         )
 
     def fuse(self, reference_embeds: Tensor, text: Text) -> FusionOutput | None:
-        """What the fusion makes of (B, N, D) reference tokens; None when fusion is off."""
+        """What the fusion makes of (B, N, D) reference tokens; None when fusion is off.
+
+        It reads the word embeddings, which know no order; with ``fusion_text="contextual"`` the words have
+        been through the Q-Former's layers, without queries and image.
+        """
         if self.gated_fusion is None:
             return None
         text_embeds = self.Qformer.bert.embeddings(text.words, 0)  # (B, M, C)
+        if self.config.fusion_text == "contextual":
+            layout = Layout.of(text.mask, 0, cls_first=True, device=self.device)
+            rows = layout.rows(text_embeds[:, :0], text_embeds)
+            text_embeds = layout.pad(self.Qformer.bert(rows, layout))  # zeros at padding
         return self.gated_fusion(reference_embeds, text_embeds, text.mask.to(self.device, non_blocking=True))
 
     def compose(self, reference_embeds: Tensor | ImageKeys, text: Text) -> Tensor:
