@@ -129,7 +129,7 @@ def test_the_script_logs_and_its_flags_reach_the_module(data, tmp_path):
     [
         (("--log-fusion-every", -1), "--log-fusion-every -1"),
         (("--fusion-lr", 0), "the learning rate of gated_fusion.* 0.0 must be a positive number"),
-        (("--fusion-lr", 1e-3, "--no-use-gated-fusion"), "gated_fusion.*, which this model does not have"),
+        (("--fusion-lr", 1e-3, "--no-use-gated-fusion"), "--fusion-lr 0.001: fusion is off"),
         (("--fusion-text", "contextual", "--pool", "all"), "pool='all'"),
     ],
 )

@@ -79,6 +79,8 @@ def fine_tune(arguments: argparse.Namespace) -> Path:
 
     torch.manual_seed(config.seed)
     model = start_model(arguments, [text for t in triplets for text in (t.training_captions or (t.caption,))])
+    if arguments.fusion_lr is not None and model.gated_fusion is None:
+        raise InputError(f"--fusion-lr {arguments.fusion_lr}: fusion is off; leave the flag out")
     place(model, device)
     # Fields that an earlier version did not know were at their defaults.
     defaults = asdict(ModelConfig())
