@@ -54,3 +54,16 @@ def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
     add_cache_flags(parser, dtype=None)
     add("--save-memory", action="store_true", help="keep the gallery's features in main memory")
     add("--device", default=None, help="cpu, cuda, cuda:1, ...; default: cuda if there is one")
+
+
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    """How an index of pictures is searched."""
+    add = parser.add_argument
+    add(
+        "--engine",
+        default="exact",
+        choices=("exact", "faiss"),
+        help="exact compares the query with every picture; faiss, for very many, with the --candidates "
+        "nearest by their mean features alone, and may miss some; default: %(default)s",
+    )
+    add("--candidates", type=int, default=1000, metavar="N", help="for faiss; default: %(default)s")

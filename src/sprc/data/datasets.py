@@ -125,20 +125,20 @@ class ImageDataset(Dataset):
         return index, self.load(self.image_paths[self.names[index]])
 
 
-def image_loader(transform: Transform) -> Loader:
+def image_loader(transform: Transform, formats: tuple[str, ...] | None = None) -> Loader:
     """What reads an image file into (3, S, S) pixels, see :func:`load_image`."""
-    return partial(load_image, transform=transform)
+    return partial(load_image, transform=transform, formats=formats)
 
 
-def load_image(path: Path, transform: Transform) -> Tensor:
-    """Open and decode the image at ``path`` and return ``transform`` of it.
+def load_image(path: Path, transform: Transform, formats: tuple[str, ...] | None = None) -> Tensor:
+    """Open and decode the image at ``path``, of any format or one of ``formats``; return ``transform`` of it.
 
     Raises :class:`InputError` naming the file if it is missing, cut short, not an image, so large that
     Pillow takes it for a decompression bomb, or longer than padding to a square allows.
     """
     # Broken bytes come out of Pillow's decoders as almost any exception.
     try:
-        with _strict_pillow(), Image.open(path) as image:
+        with _strict_pillow(), Image.open(path, formats=formats) as image:
             _refuse_long(image)
             image.load()
     except Exception as error:

@@ -40,7 +40,7 @@ def make_transform(kind: str, image_size: int, target_ratio: float = 1.25) -> Ca
     # images with a palette or with transparency.
     return Compose(
         [
-            _to_eight_bits,
+            to_eight_bits,
             partial(_pad, ratio=ratio),
             Resize(image_size, InterpolationMode.BICUBIC),
             CenterCrop(image_size),
@@ -64,7 +64,7 @@ def _pad(image: Image.Image, ratio: float) -> Image.Image:
     return F.pad(image, [horizontal, vertical, horizontal, vertical], fill=0)
 
 
-def _to_eight_bits(image: Image.Image) -> Image.Image:
+def to_eight_bits(image: Image.Image) -> Image.Image:
     """Scale 16-bit grey to 8 bits; Pillow's own conversion would clip nearly all of it to white."""
     # Older Pillows open a 16-bit PNG in mode "I".
     if image.mode.startswith("I"):

@@ -238,23 +238,28 @@ class Blip2QformerCirAlignPrompt(nn.Module):
             text_embeds = layout.pad(self.Qformer.bert(rows, layout))  # zeros at padding
         return self.gated_fusion(reference_embeds, text_embeds, text.mask.to(self.device, non_blocking=True))
 
-    def compose(self, reference_embeds: Tensor | ImageKeys, text: Text) -> Tensor:
+    def compose(self, reference_embeds: Tensor | ImageKeys, text: Text, *, strength: float = 1.0) -> Tensor:
         """The query of each reference and text, f: (B, E), normalised. Fusion, call 1, call 2.
+
+        ``strength`` scales the fusion's edit, fused - image: 1 is the model, 0 leaves the reference as it is.
 
         Training goes through the same methods as validation, `inference` and submission, so that the model
         that is scored is the model that was trained. With fusion off ``reference_embeds`` may be
         ``Qformer.bert.image_keys`` of them.
         """
-        prompts = self.prompts_of(reference_embeds, text)
+        prompts = self.prompts_of(reference_embeds, text, strength)
         return self._cls_features(*self._embed_call_2(prompts, text), text.mask)
 
-    def prompts_of(self, reference_embeds: Tensor | ScaledImage | ImageKeys, text: Text) -> Tensor:
+    def prompts_of(
+        self, reference_embeds: Tensor | ScaledImage | ImageKeys, text: Text, strength: float = 1.0
+    ) -> Tensor:
         """Fusion, then call 1: the sentence prompts (B, Q, C) of each reference and text."""
         fusion = self.fuse(reference_embeds, text)
         if fusion is not None:
             if self.training:
                 self.diagnostics = fusion_diagnostics(fusion, reference_embeds, self.gated_fusion)
-            reference_embeds = fusion.fused
+            fused = fusion.fused
+            reference_embeds = fused if strength == 1 else reference_embeds.lerp(fused, strength)
         num_queries = self.config.num_query_tokens
         layout = Layout.of(text.mask, num_queries, cls_first=False, device=self.device)
         queries = self.Qformer.bert.embeddings(self.query_tokens.expand(layout.batch, -1, -1))
