@@ -301,7 +301,7 @@ class PictureDataset(Dataset):
         try:
             return digest, self.load(path)
         except InputError as error:
-            return digest, str(error).removeprefix(f"{path} ")
+            return digest, str(error).removeprefix(f"{' '.join(str(path).split())} ")
         except Exception as error:  # one picture of thousands must not end the run: its reason is listed
             return digest, f"cannot be prepared ({' '.join(str(error).split()) or type(error).__name__})"
 
@@ -405,7 +405,9 @@ class _Store:
     def assemble(self, digests: list[str], generation: int) -> None:
         """Write the files of ``generation``: the features of ``digests`` in that order, and their means."""
         sources = [
-            np.memmap(file, np.float16, "r").reshape(-1, *self.shape) if entries else None
+            np.memmap(file, np.float16, "r", shape=(file.stat().st_size // self.record_bytes, *self.shape))
+            if entries
+            else None
             for file, entries in ((self.old_file, self.old), (self.new_file, self.new))
         ]
 

@@ -145,7 +145,9 @@ def read_description(path: Path) -> dict[str, Any] | None:
 def read_index(path: Path, described: dict[str, Any]) -> PictureIndex:
     """The index at ``path`` that its `index.json` describes, without pictures where it is not finished."""
     file = path / "pictures.json"
-    contents = _read(file) or {"pictures": [], "left_out": {}, "generation": 0}
+    contents = _read(file)
+    if contents is None:
+        contents = {"pictures": [], "left_out": {}, "generation": 0}
     try:
         pictures = [
             Picture(str(name), list(looks), str(digest), int(crc))
