@@ -1,7 +1,9 @@
 # make demo         sets up, makes the built-in data, trains `tiny` with gated fusion, reports
 # make demo-fashioniq   the same in FashionIQ's format, without the report
 # make ablation     compares fusion off and three strategies on the built-in data, three seeds each
+# make app          a page to search pictures: an index of your own, or the demo's pictures
 # make test         sets up the same and runs all tests (LAVIS's included)
+# make test-browser  clicks on the page in Chromium, which must be there (apt-get install chromium)
 # make test-modern  runs the tests on a newer Python, without LAVIS, with today's torch and transformers
 # make bench        measures speed and memory, about half an hour: leave the machine alone meanwhile
 # make setup        only the virtual environment
@@ -9,7 +11,7 @@
 MODERN_PYTHON ?= 3.12
 UV := $(or $(shell command -v uv),.tools/bin/uv)
 
-.PHONY: setup demo demo-fashioniq ablation test test-modern bench
+.PHONY: setup demo demo-fashioniq ablation app test test-browser test-modern bench
 .DELETE_ON_ERROR:
 
 setup: .venv/ready
@@ -48,8 +50,14 @@ ablation: .venv/ready
 		--devices cpu cpu -- --dataset CIRR --backbone tiny --data-path demo \
 		--num-epochs 12 --batch-size 64 --learning-rate 5e-4 --num-workers 0 --validation-frequency 1
 
+app: .venv/ready
+	.venv/bin/python src/app.py
+
 test: .venv/ready
 	.venv/bin/python -m pytest -n 2 --dist loadfile
+
+test-browser: .venv/ready
+	.venv/bin/python -m pytest -m browser tests/test_browser.py
 
 test-modern: .venv-modern/ready
 	.venv-modern/bin/python -m pytest -n 2 --dist loadfile

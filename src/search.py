@@ -10,9 +10,7 @@ from pathlib import Path
 
 from sprc.data import TRANSFORMS
 from sprc.errors import run_script
-from sprc.flags import ROOT, add_engine_flags
-
-INDEX = ROOT / "picture_index"
+from sprc.flags import INDEX, add_engine_flags
 
 
 def main() -> None:

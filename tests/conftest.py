@@ -1,11 +1,13 @@
 """Small models, captions and images that several test files share."""
 
 import math
+import shutil
 
 import pytest
 import torch
 from plain_model import SPECIAL_TOKENS
 from runner import run, train
+from searching import make_index, save_model
 from torch import Tensor, nn
 
 from sprc.config import ModelConfig
@@ -151,3 +153,25 @@ def trained(data, tmp_path_factory):
         *("--loss-align", 0.4, "--loss-rtc", 0.4, "--target-ratio", 1.25, "--transform", "targetpad"),
         *("--save-training", "--save-best"),
     )
+
+
+@pytest.fixture(scope="session")
+def checkpoint(data, tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model") / "model.pt", data, 0)
+
+
+@pytest.fixture(scope="session")
+def pictures(data, tmp_path_factory):
+    """The 36 pictures of val, in two folders."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for number, path in enumerate(sorted((data / "cirr_dataset/dev").iterdir())):
+        (folder / "abc"[number % 3]).mkdir(exist_ok=True)
+        shutil.copy(path, folder / "abc"[number % 3] / path.name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def picture_index(pictures, checkpoint, tmp_path_factory):
+    path = tmp_path_factory.mktemp("index") / "index"
+    make_index(path, pictures, checkpoint)
+    return path

@@ -1,90 +1,32 @@
 """Search one's own pictures: the index on disk, what is found in it, and what is refused."""
 
-import argparse
 import json
 import os
 import shutil
 import signal
-import struct
-import zlib
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from runner import run
+from searching import TEXT, make_index, png_header, query, save_model
 
+import search as script
 from sprc import indexing
-from sprc.checkpoint import save_checkpoint
 from sprc.data.captions import process_caption
 from sprc.data.cirr import load_cirr
 from sprc.data.datasets import load_image
 from sprc.data.transforms import make_transform
 from sprc.errors import InputError, Interrupted
-from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
-from sprc.models.factory import create_model
 from sprc.picture_index import open_index, printable
-from sprc.search import Searcher, read_picture, run_index, run_query, thumbnail
+from sprc.search import Searcher, read_picture, thumbnail
 from sprc.validation import encode_split, rank_split
 
-TEXT = "make the small circle blue"
-
-
-def save_model(path, data, seed):
-    torch.manual_seed(seed)
-    captions = [triplet.caption for triplet in load_cirr(data, "train").triplets]
-    model = create_model(Blip2QformerCirAlignPrompt, "tiny", captions=captions)
-    with torch.no_grad():  # an edit that is felt
-        model.gated_fusion.alpha.fill_(3.0)
-    told = {
-        "backbone": "tiny",
-        "blip_model_name": "blip2_cir_align_prompt",
-        "batch_size": 8,
-        "num_workers": 0,
-    }
-    save_checkpoint(path, model, 3, told)
-    return path
-
 
 @pytest.fixture(scope="module")
-def checkpoint(data, tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model") / "model.pt", data, 0)
-
-
-@pytest.fixture(scope="module")
-def pictures(data, tmp_path_factory):
-    """The 36 pictures of val, in two folders."""
-    folder = tmp_path_factory.mktemp("pictures")
-    for number, path in enumerate(sorted((data / "cirr_dataset/dev").iterdir())):
-        (folder / "abc"[number % 3]).mkdir(exist_ok=True)
-        shutil.copy(path, folder / "abc"[number % 3] / path.name)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def index(pictures, checkpoint, tmp_path_factory):
-    path = tmp_path_factory.mktemp("index") / "index"
-    make_index(path, pictures, checkpoint)
-    return path
-
-
-@pytest.fixture(scope="module")
-def searcher(index):
-    return Searcher.open(index)
-
-
-def make_index(path, folder, checkpoint, **flags):
-    """As `search.py index` does, in this process."""
-    names = ("blip_model_name", "backbone", "transform", "target_ratio", "batch_size", "num_workers")
-    given = {**dict.fromkeys(names), "device": "cpu", "rebuild": False, **flags}
-    run_index(argparse.Namespace(folder=folder, model_path=checkpoint, index=path, **given))
-
-
-def query(index, **flags):
-    """As `search.py query` does, in this process."""
-    given = {"image": "a/dev-0-0-img0.png", "text": TEXT, "top": 5, "candidates": 1000, "engine": "exact"}
-    given |= {"sheet": None, "json": False, "keep_reference": False, "model_path": None, "device": "cpu"}
-    run_query(argparse.Namespace(index=index, **{**given, **flags}))
+def searcher(picture_index):
+    return Searcher.open(picture_index)
 
 
 def only(pattern, folder):
@@ -129,13 +71,19 @@ def brute_force(searcher, reference, text, names):
     return sorted(found, key=lambda pair: -pair[0])
 
 
-def test_the_terminal_finds_what_brute_force_finds(index, pictures, checkpoint, searcher, tmp_path):
-    stdout, stderr = run("search.py", "index", pictures, "--model-path", checkpoint, "--index", index)
-    assert "36 pictures (0 new, 0 changed, 0 removed since the last run; 0 computed)" in stdout
-    assert "SPRC with gated fusion, epoch 3" in stderr
+def test_the_terminal_finds_what_brute_force_finds(
+    pictures, checkpoint, searcher, tmp_path, capsys, monkeypatch
+):
+    index = tmp_path / "index"
+    given = ["search.py", "index", pictures, "--model-path", checkpoint, "--index", index, "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", [str(argument) for argument in given])
+    script.main()
+    printed = capsys.readouterr()
+    assert "36 pictures (36 new, 0 changed, 0 removed since the last run; 36 computed)" in printed.out
+    assert "SPRC with gated fusion, epoch 3" in printed.err
     image, sheet = pictures / "a" / "dev-0-0-img0.png", tmp_path / "sheet.png"
-    flags = ("--index", index, "--image", image, "--text", TEXT, "--top", 7, "--json", "--sheet", sheet)
-    stdout, _ = run("search.py", "query", *flags)
+    flags = ("--image", image, "--text", TEXT, "--top", 7, "--json", "--sheet", sheet)
+    stdout, _ = run("search.py", "query", "--index", index, *flags)
     found = json.loads(stdout)
     assert (found["image"], found["text"]) == (str(image), TEXT)
     names = [str(path.relative_to(pictures)) for path in pictures.rglob("*.png") if path != image]
@@ -150,8 +98,8 @@ def test_the_terminal_finds_what_brute_force_finds(index, pictures, checkpoint, 
         assert drawn.width > 600
 
 
-def test_lines_are_rank_score_and_path(index, pictures, searcher, capsys):
-    query(index, top=3, image="b/dev-0-0-img1.png")
+def test_lines_are_rank_score_and_path(picture_index, pictures, searcher, capsys):
+    query(picture_index, top=3, image="b/dev-0-0-img1.png")
     lines = capsys.readouterr().out.splitlines()
     tokens = searcher.encode(searcher.pixels(Image.open(pictures / "b/dev-0-0-img1.png")))
     found = searcher.best(searcher.compose(tokens, TEXT), 3, searcher.copies(name="b/dev-0-0-img1.png"))
@@ -216,7 +164,7 @@ def test_strength_scales_the_edit(data, searcher, checkpoint):
     assert torch.allclose(searcher.compose(tokens, TEXT, 2.0), further, atol=1e-5)
 
 
-def test_faiss_ranks_its_candidates_exactly(index, searcher):
+def test_faiss_ranks_its_candidates_exactly(picture_index, searcher):
     pytest.importorskip("faiss", reason="faiss-cpu is not installed")
     vector = searcher.compose(searcher.encode(torch.ones(3, 96, 96)), TEXT)
     exact = searcher.best(vector, 36)
@@ -229,12 +177,12 @@ def test_faiss_ranks_its_candidates_exactly(index, searcher):
     assert few.best(vector, 3) == [result for result in exact if result.name in nearest][:3]
 
 
-def test_what_the_model_does_not_read_is_said(index, capsys):
-    query(index, text="make it \N{ZEBRA FACE} blue", top=1)
+def test_what_the_model_does_not_read_is_said(picture_index, capsys):
+    query(picture_index, text="make it \N{ZEBRA FACE} blue", top=1)
     assert "note: the model does not know: \N{ZEBRA FACE}" in capsys.readouterr().err
-    query(index, text="blue " * 40, top=1)
+    query(picture_index, text="blue " * 40, top=1)
     assert "note: the text is long: the model reads its first 30 word pieces" in capsys.readouterr().err
-    query(index, top=1)
+    query(picture_index, top=1)
     assert "note" not in capsys.readouterr().err
 
 
@@ -341,19 +289,6 @@ def test_damage_is_found_and_repaired(pictures, checkpoint, tmp_path, capsys):
         assert_equals_a_new_one(index, pictures, checkpoint, tmp_path / damage)
 
 
-def png_header(width, height):
-    """A PNG that claims a size and holds nothing."""
-
-    def chunk(kind, content):
-        check = struct.pack(">I", zlib.crc32(kind + content))
-        return struct.pack(">I", len(content)) + kind + content + check
-
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-    )
-
-
 def test_what_cannot_be_read_is_listed_and_left_out(pictures, checkpoint, tmp_path, capsys):
     folder, outside = tmp_path / "pictures", tmp_path / "outside"
     shutil.copytree(pictures / "a", folder)
@@ -412,26 +347,31 @@ def test_pictures_are_seen_as_viewers_turn_them(pictures, checkpoint, tmp_path):
     assert small.size == (48, 30)
 
 
-def test_an_index_belongs_to_its_model_and_folder(index, pictures, checkpoint, data, tmp_path, capsys):
+def test_an_index_belongs_to_its_model_and_folder(
+    picture_index, pictures, checkpoint, data, tmp_path, capsys
+):
     other = save_model(tmp_path / "other.pt", data, 1)
-    before = (index / "pictures.json").read_bytes(), only("vectors-*", index).read_bytes()
+    before = (picture_index / "pictures.json").read_bytes(), only("vectors-*", picture_index).read_bytes()
     with pytest.raises(InputError, match=f"was made by another model .*{checkpoint.name}.* than .*other.pt"):
-        make_index(index, pictures, other)
+        make_index(picture_index, pictures, other)
     with pytest.raises(InputError, match="was made by another model"):
-        query(index, model_path=other)
+        query(picture_index, model_path=other)
     with pytest.raises(InputError, match=r"was made with targetpad 1\.25, not with squarepad"):
-        make_index(index, pictures, checkpoint, transform="squarepad")
+        make_index(picture_index, pictures, checkpoint, transform="squarepad")
     with pytest.raises(InputError, match=f"is the index of {pictures}, not of {pictures / 'a'}"):
-        make_index(index, pictures / "a", checkpoint)
+        make_index(picture_index, pictures / "a", checkpoint)
     with pytest.raises(InputError, match=r"--index .* holds other files \(a\)"):
         make_index(pictures, pictures, checkpoint)
-    assert before == ((index / "pictures.json").read_bytes(), only("vectors-*", index).read_bytes())
+    assert before == (
+        (picture_index / "pictures.json").read_bytes(),
+        only("vectors-*", picture_index).read_bytes(),
+    )
     # The same model elsewhere is the same model.
     moved = shutil.copy(checkpoint, tmp_path / "moved.pt")
-    query(index, model_path=moved)
+    query(picture_index, model_path=moved)
 
     copy = tmp_path / "index"
-    shutil.copytree(index, copy)
+    shutil.copytree(picture_index, copy)
     make_index(copy, pictures / "a", other, transform="squarepad", rebuild=True)
     assert "12 pictures (12 new" in capsys.readouterr().out
     assert_equals_a_new_one_of_other(copy, pictures / "a", other, tmp_path)
@@ -477,9 +417,9 @@ def test_links_that_change_later_do_not_lead_out(pictures, checkpoint, tmp_path)
         ({"index": Path("/nowhere")}, "there is no index in /nowhere; make one"),
     ],
 )
-def test_a_wrong_query_is_refused(index, change, message):
+def test_a_wrong_query_is_refused(picture_index, change, message):
     with pytest.raises(InputError) as caught:
-        query(change.pop("index", index), **change)
+        query(change.pop("index", picture_index), **change)
     assert str(caught.value).find(message) >= 0, str(caught.value)
 
 
@@ -502,8 +442,8 @@ def test_a_wrong_folder_is_refused(pictures, checkpoint, tmp_path):
 
 @pytest.mark.parametrize("file", ["index.json", "pictures.json"])
 @pytest.mark.parametrize("content", [b"{", b"[]", b'{"format": 1}', b"\xff", b'{"pictures": [1]}'])
-def test_a_damaged_description_is_refused(index, tmp_path, file, content):
-    shutil.copytree(index, tmp_path / "index")
+def test_a_damaged_description_is_refused(picture_index, tmp_path, file, content):
+    shutil.copytree(picture_index, tmp_path / "index")
     (tmp_path / "index" / file).write_bytes(content)
     with pytest.raises(InputError, match=f"{file} is damaged .*--rebuild"):
         open_index(tmp_path / "index")

@@ -7,6 +7,7 @@ from sprc.config import CACHE_DTYPES, GALLERY_DTYPES
 from sprc.data import TRANSFORMS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+INDEX = ROOT / "picture_index"  # of `search.py index`
 
 
 def add_cache_flags(

@@ -46,7 +46,7 @@ class Picture(NamedTuple):
     crc: int  # of its features
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PictureIndex:
     """A finished index: G pictures, sorted by name. Reads no features before they are asked for."""
 

@@ -47,14 +47,7 @@ class Result(NamedTuple):
     score: float
 
 
-class Reference(NamedTuple):
-    """The picture that a search starts from."""
-
-    tokens: Tensor  # (1, N, D), on the model's device
-    copies: list[int]  # gallery indices of the same picture, which are no results
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Searcher:
     """An index and its model."""
 
