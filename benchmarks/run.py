@@ -18,7 +18,7 @@ sys.path.insert(0, str(HERE.parent / "src"))
 
 from measure import Row, Settings, in_fresh_process, machine, not_measured  # noqa: E402
 
-NAMES = ("epoch", "fusion", "qformer", "ranking", "overhead", "startup", "growth")
+NAMES = ("epoch", "fusion", "qformer", "ranking", "overhead", "startup", "growth", "search")
 
 
 class Case(NamedTuple):
@@ -47,6 +47,11 @@ def cases_of(name: str, quick: bool) -> list[Case]:
         "growth": [
             Case("growth with the batch", "steps", "growing_batch"),
             Case("growth with the gallery", "rank", "growing_gallery"),
+        ],
+        "search": [
+            Case("growth of a picture search", "picture_search", "growth"),
+            Case("FAISS against exact", "picture_search", "faiss"),
+            Case("the page", "picture_search", "page"),
         ],
     }[name]
 
@@ -136,8 +141,8 @@ def main() -> None:
         settings = Settings(device, arguments.repeats, arguments.quick)
         column = in_fresh_process(machine, device) + (", quick" if arguments.quick else "")
         for name in arguments.only:
-            if name == "startup" and device == "cuda":
-                continue  # its model is too small for a GPU to matter
+            if name in ("startup", "search") and device == "cuda":
+                continue  # a model too small for a GPU to matter; an index that stays in main memory
             for case in cases_of(name, arguments.quick):
                 start = time.perf_counter()
                 rows = measure(case, settings)

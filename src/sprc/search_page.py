@@ -307,8 +307,9 @@ def show_query(searcher: Searcher) -> None:
     if not text:
         st.info("Say what should change: type a sentence and press Enter.")
         return
-    for note in searcher.notes(text):
-        st.text(f"Note: {note}.")
+    with st.container():
+        for note in searcher.notes(text):
+            st.text(f"Note: {note}.")
     if not compare:
         show_results(searcher, *search(searcher, text, strength, top), "on")
         return
