@@ -28,7 +28,9 @@ def main() -> None:
         "its pictures; default: %(default)s",
     )
     add("--models-path", type=Path, default=ROOT / "models", metavar="DIR", help="runs; default: %(default)s")
+    add("--model-path", type=Path, default=None, metavar="FILE", help="default: where it was when indexed")
     add_engine_flags(parser)
+    add("--device", default=None, help="cpu, cuda, cuda:1, ...; default: cuda if there is one")
     add("--port", type=int, default=8501, help="default: %(default)s")
     add(
         "--address",

@@ -294,6 +294,8 @@ def test_what_cannot_be_read_is_listed_and_left_out(pictures, checkpoint, tmp_pa
     shutil.copytree(pictures / "a", folder)
     shutil.copytree(pictures / "b", outside)
     whole = next(outside.iterdir()).read_bytes()
+    odd = os.fsdecode(b"odd \xff.png")  # no UTF-8
+    shutil.copy(folder / "dev-0-0-img0.png", folder / odd)
     (folder / "empty.jpg").touch()
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
     (folder / "bomb.png").write_bytes(png_header(60_000, 60_000))
@@ -311,7 +313,7 @@ def test_what_cannot_be_read_is_listed_and_left_out(pictures, checkpoint, tmp_pa
     make_index(tmp_path / "index", folder, checkpoint)
     out = capsys.readouterr().out
     found = open_index(tmp_path / "index")
-    assert found.names == sorted(["fine.PNG", *(path.name for path in (pictures / "a").iterdir())])
+    assert found.names == sorted(["fine.PNG", odd, *(path.name for path in (pictures / "a").iterdir())])
     reasons = {
         "empty.jpg": "is empty",
         "cut.png": "cannot be read",
@@ -330,6 +332,9 @@ def test_what_cannot_be_read_is_listed_and_left_out(pictures, checkpoint, tmp_pa
         assert f"  {printable(name)}: {reason}" in out
     assert "\x1b" not in out
     assert r"two\nlines\x1b[31m.gif" in out
+    flags = {"keep_reference": True, "sheet": tmp_path / "sheet.png", "top": 20}
+    query(tmp_path / "index", image="dev-0-0-img0.png", **flags)
+    assert "odd \N{REPLACEMENT CHARACTER}.png" in capsys.readouterr().out
 
 
 def test_pictures_are_seen_as_viewers_turn_them(pictures, checkpoint, tmp_path):
@@ -375,7 +380,13 @@ def test_an_index_belongs_to_its_model_and_folder(
     make_index(copy, pictures / "a", other, transform="squarepad", rebuild=True)
     assert "12 pictures (12 new" in capsys.readouterr().out
     assert_equals_a_new_one_of_other(copy, pictures / "a", other, tmp_path)
-    # A published checkpoint does not say how its pictures are prepared: the index remembers.
+    # A published checkpoint does not say what it is and how its pictures are prepared: the index remembers.
+    make_index(copy, pictures / "a", other, transform="squarepad", backbone="tiny")
+    assert open_index(copy).scored_as == {
+        "model_path": str(other),
+        "blip_model_name": None,
+        "backbone": "tiny",
+    }
     query(copy, image="dev-0-0-img0.png")
     other.unlink()
     with pytest.raises(InputError, match=r"other\.pt, the model of the index .* is gone; give --model-path"):

@@ -1,13 +1,19 @@
 """What the page does, without a browser; test_browser.py clicks on it in one."""
 
 import io
+import json
+import os
 import shutil
 
 import pytest
 from PIL import Image
-from searching import TEXT, make_index, png_header
+from searching import TEXT, make_index, png_header, save_model
 
+import app
+from sprc import search_app
 from sprc.data.cirr import load_cirr
+from sprc.errors import InputError
+from sprc.picture_index import open_index
 from sprc.search import Searcher
 
 st_testing = pytest.importorskip("streamlit.testing.v1", reason="Streamlit is not installed")
@@ -17,11 +23,9 @@ NAME = "a/dev-0-0-img0.png"
 
 
 def script(index, samples=None):
-    from pathlib import Path
-
     from sprc.search_page import show
 
-    show(Path(index), "exact", samples and Path(samples))
+    show(samples, index=index, model_path=None, engine="exact", candidates=1000, device="cpu")
 
 
 def open_page(index, samples=None, **params):
@@ -211,3 +215,62 @@ def test_a_picture_that_is_gone_is_said_and_a_new_index_is_seen(checkpoint, pict
     assert [error.value for error in page.error] == [
         "The index cannot be used. The terminal that started this page says why."
     ]
+
+
+# --- how it starts
+
+
+def start(monkeypatch, tmp_path, *flags):
+    """Run `app.py` up to its server; return what that is told: options, and settings of the page."""
+    told = []
+    monkeypatch.setattr("streamlit.web.cli.main", told.append)
+    monkeypatch.setattr("sprc.search_app.INDEX", tmp_path / "no index")
+    monkeypatch.setattr("sys.argv", ["app.py", *map(str, flags)])
+    app.main()
+    ((_, file, *options, dashes, settings),) = told
+    assert (file, dashes) == (search_app.__file__, "--")
+    return dict(option.removeprefix("--").split("=", 1) for option in options), json.loads(settings)
+
+
+def test_it_starts_after_the_demo_on_loopback_alone(data, checkpoint, tmp_path, monkeypatch, capsys):
+    demo, models = tmp_path / "demo", tmp_path / "models"
+    shutil.copytree(data / "cirr_dataset", demo / "cirr_dataset")
+    flags = ("--data-path", demo, "--models-path", models, "--device", "cpu")
+    with pytest.raises(InputError, match=f"a checkpoint in {models} is missing.*run `make demo`"):
+        start(monkeypatch, tmp_path, *flags)
+    saved = models / "clip_finetuned_on_cirr_tiny_1/saved_models"
+    saved.mkdir(parents=True)
+    shutil.copy(checkpoint, saved / "tuned_clip_arithmetic.pt")
+    options, settings = start(monkeypatch, tmp_path, *flags)
+    assert options["server.address"] == "127.0.0.1"
+    assert options["server.maxUploadSize"] == "10"
+    assert options["browser.gatherUsageStats"] == "false"
+    assert options["client.showErrorDetails"] == "none"
+    assert settings["index"] == str(demo / "picture_index")
+    assert settings["samples"] == str(demo)
+    assert "36 pictures (36 new" in capsys.readouterr().out
+    # A newer run's model takes the place of the old one, and its pictures are indexed again.
+    newer = models / "clip_finetuned_on_cirr_tiny_0/saved_models"
+    newer.mkdir(parents=True)
+    save_model(newer / "tuned_clip_best.pt", data, 1)
+    os.utime(saved / "tuned_clip_arithmetic.pt", (1, 1))
+    start(monkeypatch, tmp_path, *flags)
+    assert "36 pictures (36 new" in capsys.readouterr().out
+    assert open_index(demo / "picture_index").scored_as["model_path"] == str(newer / "tuned_clip_best.pt")
+
+
+def test_it_takes_an_index_of_its_own(picture_index, checkpoint, data, tmp_path, monkeypatch):
+    moved = shutil.copy(checkpoint, tmp_path / "moved.pt")
+    flags = ("--index", picture_index, "--model-path", moved, "--candidates", 50, "--address", "0.0.0.0")
+    options, settings = start(monkeypatch, tmp_path, *flags, "--port", 8600)
+    assert (options["server.address"], options["server.port"]) == ("0.0.0.0", "8600")
+    expected = {"index": str(picture_index), "model_path": str(moved), "candidates": 50, "samples": None}
+    assert expected.items() <= settings.items()
+    for flags, message in (
+        (("--index", tmp_path / "nothing"), "there is no index in .*nothing; make one"),
+        (("--data-path", tmp_path / "nothing"), "cirr_dataset/dev is missing.*run `make demo`"),
+        (("--index", picture_index, "--port", 0), "--port 0: give a number"),
+        (("--index", picture_index, "--candidates", 0), "--candidates 0: give a whole number"),
+    ):
+        with pytest.raises(InputError, match=message):
+            start(monkeypatch, tmp_path, *flags)

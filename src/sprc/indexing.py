@@ -71,9 +71,9 @@ class Update(NamedTuple):
 
 
 def search_transform(transform: Transform) -> Transform:
-    """``transform`` of the picture as viewers show it: turned as its EXIF data say, as cameras write them.
+    """``transform`` of the picture as viewers show it: turned as its EXIF data say, which cameras write.
 
-    Benchmarks know no such turn; their pictures have no such data.
+    Training and validation take pictures as they are stored, as SPRC does.
     """
     return partial(_transform_upright, transform=transform)
 
@@ -110,7 +110,7 @@ def update_index(
             with a dot are left out.
         scorer: the model on its device, with its settings.
         identity: of the model, see :func:`identity_of`.
-        scored_as: `model_path`, `blip_model_name` and `backbone`, to load the same model again.
+        scored_as: `model_path`, `blip_model_name` and `backbone` as they were given, to load it again.
         rebuild: throw away what is at ``path`` if it is of another folder or model, or damaged.
 
     Raises:
@@ -165,7 +165,10 @@ def update_index(
             "pictures": pictures,
             "left_out": dict(sorted(left_out.items())),
         }
-        write_atomically(path / "pictures.json", lambda file: file.write(json.dumps(contents).encode()))
+        text = json.dumps(contents).encode()
+        # An index that stays as it is need not be read again by those who use it.
+        if not (path / "pictures.json").exists() or (path / "pictures.json").read_bytes() != text:
+            write_atomically(path / "pictures.json", lambda file: file.write(text))
         _sweep(path, generation)
         known = {picture.name: picture.digest for picture in before.pictures}
         return Update(

@@ -79,9 +79,9 @@ class Searcher:
         Raises:
             InputError: there is no index, its model is gone, or ``model_path`` holds another.
         """
-        if engine == "faiss":
-            import_faiss()
+        require_engine(engine, candidates)
         index = open_index(path)
+        _ = index.gallery  # mapped now: another process may replace the index at any time
         told = index.scored_as
         if model_path is None and not Path(told["model_path"]).exists():
             raise InputError(
@@ -175,6 +175,14 @@ class Searcher:
         if len(tokenizer(caption).input_ids) > most or len(text.split()) > len(caption.split()):
             notes.append(f"the text is long: the model reads its first {most - 2} word pieces")
         return notes
+
+
+def require_engine(engine: str, candidates: int) -> None:
+    """Raise :class:`InputError` if there can be no such search."""
+    if candidates < 1:
+        raise InputError(f"--candidates {candidates}: give a whole number of at least 1")
+    if engine == "faiss":
+        import_faiss()
 
 
 def import_faiss() -> Any:
@@ -300,19 +308,24 @@ def run_index(arguments: argparse.Namespace) -> None:
     device = choose_device(arguments.device)
     names = ("blip_model_name", "backbone", "transform", "target_ratio", "batch_size", "num_workers")
     scorer = load_model(arguments.model_path, **{name: getattr(arguments, name) for name in names})
-    index_pictures(arguments.index, folder, scorer, device, arguments.model_path, arguments.rebuild)
+    # A published checkpoint does not say what it is: remember what it was called.
+    scored_as = {name: getattr(arguments, name) for name in ("blip_model_name", "backbone")}
+    scored_as["model_path"] = str(arguments.model_path.resolve())
+    index_pictures(arguments.index, folder, scorer, device, scored_as, rebuild=arguments.rebuild)
 
 
 def index_pictures(
-    path: Path, folder: Path, scorer: Scorer, device: torch.device, model_path: Path, rebuild: bool
+    path: Path,
+    folder: Path,
+    scorer: Scorer,
+    device: torch.device,
+    scored_as: dict[str, Any],
+    *,
+    rebuild: bool,
 ) -> None:
     """Bring the index at ``path`` up to date with ``folder`` and print what was done."""
     identity = identity_of(scorer)
     place(scorer.checkpoint.model, device)
-    told = scorer.checkpoint.hyperparameters
-    scored_as = {"model_path": str(model_path.resolve())}
-    # A published checkpoint does not say what it is: remember what it was called.
-    scored_as |= {n: told.get(n, scorer.settings.get(n)) for n in ("blip_model_name", "backbone")}
     try:
         update = update_index(path, folder, scorer, identity, scored_as, rebuild=rebuild)
     except KeyboardInterrupt:
@@ -332,9 +345,9 @@ def index_pictures(
 def run_query(arguments: argparse.Namespace) -> None:
     """Print the best pictures for a reference and a text; draw them too, with ``sheet``."""
     require_search_text(arguments.text, "--text")
-    for name in ("top", "candidates"):
-        if getattr(arguments, name) < 1:
-            raise InputError(f"--{name} {getattr(arguments, name)}: give a whole number of at least 1")
+    if arguments.top < 1:
+        raise InputError(f"--top {arguments.top}: give a whole number of at least 1")
+    require_engine(arguments.engine, arguments.candidates)
     if arguments.sheet is not None and not arguments.sheet.absolute().parent.is_dir():
         raise InputError(f"--sheet {arguments.sheet}: its folder does not exist; make it, or give another")
     path, name = find_reference(open_index(arguments.index), arguments.image)

@@ -1,17 +1,20 @@
 """Start the page of ``app.py``: an index, its model, a server that this machine alone can reach.
 
-Streamlit runs this file anew at every click: `search_app.py INDEX ENGINE SAMPLES`. The page
-itself is in a module, which is imported once, so that what it keeps is kept.
+Streamlit runs this file anew at every click, with the settings of the page as JSON. The page itself is in a
+module, which is imported once, so that what it keeps is kept.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
+
+import torch
 
 from sprc.errors import InputError
 from sprc.flags import INDEX
 from sprc.models.factory import choose_device
-from sprc.search import import_faiss, index_pictures, load_model
+from sprc.search import index_pictures, load_model, require_engine
 
 
 def run_app(arguments: argparse.Namespace) -> None:
@@ -25,18 +28,27 @@ def run_app(arguments: argparse.Namespace) -> None:
         from streamlit.web import cli
     except ImportError as error:
         raise InputError("the page needs the package streamlit: pip install -e '.[search]'") from error
-    if arguments.engine == "faiss":
-        import_faiss()
+    require_engine(arguments.engine, arguments.candidates)
+    if not 1 <= arguments.port <= 65535:
+        raise InputError(f"--port {arguments.port}: give a number from 1 to 65535")
     demo = arguments.data_path / "cirr_dataset" / "dev"
     index = arguments.index or INDEX
     if arguments.index is None and not (INDEX / "index.json").exists():
         index = arguments.data_path / "picture_index"
-        index_demo(demo, arguments.models_path, index)
+        index_demo(demo, arguments.models_path, index, choose_device(arguments.device))
     # Here and not at the first visit, which then has its answer at once. The page finds them loaded.
     from sprc.search_page import MOST_BYTES, current_searcher
 
-    folder = current_searcher(index.resolve(), arguments.engine).index.folder
-    samples = [str(arguments.data_path.resolve())] if demo.resolve().is_relative_to(folder) else []
+    given = arguments.model_path
+    settings = {
+        "index": str(index.resolve()),
+        "model_path": given and str(given.resolve()),
+        "engine": arguments.engine,
+        "candidates": arguments.candidates,
+        "device": arguments.device,
+    }
+    folder = current_searcher(**settings).index.folder
+    samples = str(arguments.data_path.resolve()) if demo.resolve().is_relative_to(folder) else None
     options = {
         "server.address": arguments.address,
         "server.port": arguments.port,
@@ -48,10 +60,10 @@ def run_app(arguments: argparse.Namespace) -> None:
         "client.showErrorDetails": "none",  # a traceback tells of this machine's folders
     }
     flags = [f"--{name}={value}" for name, value in options.items()]
-    cli.main(["run", __file__, *flags, "--", str(index.resolve()), arguments.engine, *samples])
+    cli.main(["run", __file__, *flags, "--", json.dumps({"samples": samples, **settings})])
 
 
-def index_demo(pictures: Path, models: Path, path: Path) -> None:
+def index_demo(pictures: Path, models: Path, path: Path, device: torch.device) -> None:
     """Index the built-in data's validation pictures with the newest model."""
     checkpoints = models.glob("clip_finetuned_on_*/saved_models/tuned_clip_*.pt")
     newest = max(checkpoints, key=lambda path: path.stat().st_mtime, default=None)
@@ -62,10 +74,11 @@ def index_demo(pictures: Path, models: Path, path: Path) -> None:
             "index a folder of your own: search.py index FOLDER --model-path FILE"
         )
     print(f"indexing {pictures} with {newest}", flush=True)
-    index_pictures(path, pictures, load_model(newest), choose_device(None), newest, rebuild=True)
+    scored_as = {"model_path": str(newest.resolve()), "blip_model_name": None, "backbone": None}
+    index_pictures(path, pictures, load_model(newest), device, scored_as, rebuild=True)
 
 
 if __name__ == "__main__":
     from sprc.search_page import show
 
-    show(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]) if len(sys.argv) > 3 else None)
+    show(**json.loads(sys.argv[1]))

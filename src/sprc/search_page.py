@@ -26,7 +26,7 @@ from sprc.errors import InputError
 from sprc.gate_maps import FIXED, OPACITY, colored, fusion_maps, own_scale
 from sprc.indexing import FORMATS
 from sprc.picture_index import printable
-from sprc.search import CANDIDATES, Result, Searcher, open_thumbnail, read_picture, thumbnail
+from sprc.search import Result, Searcher, open_thumbnail, read_picture, thumbnail
 
 MOST_BYTES = 10 * 2**20  # of a picture that is sent
 MOST_PIXELS = 40 * 10**6
@@ -64,18 +64,18 @@ class Step(NamedTuple):
 
 
 @lru_cache(maxsize=1)
-def open_searcher(index: Path, engine: str, changed: int) -> Searcher:
+def open_searcher(changed: int, index: str, model_path: str | None, **settings: str | int | None) -> Searcher:
     """The index with its model, once for all who look at the page, and again when it has ``changed``."""
-    return Searcher.open(index, engine=engine, candidates=CANDIDATES)
+    return Searcher.open(Path(index), model_path=model_path and Path(model_path), **settings)
 
 
-def current_searcher(index: Path, engine: str) -> Searcher:
-    """The index as it is now."""
+def current_searcher(index: str, **settings: str | int | None) -> Searcher:
+    """The index as it is now; the settings are those of ``Searcher.open``, paths as text."""
     try:
-        changed = (index / "pictures.json").stat().st_mtime_ns
+        changed = (Path(index) / "pictures.json").stat().st_mtime_ns
     except OSError:
         changed = 0  # opening it says what is wrong
-    return open_searcher(index, engine, changed)
+    return open_searcher(changed, index, **settings)
 
 
 @lru_cache(maxsize=8)
@@ -222,14 +222,19 @@ def search(searcher: Searcher, text: str, strength: float, top: int) -> tuple[li
 # --- the page
 
 
-def show(index: Path, engine: str, samples: Path | None) -> None:
-    """Draw the page."""
+def show(samples: str | None = None, **settings: str | int | None) -> None:
+    """Draw the page.
+
+    Args:
+        samples: a folder with `cirr_dataset/`, whose validation queries are offered ready-made.
+        settings: of :func:`current_searcher`.
+    """
     st.set_page_config("Search pictures", layout="wide")
     st.html(
         "<style>.stMainBlockContainer { padding-top: 3rem; } .stText { overflow-wrap: anywhere; }</style>"
     )
     try:
-        searcher = current_searcher(index, engine)
+        searcher = current_searcher(**settings)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         st.error("The index cannot be used. The terminal that started this page says why.")
@@ -252,7 +257,7 @@ def show(index: Path, engine: str, samples: Path | None) -> None:
             show_query(searcher)
     with choice:
         show_choice(searcher, samples)
-    index, epoch = searcher.index, searcher.scorer.checkpoint.epoch
+    index, epoch, engine = searcher.index, searcher.scorer.checkpoint.epoch, searcher.engine
     left_out = f", {len(index.left_out)} files left out" if index.left_out else ""
     fusion = "with" if searcher.has_fusion else "without"
     st.caption(
@@ -269,7 +274,7 @@ def show_chain() -> None:
         )
         for number, step in enumerate(state.steps):
             with st.container(horizontal=True, width=250, gap="xsmall", key=f"step-{number}"):
-                st.image(step.reference.small, width=64, alt=step.reference.name)
+                st.image(step.reference.small, width=64, alt=printable(step.reference.name))
                 with st.container(width=170, gap="xsmall"):
                     st.text(shortened(step.text, 60))
                     st.button("Go back here", key=f"step-{number}-go", on_click=go_back, args=(number,))
@@ -373,7 +378,7 @@ def show_grid(
                 if picture is None:
                     st.text("gone, or broken by now")
                 else:
-                    st.image(picture, width=SMALL, alt=name)
+                    st.image(picture, width=SMALL, alt=printable(name))
                 below(number)
                 st.button(
                     label,
@@ -384,15 +389,14 @@ def show_grid(
                 )
 
 
-def show_choice(searcher: Searcher, samples: Path | None) -> None:
+def show_choice(searcher: Searcher, samples: str | None) -> None:
     """Ways to choose a reference: ready queries, the index, an upload."""
     state = st.session_state
     ready: list[tuple[str, str]] = []
     if samples is not None:
         try:
-            ready = [
-                one for one in samples_of(samples, searcher.index.folder) if one[0] in searcher.index.number
-            ]
+            found = samples_of(Path(samples), searcher.index.folder)
+            ready = [(name, text) for name, text in found if name in searcher.index.number]
         except InputError as error:
             st.text(f"No ready queries: {printable(str(error))}")
     st.markdown("**Choose a picture**" if state.reference is None else "**Choose another picture**")
@@ -403,7 +407,7 @@ def show_choice(searcher: Searcher, samples: Path | None) -> None:
             for number, (name, text) in enumerate(ready):
                 with st.container(width=SMALL, gap="xsmall", key=f"sample-{number}"):
                     if picture := small_picture(searcher, name):
-                        st.image(picture, width=SMALL, alt=name)
+                        st.image(picture, width=SMALL, alt=printable(name))
                     st.text(shortened(text, 100))
                     st.button(
                         "Try it", key=f"sample-{number}-go", on_click=try_sample, args=(searcher, name, text)
