@@ -15,12 +15,13 @@ from sprc.search import run_index, run_query
 TEXT = "make the small circle blue"
 
 
-def save_model(path, data, seed):
+def save_model(path, data, seed, **switches):
     torch.manual_seed(seed)
     captions = [triplet.caption for triplet in load_cirr(data, "train").triplets]
-    model = create_model(Blip2QformerCirAlignPrompt, "tiny", captions=captions)
-    with torch.no_grad():  # an edit that is felt
-        model.gated_fusion.alpha.fill_(3.0)
+    model = create_model(Blip2QformerCirAlignPrompt, "tiny", captions=captions, **switches)
+    if model.gated_fusion is not None:
+        with torch.no_grad():  # an edit that is felt
+            model.gated_fusion.alpha.fill_(3.0)
     told = {
         "backbone": "tiny",
         "blip_model_name": "blip2_cir_align_prompt",

@@ -122,6 +122,20 @@ def test_on_and_off_stand_side_by_side_and_strength_scales_the_edit(picture_inde
     assert any("map, dark to bright: " in caption.value for caption in page.caption)
 
 
+@pytest.mark.parametrize(
+    ("switches", "maps"),
+    [({"use_gated_fusion": False}, []), ({"fusion_strategy": "additive"}, ["change, own scale"])],
+)
+def test_a_model_without_fusion_or_gate_has_no_such_controls(data, pictures, tmp_path, switches, maps):
+    model = save_model(tmp_path / "model.pt", data, 0, **switches)
+    make_index(tmp_path / "index", pictures / "a", model)
+    page = open_page(tmp_path / "index", reference="dev-0-0-img0.png", text=TEXT)
+    assert len(results(page)) == 8
+    assert [box.options for box in page.selectbox] == ([maps] if maps else [])
+    controls = {element.key for element in (*page.toggle, *page.slider)}
+    assert controls == ({"top", "compare", "strength", "opacity"} if maps else {"top"})
+
+
 def test_ready_queries_are_those_of_the_data(data, checkpoint, tmp_path):
     make_index(tmp_path / "index", data / "cirr_dataset/dev", checkpoint)
     page = open_page(tmp_path / "index", data)
