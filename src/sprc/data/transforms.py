@@ -41,8 +41,8 @@ def _preprocess(image: Image.Image, image_size: int, ratio: float) -> Tensor:
     image = _pad(_to_eight_bits(image), ratio)
     width, height = image.size
     shorter = min(width, height)
-    # torchvision's rounding, which published checkpoints were trained with; a test compares the two. Importing
-    # torchvision itself would more than double the start of every script.
+    # torchvision's rounding, which published checkpoints were trained with; a test compares the two.
+    # Importing torchvision itself would nearly double the start of every script.
     width, height = (int(image_size * side / shorter) for side in (width, height))
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (round((side - image_size) / 2) for side in (width, height))
