@@ -1,6 +1,7 @@
 # make demo         sets up, makes the built-in data, trains `tiny` with gated fusion, reports
 # make demo-fashioniq   the same in FashionIQ's format, without the report
 # make ablation     compares fusion off and three strategies on the built-in data, three seeds each
+# make ablation-switches   the same for gated fusion's switches, one at a time: about an hour
 # make app          a page to search pictures: an index of your own, or the demo's pictures
 # make test         sets up the same and runs all tests (LAVIS's included)
 # make test-browser  clicks on the page in Chromium, which must be there (apt-get install chromium)
@@ -11,7 +12,7 @@
 MODERN_PYTHON ?= 3.12
 UV := $(or $(shell command -v uv),.tools/bin/uv)
 
-.PHONY: setup demo demo-fashioniq ablation app test test-browser test-modern bench
+.PHONY: setup demo demo-fashioniq ablation ablation-switches app test test-browser test-modern bench
 .DELETE_ON_ERROR:
 
 setup: .venv/ready
@@ -49,6 +50,10 @@ ablation: .venv/ready
 	.venv/bin/python src/run_ablation.py --out ablation --fusion off gated additive film --seeds 0 1 2 \
 		--devices cpu cpu -- --dataset CIRR --backbone tiny --data-path demo \
 		--num-epochs 12 --batch-size 64 --learning-rate 5e-4 --num-workers 0 --validation-frequency 1
+
+ablation-switches: .venv/ready
+	.venv/bin/python src/make_demo_data.py --out demo
+	.venv/bin/python src/run_ablation.py --out ablation --config configs/ablation_switches.yaml --devices cpu cpu
 
 app: .venv/ready
 	.venv/bin/python src/app.py

@@ -25,9 +25,7 @@ M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 # New processes are forked from one that has imported libraries and done nothing else.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(
-    ["torch", "torchvision.transforms", "transformers.models.bert.tokenization_bert"]
-)
+PROCESSES.set_forkserver_preload(["torch", "torch._dynamo", "transformers.models.bert.tokenization_bert"])
 
 
 class Settings(NamedTuple):

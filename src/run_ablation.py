@@ -12,11 +12,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from sprc.config import FUSION_STARTS, POOLS
+from sprc.config import FUSION_STARTS, FUSION_TEXTS, POOLS
 from sprc.errors import run_script
 from sprc.flags import ROOT
 
-GRID = ("fusion", "alpha", "start", "pool", "seeds", "training")
+GRID = ("fusion", "alpha", "start", "pool", "text", "rate", "seeds", "training")
 
 
 def main() -> None:
@@ -31,7 +31,8 @@ def main() -> None:
         type=Path,
         default=None,
         metavar="YAML",
-        help=f"the grid: lists under {', '.join(GRID)}; flags win over it",
+        help=f"the grid: lists under {', '.join(GRID)}; flags win over it. Several grids: changes to these "
+        "lists, as a list of mappings under `grids`",
     )
     add(
         "--fusion",
@@ -42,6 +43,8 @@ def main() -> None:
     add("--alpha", nargs="+", type=float, help="starts of alpha; default: 0.5")
     add("--start", nargs="+", help=f"{', '.join(FUSION_STARTS)}; default: random")
     add("--pool", nargs="+", help=f"{', '.join(POOLS)}; default: masked")
+    add("--text", nargs="+", help=f"{', '.join(FUSION_TEXTS)}; default: embeddings")
+    add("--rate", nargs="+", type=float, help="the fusion's own learning rates; default: the training's")
     add("--seeds", nargs="+", type=int, help="default: 0 1 2")
     add(
         "--devices",

@@ -4,7 +4,8 @@
     python src/visualize_gates.py --dataset CIRR --model-path FILE --pairs 12 57
     python src/visualize_gates.py --dataset CIRR --model-path FILE --same-image NAME --captions TEXT TEXT
     python src/visualize_gates.py --dataset CIRR --model-path FILE --localisation --off-model-path PLAIN
-Writes PNG sheets, one HTML page that needs no network, and localisation.csv.
+    python src/visualize_gates.py --dataset CIRR --model-path FILE --probe --queries 0
+Writes PNG sheets, one HTML page that needs no network, localisation.csv and probe.csv.
 """
 
 import argparse
@@ -65,6 +66,11 @@ def main() -> None:
         default=None,
         metavar="FILE",
         help="with --localisation: a checkpoint of plain SPRC to compare with",
+    )
+    add(
+        "--probe",
+        action="store_true",
+        help="recall without the edit, with the same edit for all tokens, and with another caption's edit",
     )
     add("--out", type=Path, default=None, metavar="FOLDER", help="default: gate_maps beside the checkpoint")
     add_scoring_flags(parser)

@@ -77,6 +77,30 @@ def test_a_cell_s_name_and_flags_say_what_it_is():
     assert Cell("gmu", None, None, "masked", 0).name == "gmu-masked-seed0"
 
 
+def test_text_and_rate_are_named_where_they_are_not_the_default():
+    cells = config(fusion=["off", "gated"], text=["contextual"], rate=[0.002], pool=["all"], seeds=[0])
+    off, gated = cells.cells()
+    assert off.flags() == ["--no-use-gated-fusion", "--seed", "0"]
+    # Contextual words have no padding, so that there is no mean over it.
+    assert gated.name == "gated-alpha0.5-random-masked-contextual-lr0.002-seed0"
+    assert " ".join(gated.flags()).endswith(
+        "--pool masked --fusion-text contextual --fusion-lr 0.002 --seed 0"
+    )
+    assert config(text=["embeddings"], rate=[None], seeds=[0]).cells() == config(seeds=[0]).cells()
+
+
+def test_a_file_s_grids_vary_one_switch_at_a_time(tmp_path):
+    path = tmp_path / "grid.yaml"
+    path.write_text(
+        "fusion: [gated]\nseeds: [0, 1]\ntraining: [--dataset, CIRR]\n"
+        "grids:\n- fusion: [off, gated]\n- start: [identity]\n- start: [random]\n- rate: [0.001, null]\n"
+    )
+    variants = ["off", "gated-alpha0.5-random-masked", "gated-alpha0.5-identity-masked"]
+    variants.append("gated-alpha0.5-random-masked-lr0.001")
+    cells = AblationConfig.read(path, {}).cells()
+    assert [(cell.seed, cell.variant) for cell in cells] == [(s, name) for s in (0, 1) for name in variants]
+
+
 def test_a_yaml_file_gives_the_grid_and_flags_win_over_it(tmp_path):
     path = tmp_path / "grid.yaml"
     path.write_text("fusion: [off, gated]\nseeds: [1, 1, 2]\ntraining: [--dataset, CIRR, --num-epochs, 3]\n")
@@ -97,6 +121,12 @@ def test_a_yaml_file_gives_the_grid_and_flags_win_over_it(tmp_path):
         ({"alpha": [math.nan]}, "alpha=nan must be a finite number"),
         ({"seeds": [True]}, "seeds=True must be a whole number"),
         ({"seeds": [-1]}, "seeds=-1 must be a whole number of at least 0"),
+        ({"rate": [0]}, "rate=0 must be a positive number"),
+        ({"text": ["words"]}, "text='words' is unknown; choose from embeddings, contextual"),
+        ({"grids": [{"seeds": [1]}]}, "grids: {'seeds': [1]} is no mapping of fusion, alpha, start"),
+        ({"grids": [{"start": ["zero"]}]}, "start='zero' is unknown"),
+        ({"grids": {"start": ["identity"]}}, "give a list of mappings"),
+        ({"training": [*FLAGS, "--fusion-lr", "1"]}, "--fusion-lr: the ablation sets"),
         ({"training": ["--num-epochs", 3]}, "lack --dataset"),
         ({"training": [*FLAGS, "--seed=3"]}, "--seed: the ablation sets --seed itself"),
         ({"training": [*FLAGS, "--fusion-st", "gated"]}, "--fusion-st: the ablation sets --fusion-strategy"),
@@ -111,7 +141,10 @@ def test_a_grid_that_cannot_work_is_refused(values, message):
 def test_a_bad_file_or_device_is_named(tmp_path):
     path = tmp_path / "grid.yaml"
     for text, message in (
-        ("fusions: [off]\n", "unknown key fusions; its keys are fusion, alpha, start, pool, seeds, training"),
+        (
+            "fusions: [off]\n",
+            "unknown key fusions; its keys are fusion, alpha, start, pool, text, rate, seeds",
+        ),
         ("- off\n", "no mapping"),
         ("fusion: [off", "cannot be read"),
     ):
@@ -321,7 +354,7 @@ def results_of(tmp_path, dataset, criterion):
             "average_recall_at10",
             "average_recall_at50",
         )
-        validation = {**dict.fromkeys(columns, values), criterion: values}
+        validation = {**dict.fromkeys(columns, values), "mean(R@5+R_s@1)": values[::-1], criterion: values}
         results.append(
             CellResult(
                 cell=cell,
@@ -382,6 +415,12 @@ def test_the_table_equals_a_plain_recomputation(tmp_path, dataset, criterion):
             values = [metrics[name] for metrics in found.values()]
             assert row[f"{name}_mean"] == pytest.approx(statistics.mean(values)), name
             assert row[f"{name}_std"] == pytest.approx(statistics.stdev(values)), name
+        if dataset == "cirr":  # of off, the second of 20, 30, 10; of film, the first of 2, 1, 40 or 3, 2, 1
+            validated = {"off": [30, 30, 30], "gated": [30, 30], "film": [2, 1, 2]}[row["fusion"]]
+            assert row["validation_mean"] == pytest.approx(statistics.mean(validated))
+            assert row["validation_std"] == pytest.approx(statistics.stdev(validated))
+        else:
+            assert "validation_mean" not in row  # the table is of the validation split itself
         if row is off:
             assert row["difference"] is None
         else:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import CAPTIONS, random_images, randomise, small_config
 from runner import assert_one_clear_line, read_csv, train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sprc.fusion_log import FusionLog
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
@@ -114,14 +115,26 @@ def test_a_resumed_run_writes_the_rows_from_its_step_anew(tokenizer, tmp_path):
 
 
 def test_the_script_logs_and_its_flags_reach_the_module(data, tmp_path):
-    flags = ("--log-fusion-every", 4, "--fusion-lr", 1e-2, "--fusion-text", "contextual")
+    flags = ("--log-fusion-every", 4, "--fusion-lr", 1e-2, "--fusion-text", "contextual", "--tensorboard")
     run_folder, _, _ = train(data, tmp_path, *flags)
     rows = read_csv(run_folder / "fusion_metrics.csv")
+    assert_tensorboard_has(run_folder, "fusion", "step", rows)
+    for name in ("train_metrics", "validation_metrics"):
+        assert_tensorboard_has(run_folder, name, "epoch", read_csv(run_folder / f"{name}.csv"))
     assert [row["step"] for row in rows] == ["0", "4", "8"]
     assert all(float(row["gradient_norm"]) > 0 for row in rows)
     slow, _, _ = train(data, tmp_path / "slow", "--log-fusion-every", 4, "--fusion-text", "contextual")
     moves = [abs(float(found[-1]["alpha"]) - 0.5) for found in (rows, read_csv(slow / "fusion_metrics.csv"))]
     assert moves[0] > 3 * moves[1] > 0
+
+
+def assert_tensorboard_has(run_folder, group, key, rows):
+    """TensorBoard's own reader finds the numbers of a CSV file, at its steps."""
+    events = EventAccumulator(str(run_folder / "tensorboard")).Reload()
+    for name in set(rows[0]) - {key}:
+        found = [(event.step, event.value) for event in events.Scalars(f"{group}/{name}")]
+        assert [step for step, _ in found] == [int(row[key]) for row in rows]
+        assert [value for _, value in found] == pytest.approx([float(row[name]) for row in rows], rel=1e-6)
 
 
 @pytest.mark.parametrize(

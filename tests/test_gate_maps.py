@@ -17,12 +17,14 @@ from runner import assert_one_clear_line, read_csv, run
 
 import visualize_gates
 from sprc.checkpoint import load_checkpoint, save_checkpoint
-from sprc.data.cirr import load_cirr
+from sprc.data.captions import process_caption
+from sprc.data.cirr import load_cirr, load_cirr_test
 from sprc.data.datasets import load_image
 from sprc.data.fashioniq import load_fashioniq
 from sprc.data.synthetic_fashioniq import FashionIQConfig, make_fashioniq
 from sprc.data.transforms import make_transform
 from sprc.errors import run_script
+from sprc.fusion_probe import changed_edit
 from sprc.gate_maps import fusion_maps, own_scale
 from sprc.localisation import (
     chance,
@@ -174,6 +176,70 @@ def test_the_change_s_share_is_that_of_a_plain_loop(data, checkpoints, monkeypat
         assert share == pytest.approx(sum(values) / len(values), rel=1e-5)
 
 
+def test_the_probe_scores_the_model_with_its_edit_changed(data, checkpoints, monkeypatch, tmp_path):
+    loaded = load_checkpoint(checkpoints["gated"])
+    randomise(loaded.model.gated_fusion)  # so that its edits are large
+    save_checkpoint(tmp_path / "strong.pt", loaded.model, 0, loaded.hyperparameters)
+    visualize(
+        monkeypatch,
+        tmp_path / "strong.pt",
+        data,
+        "--probe",
+        "--queries",
+        0,
+        "--out",
+        tmp_path,
+        "--split",
+        "test1",
+    )
+    rows = {row.pop("edit"): row for row in read_csv(tmp_path / "probe.csv")}
+    assert list(rows) == ["as trained", "none", "same for all tokens", "another caption's"]
+    model = loaded.model.eval()
+    fusion, model.gated_fusion = model.gated_fusion, None
+    split = load_cirr_test(data)
+    images = torch.stack([load_image(p, make_transform("targetpad", 96)) for p in split.image_paths.values()])
+    features, embeds = model.extract_target_features(images)
+    names = list(split.image_paths)
+    hits = dict.fromkeys(list(rows)[:3], 0)
+    for triplet in split.triplets:
+        reference = names.index(triplet.reference)
+        text = model.tokenize([process_caption(triplet.caption)])
+        image = embeds[reference : reference + 1]
+        with torch.no_grad():
+            fused = fusion(image, model.Qformer.bert.embeddings(text.words, 0), text.mask).fused
+            mean = (fused - image).mean(dim=1, keepdim=True)
+            for edit, tokens in zip(hits, (fused, image, image + mean), strict=True):
+                scores = (model.compose(tokens, text) @ features.transpose(1, 2)).amax(dim=(1, 2))
+                scores[reference] = -9
+                hits[edit] += int((scores > scores[names.index(triplet.target)]).sum() < 5)
+    assert len(set(hits.values())) > 1
+    found = {edit: float(rows[edit]["recall_at5"]) for edit in hits}
+    assert found == pytest.approx({edit: 100 * count / len(split.triplets) for edit, count in hits.items()})
+
+
+def test_another_caption_s_edit_is_that_of_the_query_before(tokenizer):
+    fusion = small_model(tokenizer).gated_fusion.eval()
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(5, 10, 24, generator=generator)
+    # Five texts of three to six words, in batches of three and two.
+    texts = [torch.randn(count, 16, generator=generator) for count in (4, 6, 3, 3, 5)]
+
+    def batch(rows):
+        words = torch.nn.utils.rnn.pad_sequence([texts[i] for i in rows], batch_first=True)
+        mask = torch.tensor([[j < len(texts[i]) for j in range(words.shape[1])] for i in rows])
+        return image[rows], words, mask
+
+    with changed_edit(fusion, "another caption's"), torch.no_grad():
+        found = torch.cat([fusion(*batch(rows)).fused for rows in ([0, 1, 2], [3, 4])])
+    for i, other in enumerate((2, 0, 1, 2, 3)):
+        with torch.no_grad():
+            expected = fusion(image[i : i + 1], texts[other][None], torch.ones(1, len(texts[other]))).fused
+        torch.testing.assert_close(found[i : i + 1], expected)
+    with torch.no_grad():
+        again = fusion(*batch([1])).fused  # the hook is gone
+        torch.testing.assert_close(again, fusion(image[1:2], texts[1][None], torch.ones(1, 6)).fused)
+
+
 def test_one_image_under_several_captions(data, checkpoints, monkeypatch, tmp_path):
     split = load_cirr(data, "val")
     counts = Counter(triplet.reference for triplet in split.triplets)
@@ -238,6 +304,14 @@ def test_fashioniq_is_drawn_in_its_own_gallery_with_the_reference_in_it(checkpoi
     ]
     area = sum(len(edit["cells"]) / 9 for edit in edits) / len(edits)
     assert float(row["chance"]) == pytest.approx(area)
+
+
+def test_a_probe_needs_targets(data, checkpoints, monkeypatch, tmp_path, capsys):
+    shutil.copytree(data / "cirr_dataset", tmp_path / "cirr_dataset", ignore=lambda *_: {"train", "dev"})
+    (tmp_path / "cirr_dataset" / "edits.test1.json").unlink()
+    flags = ("--probe", "--split", "test1")
+    visualize(monkeypatch, checkpoints["gated"], tmp_path, *flags, code=2)
+    assert_one_clear_line(capsys.readouterr().err, "only the built-in data have targets for test1")
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,27 @@ def test_transform_equals_its_restatement_on_arrays(kind, ratio, mode):
         )
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_transform_equals_torchvision_s_to_the_bit(mode):
+    """Published checkpoints were trained through torchvision."""
+    torchvision = pytest.importorskip("torchvision.transforms")
+    after_padding = torchvision.Compose(
+        [
+            torchvision.Resize(32, torchvision.InterpolationMode.BICUBIC),
+            torchvision.CenterCrop(32),
+            lambda image: image.convert("RGB"),
+            torchvision.ToTensor(),
+            torchvision.Normalize(MEAN.tolist(), STD.tolist()),
+        ]
+    )
+    for seed, (width, height) in enumerate(image_sizes(30)):
+        image = noise(width, height, "RGBA", seed).convert(mode)
+        new_width, new_height = padded_size(width, height, 1.25)
+        border = [(new_width - width) // 2, (new_height - height) // 2]
+        expected = after_padding(torchvision.functional.pad(image, border, fill=0))
+        assert torch.equal(make_transform("targetpad", 32)(image), expected), image
+
+
 def test_squarepad_does_not_depend_on_the_target_ratio():
     image = noise(60, 31)
     assert torch.equal(make_transform("squarepad", 32, 1.5)(image), make_transform("squarepad", 32)(image))

@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -28,7 +28,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from sprc.config import FUSION_STARTS, POOLS
+from sprc.config import FUSION_STARTS, FUSION_TEXTS, POOLS
 from sprc.data.cirr import edits_of_test1
 from sprc.errors import InputError, Interrupted
 from sprc.fine_tuning import HYPERPARAMETERS
@@ -38,6 +38,7 @@ from sprc.run_folder import write_json
 from sprc.training import stop_signals
 
 OFF = "off"
+SWITCHES = ("fusion", "alpha", "start", "pool", "text", "rate")  # what a cell is, but for its seed
 # What the grid sets itself. argparse takes a flag's beginning for the flag, so those are refused as well.
 OWN_FLAGS = (
     "--use-gated-fusion",
@@ -46,6 +47,8 @@ OWN_FLAGS = (
     "--alpha-init",
     "--fusion-start",
     "--pool",
+    "--fusion-text",
+    "--fusion-lr",
     "--seed",
     "--save-training",
     "--save-best",
@@ -64,12 +67,16 @@ class Cell:
     start: str | None
     pool: str | None
     seed: int
+    text: str | None = None  # None also for "embeddings", the default
+    rate: float | None = None  # of the fusion's parameters; None is the training's own
 
     @property
     def variant(self) -> str:
         """The cell's name without its seed: what a row of the table and a line of the plots is."""
         alpha = None if self.alpha is None else f"alpha{self.alpha:g}"
-        return "-".join(part for part in (self.fusion, alpha, self.start, self.pool) if part is not None)
+        rate = None if self.rate is None else f"lr{self.rate:g}"
+        parts = (self.fusion, alpha, self.start, self.pool, self.text, rate)
+        return "-".join(part for part in parts if part is not None)
 
     @property
     def name(self) -> str:
@@ -81,6 +88,7 @@ class Cell:
         if self.fusion == OFF:
             return ["--no-use-gated-fusion", "--seed", str(self.seed)]
         switches = {"--alpha-init": self.alpha, "--fusion-start": self.start, "--pool": self.pool}
+        switches |= {"--fusion-text": self.text, "--fusion-lr": self.rate}
         given = [str(item) for pair in switches.items() if pair[1] is not None for item in pair]
         return ["--use-gated-fusion", "--fusion-strategy", self.fusion, *given, "--seed", str(self.seed)]
 
@@ -90,18 +98,24 @@ class AblationConfig:
     """The grid, and the training's own flags. A value that cannot work raises :class:`InputError`.
 
     A value that is there twice counts once. YAML reads a bare ``off`` as false, which is taken for it.
+    ``grids`` are changes to the lists above, each a grid of its own: one switch at a time, say.
     """
 
     fusion: Sequence[str] = (OFF, "gated")
     alpha: Sequence[float] = (0.5,)
     start: Sequence[str] = ("random",)
     pool: Sequence[str] = ("masked",)
+    text: Sequence[str] = ("embeddings",)
+    rate: Sequence[float | None] = (None,)  # of the fusion's parameters; None is --learning-rate
     seeds: Sequence[int] = (0, 1, 2)
     training: Sequence[str] = ()  # flags of blip_fine_tune_2.py, as a list
+    grids: Sequence[dict[str, Any]] = ()  # none: one grid of the lists above
 
     def __post_init__(self) -> None:
         for field in fields(self):
             values = getattr(self, field.name)
+            if field.name == "grids":
+                continue
             if isinstance(values, str) or not isinstance(values, Sequence) or not values:
                 raise InputError(f"{field.name}={values!r}: give a list of at least one value")
             if field.name == "training":
@@ -115,12 +129,19 @@ class AblationConfig:
                 raise InputError(f"{name}: the ablation sets {owned[0]} itself; leave it out of training")
         if "--dataset" not in names:
             raise InputError("the training's flags lack --dataset; give it, and all others, after --")
+        if isinstance(self.grids, str) or not isinstance(self.grids, Sequence):
+            raise InputError(f"grids={self.grids!r}: give a list of mappings")
+        for grid in self.grids:
+            if not isinstance(grid, dict) or not set(grid) <= set(SWITCHES):
+                raise InputError(f"grids: {grid!r} is no mapping of {', '.join(SWITCHES)} to lists")
+            replace(self, grids=(), **grid)  # its values are checked here
 
     @staticmethod
     def _checked(name: str, value: Any) -> Any:
         if name == "fusion" and value is False:
             value = OFF
         choices = {"fusion": (OFF, *FUSION_STRATEGIES), "start": FUSION_STARTS, "pool": POOLS}
+        choices["text"] = FUSION_TEXTS
         if name in choices:
             if value not in choices[name]:
                 raise InputError(f"{name}={value!r} is unknown; choose from {', '.join(choices[name])}")
@@ -128,6 +149,12 @@ class AblationConfig:
         if name == "alpha":
             if type(value) not in (int, float) or not math.isfinite(value):
                 raise InputError(f"alpha={value!r} must be a finite number")
+            return float(value)
+        if name == "rate":
+            if value is None:
+                return None
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise InputError(f"rate={value!r} must be a positive number")
             return float(value)
         if type(value) is not int or value < 0:
             raise InputError(f"seeds={value!r} must be a whole number of at least 0")
@@ -152,20 +179,37 @@ class AblationConfig:
         return cls(**{**values, **given})
 
     def cells(self) -> list[Cell]:
-        """The grid's cells, each once: a switch that does not touch a fusion does not multiply it.
+        """The grids' cells, each once: a switch that does not touch a fusion does not multiply it.
 
         The first seed's cells come first, so that a grid that is stopped early compares all its variants.
         """
-        cells = {}
-        grid = product(self.seeds, self.fusion, self.alpha, self.start, self.pool)
-        for seed, fusion, alpha, start, pool in grid:
-            if fusion == OFF:
-                cell = Cell(OFF, None, None, None, seed)
-            else:
-                has_alpha, has_identity = switches_of(fusion)
-                cell = Cell(fusion, alpha if has_alpha else None, start if has_identity else None, pool, seed)
-            cells[cell] = None
+        grids = [replace(self, grids=(), **grid) for grid in self.grids] or [self]
+        cells = {
+            cell_of(*values, seed): None
+            for seed in self.seeds
+            for grid in grids
+            for values in product(*(getattr(grid, name) for name in SWITCHES))
+        }
         return list(cells)
+
+
+def cell_of(
+    fusion: str, alpha: float, start: str, pool: str, text: str, rate: float | None, seed: int
+) -> Cell:
+    """The cell of these switches, without those that do not touch its fusion."""
+    if fusion == OFF:
+        return Cell(OFF, None, None, None, seed)
+    has_alpha, has_identity = switches_of(fusion)
+    contextual = text == "contextual"
+    return Cell(
+        fusion,
+        alpha if has_alpha else None,
+        start if has_identity else None,
+        "masked" if contextual else pool,  # contextual words have no padding
+        seed,
+        text if contextual else None,
+        rate,
+    )
 
 
 @cache

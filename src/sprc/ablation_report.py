@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from sprc.ablation import OFF, Cell, checkpoint_of, find_run, split_to_score
+from sprc.ablation import OFF, SWITCHES, Cell, checkpoint_of, find_run, split_to_score
 from sprc.checkpoint import FUSION, STATE
 from sprc.errors import InputError
 from sprc.fine_tuning import HYPERPARAMETERS
@@ -53,6 +53,12 @@ class CellResult:
     validation: pd.DataFrame  # by epoch, those that were validated
     step_seconds: float  # median of the epochs' medians
     checkpoint: Path
+
+    @property
+    def kept_validation(self) -> float:
+        """The headline metric on the validation split at the epoch that was kept, in percent."""
+        kept = self.validation[CRITERION[self.dataset]].idxmax()  # the first of equals, as in training
+        return float(self.validation.loc[kept, HEADLINE[self.dataset]])
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -118,6 +124,8 @@ def table(
     """A row a variant, its seeds summed up; None where a figure cannot be had.
 
     - `METRIC_mean`, `METRIC_std`: over seeds; the sample standard deviation, none for a single seed.
+    - `validation_mean`, `validation_std`: the headline metric on the validation split at the epochs that were
+      kept, where the others are of the test split. Choose between variants by it.
     - `parameters_added`: the fusion's, counted in a checkpoint.
     - `step_seconds`: median over seeds of a step's wall-clock seconds while training; `step_time_vs_off` is
       its ratio to off's. Cells that ran side by side have shared the machine.
@@ -131,15 +139,17 @@ def table(
     by_cell = {one.cell: one for one in results}
     baseline = {one.cell.seed: one for one in results if one.cell.fusion == OFF}
     metric_names = list(results[0].metrics) if results else []
+    if results and results[0].split != "val":
+        metric_names.append("validation")
     rows = []
     for variant, members in of_variant.items():
         done = [by_cell[cell] for cell in members if cell in by_cell]
         pairs = [(one, baseline[one.cell.seed]) for one in done if one.cell.seed in baseline]
         failed = [failures[cell] for cell in members if cell in failures]
         row: dict[str, Any] = {"variant": variant}
-        row |= {name: getattr(members[0], name) for name in ("fusion", "alpha", "start", "pool")}
+        row |= {name: getattr(members[0], name) for name in SWITCHES}
         row |= {"seeds": len(done), "failed": len(failed), "error": failed[-1] if failed else None}
-        metrics = [one.metrics for one in done]
+        metrics = [{**one.metrics, "validation": one.kept_validation} for one in done]
         for name in metric_names:
             values = [found[name] for found in metrics]
             row[f"{name}_mean"] = fmean(values) if values else None
@@ -281,7 +291,8 @@ def caption(results: list[CellResult]) -> str:
     gallery = f" ({one.protocol} gallery)" if one.protocol else ""
     if one.split == "test1":
         where = (
-            "built-in data, held-out test split test1; each run's epoch was chosen on the validation split"
+            "built-in data, held-out test split test1; each run's epoch was chosen on the validation split, "
+            f"where its {HEADLINE[one.dataset]} is what stands under validation"
         )
     else:
         where = "validation split, on which each run's epoch was chosen as well: no test targets at hand"

@@ -51,9 +51,9 @@ class FusionLog:
                 write_csv(self.file, kept)
             else:
                 self.file.unlink()
-        module.register_forward_hook(self.observe)
+        # Numbers that change every step would be compiled in.
+        module.register_forward_hook(torch.compiler.disable(self.observe))
 
-    @torch.compiler.disable  # numbers that change every step would be compiled in
     @torch.no_grad()
     def observe(self, module: nn.Module, inputs: tuple[Tensor, ...], output: FusionOutput) -> None:
         """The hook: measure the output of a step that is due. Validation is not looked at."""

@@ -5,15 +5,17 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import torch
 from tqdm import tqdm
 
 from sprc.data.captions import process_caption
-from sprc.data.cirr import load_cirr
+from sprc.data.cirr import load_cirr, load_cirr_test
 from sprc.data.datasets import Triplet, check_images, quote, require_text
 from sprc.data.fashioniq import load_fashioniq
 from sprc.errors import InputError
 from sprc.evaluation import Scorer
+from sprc.fusion_probe import probe
 from sprc.gate_maps import draw_sheet, picture_of, view_queries
 from sprc.gate_page import write_page
 from sprc.localisation import as_text, localise, read_edits, require_squares
@@ -31,13 +33,16 @@ NOTE = (
 
 
 def run_visualisation(arguments: argparse.Namespace) -> None:
-    """Draw the chosen queries, or references under several captions; with ``localisation`` also measure.
+    """Draw the chosen queries, or references under several captions.
 
+    With ``localisation`` also measure where the edits are, with ``probe`` what recall owes to them.
     Raises :class:`InputError` before any long work.
     """
     split = load_split(arguments)
     edits = read_edits(arguments.data_path, split) if arguments.localisation else None
     groups = choose(split, arguments)
+    if arguments.probe and any(triplet.target is None for triplet in split.triplets):
+        raise InputError(f"--probe: the split {split.name} keeps its targets secret; give --split val")
     scorer = Scorer.from_flags(arguments)
     if scorer.checkpoint.model.gated_fusion is None:
         raise InputError(
@@ -65,12 +70,25 @@ def run_visualisation(arguments: argparse.Namespace) -> None:
         write_csv(out / "localisation.csv", rows)
         print(as_text(rows))
         print(f"wrote {out / 'localisation.csv'}")
+    if arguments.probe:
+        rows = probe(scorer, split)
+        write_csv(out / "probe.csv", rows)
+        shown = [name for name in rows[0] if "recall" in name or name.startswith("mean(")]
+        print(
+            pd.DataFrame(rows).set_index("edit")[shown].to_string(float_format=lambda value: f"{value:.1f}")
+        )
+        print(f"wrote {out / 'probe.csv'}")
 
 
 def load_split(arguments: argparse.Namespace) -> Split:
     """The split that the flags name; FashionIQ's is of one type."""
     if arguments.dataset == "cirr":
-        return load_cirr(arguments.data_path, arguments.split)
+        with_targets = arguments.probe and arguments.split == "test1"
+        return (
+            load_cirr_test(arguments.data_path)
+            if with_targets
+            else load_cirr(arguments.data_path, arguments.split)
+        )
     return load_fashioniq(arguments.data_path, arguments.split, arguments.fiq_type, arguments.fiq_protocol)
 
 
@@ -96,8 +114,8 @@ def choose(split: Split, arguments: argparse.Namespace) -> list[list[Triplet]]:
     """
     if arguments.queries < 0:
         raise InputError(f"--queries {arguments.queries}: give a whole number of at least 0")
-    if arguments.queries == 0 and not arguments.localisation:
-        raise InputError("--queries 0 draws nothing; give at least 1, or add --localisation")
+    if arguments.queries == 0 and not (arguments.localisation or arguments.probe):
+        raise InputError("--queries 0 draws nothing; give at least 1, or add --localisation or --probe")
     if arguments.off_model_path is not None and not arguments.localisation:
         raise InputError(f"--off-model-path {arguments.off_model_path}: only --localisation uses it; add it")
     if arguments.captions is not None and len(arguments.same_image or ()) != 1:
