@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import sys
 
 import pytest
 from PIL import Image
@@ -20,6 +21,12 @@ st_testing = pytest.importorskip("streamlit.testing.v1", reason="Streamlit is no
 
 MARKUP = "<img src=x onerror=alert(1)> **bold** [link](https://example.org) :red[make] $x^2$ it blue"
 NAME = "a/dev-0-0-img0.png"
+
+
+@pytest.fixture(autouse=True)
+def own_main(monkeypatch):
+    """Streamlit puts its script in the place of `__main__`, which new processes of other tests look at."""
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
 
 
 def script(index, samples=None):
