@@ -241,15 +241,15 @@ def test_gradients_equal_those_of_the_plain_model(
 
 
 @pytest.mark.parametrize("changes", [VARIANTS[name] for name in ("gated", "off")], ids=str)
-def test_compiled_losses_are_the_same(tokenizer, changes: dict) -> None:
+def test_compiled_embeddings_are_the_same(tokenizer, changes: dict) -> None:
     model = build_model(tokenizer, **changes)
-    compiled = torch.compile(model.losses, dynamic=True, backend="eager")
+    compiled = torch.compile(model.embed_tokens, dynamic=True, backend="eager")
     tokens = model.vit_tokens(random_images(2 * len(CAPTIONS), model.config))
     for captions in (CAPTIONS, CAPTIONS[:1] * 3):  # of other lengths
         text = model.tokenize(captions)
-        expected = model.losses(tokens, text)
-        for name, loss in compiled(tokens, text).items():
-            torch.testing.assert_close(loss, expected[name], msg=name)
+        expected = model.embed_tokens(tokens, text)
+        for name, rows in compiled(tokens, text).items():
+            torch.testing.assert_close(rows, expected[name], msg=name)
 
 
 def test_mixed_precision_scores_in_float32(tokenizer) -> None:

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import reprlib
+import signal
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +23,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from sprc.data.captions import process_caption
+from sprc.distributed import objects_of_all_ranks, rank, world_size
 from sprc.errors import InputError
 
 Transform = Callable[[Image.Image], Tensor]
@@ -125,6 +127,24 @@ class ImageDataset(Dataset):
         return index, self.load(self.image_paths[self.names[index]])
 
 
+def batches_of_rank(length: int, batch_size: int) -> list[range]:
+    """Which of ``length`` items this rank takes: every batch of them that is its turn.
+
+    Whole batches, so that the tensors are those of a single process, and so is their rounding.
+    """
+    starts = range(rank() * batch_size, length, world_size() * batch_size)
+    return [range(start, min(start + batch_size, length)) for start in starts]
+
+
+def ignore_stop_signals(_worker: int) -> None:
+    """For a process that reads images: the one that it reads for decides when both stop.
+
+    A terminal, torchrun and Slurm send SIGINT and SIGTERM to all of a run's processes.
+    """
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
+
+
 def image_loader(transform: Transform) -> Loader:
     """What reads an image file into (3, S, S) pixels, see :func:`load_image`."""
     return partial(load_image, transform=transform)
@@ -149,13 +169,17 @@ def load_image(path: Path, transform: Transform) -> Tensor:
 def check_images(image_paths: dict[str, Path], names: Iterable[str]) -> None:
     """Look at the images of ``names`` before a run, as :func:`inspect_images` does without decoding.
 
-    Raises one :class:`InputError` with the number of bad images and what is wrong with the first.
+    The ranks share the work. Raises one :class:`InputError` with the number of bad images and what is wrong
+    with the first.
     """
     paths = [image_paths[name] for name in dict.fromkeys(names)]
-    if problems := [found.problem for found in inspect_images(paths) if found.problem]:
+    own = range(rank(), len(paths), world_size())
+    found = zip(own, inspect_images([paths[number] for number in own]), strict=True)
+    parts = objects_of_all_ranks([(number, finding.problem) for number, finding in found if finding.problem])
+    if problems := sorted(problem for part in parts for problem in part):
         folder = os.path.commonpath([path.parent for path in paths])
         raise InputError(
-            f"{folder}: {len(problems)} of {len(paths)} images cannot be used; first: {problems[0]}"
+            f"{folder}: {len(problems)} of {len(paths)} images cannot be used; first: {problems[0][1]}"
         )
 
 
