@@ -322,9 +322,9 @@ class Trainer:
         self.progress = Progress(**state["progress"])
         self.saved_step = step
         if same_ranks:
-            torch.set_rng_state(random[rank()])
+            torch.set_rng_state(random[rank()].clone())  # torch crashes on a view that starts further in
             if len(state["random_cuda"]) and self.model.device.type == "cuda":
-                torch.cuda.set_rng_state(state["random_cuda"][rank()], self.model.device)
+                torch.cuda.set_rng_state(state["random_cuda"][rank()].clone(), self.model.device)
         else:
             seed_rank(self.config.seed, self.progress.epoch)
         return note

@@ -246,8 +246,8 @@ class Blip2QformerCirAlignPrompt(nn.Module):
             return torch.cat([self.visual_encoder(part) for part in image.split(len(image) if on_gpu else 1)])
 
     def normalise(self, tokens: Tensor) -> Tensor:
-        """ln_vision, which is trained: (B, N, D) to (B, N, D) float32."""
-        return self.ln_vision(tokens.float())
+        """ln_vision, which is trained: (B, N, D) to (B, N, D) of its own type, float32 in use."""
+        return self.ln_vision(tokens.to(self.ln_vision.weight.dtype))
 
     def to_be_read(self, tokens: Tensor) -> Tensor | ScaledImage:
         """The same for tokens that only the Q-Former reads: no gradient goes to frozen (B, N, D) tokens."""
@@ -255,7 +255,9 @@ class Blip2QformerCirAlignPrompt(nn.Module):
             return self.normalise(tokens)
         norm = self.ln_vision
         return ScaledImage(
-            F.layer_norm(tokens.float(), norm.normalized_shape, eps=norm.eps), norm.weight, norm.bias
+            F.layer_norm(tokens.to(norm.weight.dtype), norm.normalized_shape, eps=norm.eps),
+            norm.weight,
+            norm.bias,
         )
 
     def fuse(self, reference_embeds: Tensor, text: Text) -> FusionOutput | None:
