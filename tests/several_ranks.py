@@ -43,7 +43,7 @@ STEPS = {"num_epochs": 5, "batch_size": 8, "learning_rate": 1e-3, "num_workers":
 
 
 def on_ranks(ranks, folder, case, *arguments, timeout=60):
-    """Run ``case(folder, *arguments)`` on so many ranks; leave `stderr_R.txt` and `codes.json` in ``folder``."""
+    """Run ``case(folder, *arguments)`` on so many ranks; leave `stderr_R.txt` and `codes.json` there."""
     folder.mkdir(parents=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -190,7 +190,7 @@ def killed(folder):
 
 def stuck(folder):
     if rank() == 1:
-        time.sleep(60)  # it is ended before
+        time.sleep(12)
     torch.distributed.all_reduce(torch.zeros(1))
 
 
@@ -261,7 +261,9 @@ def make_images(folder):
 def main(out, data, checkpoint):
     torch.set_num_threads(1)
     images = make_images(out / "images")
-    torch.set_default_dtype(torch.float64)  # in float32 rounding alone moves what has no gradient, see the test
+    torch.set_default_dtype(
+        torch.float64
+    )  # in float32 rounding alone moves what has no gradient, see the test
     for ranks in (1, 2, 4):
         for name, changes in FUSION.items():
             on_ranks(ranks, out / f"plain_{name}_{ranks}", train, changes)
