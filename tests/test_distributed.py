@@ -18,7 +18,9 @@ import torch
 from conftest import small_config
 from runner import ENVIRONMENT, ROOT, read_csv, run
 from test_validation import NAMES
+from torch.utils.data import DataLoader
 
+from sprc.data.datasets import leave_signals_to_parent
 from sprc.distributed import process_group
 from sprc.errors import InputError
 from sprc.fine_tuning import chunk_of
@@ -288,6 +290,23 @@ def test_an_environment_that_is_not_torchrun_s_is_refused(monkeypatch, environme
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=message), process_group(1):
         raise AssertionError("it began")
+
+
+def test_a_reader_outlives_a_signal_that_its_parent_did_not_send():
+    loader = DataLoader(range(40), num_workers=1, worker_init_fn=leave_signals_to_parent, prefetch_factor=1)
+    items = iter(loader)
+    found = [next(items).item()]
+    (worker,) = items._workers
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        subprocess.run(["kill", f"-{int(signum)}", str(worker.pid)], check=True)
+    found += [item.item() for item in items]
+    assert found == list(range(40))
+    items = iter(loader)
+    (worker,) = items._workers
+    next(items)
+    worker.terminate()  # as at the parent's end
+    worker.join(10)
+    assert not worker.is_alive()
 
 
 # --- the script, as two machines run it

@@ -95,7 +95,8 @@ def test_without_dropout_it_is_the_plain_step(tokenizer, changes, chunk):
     samples = batch(model)
     losses = model(samples)
     (losses["loss_itc"] + 0.4 * losses["loss_rtc"] + 0.3 * losses["loss_align"]).backward()
-    assert_same(cached(model, samples, chunk), (losses, gradients(model)))
+    theirs = losses, gradients(model)
+    assert_same(cached(model, samples, chunk), theirs)
 
 
 def test_mixed_precision_and_a_scaled_loss_pass_through(tokenizer):
@@ -112,14 +113,18 @@ def test_mixed_precision_and_a_scaled_loss_pass_through(tokenizer):
     assert_same((losses, {name: value / 64 for name, value in scaled.items()}), theirs, rtol=0.05, atol=0.02)
 
 
-def test_compiled_it_is_exact_with_dropout(tokenizer):
-    model = build(tokenizer, **DROPOUT)
-    samples = batch(model)
-    model.embed_tokens = torch.compile(model.embed_tokens, dynamic=True, backend="aot_eager")
-    torch.manual_seed(4)
-    theirs = whole_graph(model, samples, 2)
-    torch.manual_seed(4)
-    assert_same(cached(model, samples, 2), theirs)
+def test_both_passes_run_the_same_kernels(tokenizer):
+    """With a graph and under the same autocast: a compiled model draws its random numbers by its graph."""
+    model = build(tokenizer)
+    seen, embed = [], model.embed
+
+    def watched(samples):
+        seen.append((len(samples["text_input"]), torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+        return embed(samples)
+
+    model.embed = watched
+    cached(model, batch(model), 2, lambda: torch.autocast("cpu", torch.bfloat16))
+    assert seen == [(rows, True, True) for rows in (2, 2, 1, 2, 2, 1)]
 
 
 def test_a_frozen_vision_transformer_runs_once_an_image(tokenizer):

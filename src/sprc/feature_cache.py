@@ -42,8 +42,8 @@ from sprc.data.datasets import (
     Loader,
     batches_of_rank,
     check_images,
-    ignore_stop_signals,
     image_loader,
+    leave_signals_to_parent,
 )
 from sprc.data.transforms import make_transform
 from sprc.distributed import from_main, objects_of_all_ranks, rank, wait_for_all, world_size
@@ -219,7 +219,7 @@ class FeatureCache:
             batch_sampler=batches_of_rank(len(paths), batch_size),
             num_workers=num_workers,
             generator=torch.Generator(),
-            worker_init_fn=ignore_stop_signals,
+            worker_init_fn=leave_signals_to_parent,
         )
         first = from_main(lambda: 1 + max((record for _, record, _ in self._index()), default=-1))
         records = {digest: first + number for number, digest in enumerate(digests)}

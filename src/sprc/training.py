@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
 from sprc.config import AMP
-from sprc.data.datasets import TripletDataset, ignore_stop_signals
+from sprc.data.datasets import TripletDataset, leave_signals_to_parent
 from sprc.distributed import from_main, of_all_ranks, rank, seed_rank, wait_for_all, world_size
 from sprc.errors import InputError, Interrupted
 from sprc.grad_cache import Embedder, GradCache
@@ -221,7 +221,7 @@ class Trainer:
             generator=torch.Generator(),
             num_workers=config.num_workers,
             persistent_workers=config.num_workers > 0,
-            worker_init_fn=ignore_stop_signals,
+            worker_init_fn=leave_signals_to_parent,
             pin_memory=model.device.type == "cuda",
         )
         self.optimizer = make_optimizer(model, config.learning_rate, config.other_rates)

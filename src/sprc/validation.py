@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from sprc.data.captions import process_caption
 from sprc.data.cirr import CirrSplit
-from sprc.data.datasets import ImageDataset, Loader, batches_of_rank, ignore_stop_signals
+from sprc.data.datasets import ImageDataset, Loader, batches_of_rank, leave_signals_to_parent
 from sprc.data.fashioniq import FashionIQSplit
 from sprc.distributed import sum_over_ranks
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
@@ -88,7 +88,7 @@ def encode_split(
         ImageDataset(names, split.image_paths, load),
         batch_sampler=batches_of_rank(len(names), batch_size),
         num_workers=num_workers,
-        worker_init_fn=ignore_stop_signals,
+        worker_init_fn=leave_signals_to_parent,
     )
     hidden = any(triplet.target is None for triplet in split.triplets)
     was_training = model.training

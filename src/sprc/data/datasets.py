@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -136,13 +137,22 @@ def batches_of_rank(length: int, batch_size: int) -> list[range]:
     return [range(start, min(start + batch_size, length)) for start in starts]
 
 
-def ignore_stop_signals(_worker: int) -> None:
-    """For a process that reads images: the one that it reads for decides when both stop.
+def leave_signals_to_parent(_worker: int) -> None:
+    """For a process that reads images: SIGINT and SIGTERM end it only where the one it reads for sends them.
 
-    A terminal, torchrun and Slurm send SIGINT and SIGTERM to all of a run's processes.
+    A terminal, torchrun and Slurm send them to all processes of a run. Were the readers gone at once, there
+    would be no step to stop after.
     """
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # a handler would not know who sent it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def image_loader(transform: Transform) -> Loader:
