@@ -26,6 +26,7 @@ from sprc.errors import InputError
 from sprc.fine_tuning import chunk_of
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.gated_fusion import FUSION_STRATEGIES
+from sprc.run_folder import append_csv, write_csv, write_json
 from sprc.training import EpochOrder, TrainingConfig
 
 
@@ -290,6 +291,15 @@ def test_an_environment_that_is_not_torchrun_s_is_refused(monkeypatch, environme
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=message), process_group(1):
         raise AssertionError("it began")
+
+
+def test_rank_0_alone_writes(monkeypatch, tmp_path):
+    for number, wanted in ((1, []), (0, ["a.csv", "b.json", "c.csv"])):
+        monkeypatch.setattr("sprc.run_folder.rank", lambda number=number: number)
+        write_csv(tmp_path / "a.csv", [{"x": 1}])
+        write_json(tmp_path / "b.json", {})
+        append_csv(tmp_path / "c.csv", {"x": 1})
+        assert sorted(path.name for path in tmp_path.iterdir()) == wanted
 
 
 def test_a_reader_outlives_a_signal_that_its_parent_did_not_send():
