@@ -8,6 +8,7 @@ CIRR, as published, with fusion:
 Plain SPRC: the same with --no-use-gated-fusion.
 After a crash or Ctrl-C:
     python src/blip_fine_tune_2.py --resume RUN_FOLDER
+On N GPUs: torchrun --nproc-per-node N in place of python.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 from sprc.config import AMP, BACKBONES, FUSION_STARTS, FUSION_TEXTS, GALLERY_DTYPES, POOLS
 from sprc.data import PROTOCOLS, TRANSFORMS
 from sprc.errors import run_script
-from sprc.flags import ROOT, add_cache_flags
+from sprc.flags import ROOT, add_cache_flags, add_timeout_flag
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -47,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
         help="where the run's folder goes; default: models/",
     )
     add("--num-epochs", type=int, default=10, help="default: %(default)s")
-    add("--batch-size", type=int, default=64, help="triplets a step; default: %(default)s")
+    add("--batch-size", type=int, default=64, help="triplets a step, of all GPUs; default: %(default)s")
     add("--learning-rate", type=float, default=1e-5, help="peak of the schedule; default: %(default)s")
     add(
         "--loss-align",
@@ -80,7 +81,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--save-best", action="store_true", help="with --save-training: keep only the best one")
     add("--save-full", action="store_true", help="save the frozen vision transformer, too")
     add("--save-memory", action="store_true", help="keep the gallery's features in main memory")
-    add("--num-workers", type=int, default=2, help="processes that read images; default: %(default)s")
+    add("--num-workers", type=int, default=2, help="processes a GPU that read images; default: %(default)s")
     add("--seed", type=int, default=0, help="of weights, data order and dropout; default: %(default)s")
     add("--device", default=None, help="cpu, cuda, cuda:1, ...; default: cuda if there is one")
     add(
@@ -96,7 +97,8 @@ def parse_arguments() -> argparse.Namespace:
         choices=GALLERY_DTYPES,
         help="of the gallery's features in validation; default: %(default)s",
     )
-    speed = parser.add_argument_group("speed")
+    add_timeout_flag(parser)
+    speed = parser.add_argument_group("speed and memory")
     add_cache_flags(speed)
     speed.add_argument(
         "--amp",
@@ -105,6 +107,13 @@ def parse_arguments() -> argparse.Namespace:
         help="mixed precision; auto (default): bf16 where the GPU has it, else fp16, off on a CPU",
     )
     speed.add_argument("--compile", action="store_true", help="torch.compile what is trained")
+    speed.add_argument(
+        "--grad-cache",
+        type=int,
+        default=None,
+        metavar="CHUNK",
+        help="larger batches than memory holds: embed CHUNK triplets at once, twice; the result is the same",
+    )
     fusion = parser.add_argument_group("fusion of the text into the reference's image tokens")
     add = fusion.add_argument
     add("--use-gated-fusion", action=argparse.BooleanOptionalAction, default=None, help="off is plain SPRC")
@@ -158,9 +167,11 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Parse, then call the library (imported late, so that --help is quick)."""
     arguments = parse_arguments()
+    from sprc.distributed import process_group
     from sprc.fine_tuning import fine_tune
 
-    fine_tune(arguments)
+    with process_group(arguments.timeout):
+        fine_tune(arguments)
 
 
 if __name__ == "__main__":

@@ -35,9 +35,11 @@ def main() -> None:
     add("--save-rankings", type=Path, default=None, metavar="FILE", help="JSON: each query's top 50")
     add_scoring_flags(parser)
     arguments = parser.parse_args()
+    from sprc.distributed import process_group
     from sprc.evaluation import run_validation
 
-    run_validation(arguments)
+    with process_group(arguments.timeout):
+        run_validation(arguments)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,11 @@ def main() -> None:
     if arguments.name is None:
         folder = arguments.model_path.resolve().parent
         arguments.name = folder.parent.name if folder.name == "saved_models" else arguments.model_path.stem
+    from sprc.distributed import process_group
     from sprc.evaluation import run_submission
 
-    run_submission(arguments)
+    with process_group(arguments.timeout):
+        run_submission(arguments)
 
 
 if __name__ == "__main__":

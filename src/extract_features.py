@@ -12,7 +12,7 @@ from pathlib import Path
 from sprc.config import BACKBONES
 from sprc.data import PROTOCOLS, TRANSFORMS
 from sprc.errors import run_script
-from sprc.flags import ROOT, add_cache_flags
+from sprc.flags import ROOT, add_cache_flags, add_timeout_flag
 
 SPLITS = ("train", "val", "test")
 
@@ -46,10 +46,13 @@ def main() -> None:
     add("--num-workers", type=int, default=2, help="processes that read images; default: %(default)s")
     add("--seed", type=int, default=0, help="of weights that start at random (tiny); default: %(default)s")
     add("--device", default=None, help="cpu, cuda, cuda:1, ...; default: cuda if there is one")
+    add_timeout_flag(parser)
     arguments = parser.parse_args()
+    from sprc.distributed import process_group
     from sprc.feature_extraction import extract_features
 
-    extract_features(arguments)
+    with process_group(arguments.timeout):
+        extract_features(arguments)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,10 @@ from runner import ENVIRONMENT, ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import fusion
+import grad_cache
 import measure
 import run as bench
+import scaling
 import steps
 
 MEGABYTE = 10**6
@@ -126,6 +128,24 @@ def test_captions_are_of_cirrs_length() -> None:
     assert 10.5 < sum(lengths) / len(lengths) < 12.5
     assert min(lengths) >= 3
     assert max(lengths) <= 28
+
+
+def test_the_cached_step_is_held_against_the_plain_one(monkeypatch) -> None:
+    grad_cache.assert_equal(QUICK)
+    monkeypatch.setattr(grad_cache.GradCache, "backward", lambda self: None)
+    with pytest.raises((AssertionError, TypeError)):
+        grad_cache.assert_equal(QUICK)
+
+
+def test_bytes_of_a_ring_are_those_of_its_steps() -> None:
+    """R - 1 steps that add up parts of 1 / R, and R - 1 that hand the sums round."""
+    for ranks in (2, 8):
+        sent = sum(4_000 / ranks for _ in range(2) for _ in range(ranks - 1))
+        assert scaling.ring_bytes(4_000, ranks) == pytest.approx(sent)
+    moved = scaling.step_bytes(parameters=1_000, ranks=2, batch=1)
+    assert moved == {"gradients": 4_000, "features": 32_768, "their gradients": 65_536}
+    low, high = scaling.efficiency(1.0, {"gradients": 1e9, "features": 5e8}, gigabytes=1)
+    assert (low, high) == pytest.approx((1 / 2.5, 1 / (1 + 1 / 3 + 0.5)))
 
 
 def test_the_step_on_lavis_equals_ours() -> None:

@@ -242,22 +242,20 @@ def test_gradients_equal_those_of_the_plain_model(
 
 
 @pytest.mark.parametrize("changes", [VARIANTS[name] for name in ("gated", "off")], ids=str)
-def test_compiled_losses_are_the_same_and_their_fusion_is_logged(tokenizer, changes, tmp_path) -> None:
+def test_compiled_embeddings_are_the_same_and_their_fusion_is_logged(tokenizer, changes, tmp_path) -> None:
     model = build_model(tokenizer, fusion_dropout=0.0, **changes)
     module = model.gated_fusion or torch.nn.Identity()
     log = FusionLog(module.train(), tmp_path, every=1)
-    compiled = torch.compile(model.losses, dynamic=True, backend="eager")
+    compiled = torch.compile(model.embed_tokens, dynamic=True, backend="eager")
     tokens = model.vit_tokens(random_images(2 * len(CAPTIONS), model.config))
     for captions in (CAPTIONS, CAPTIONS[:1] * 3):  # of other lengths
         text = model.tokenize(captions)
-        expected = model.losses(tokens, text)
-        logged, log.row = log.row, {}
-        for name, loss in compiled(tokens, text).items():
-            torch.testing.assert_close(loss, expected[name], msg=name)
-        assert log.row.keys() == logged.keys()
-        for name, value in logged.items():
-            torch.testing.assert_close(log.row[name], value, msg=name)
-    assert bool(log.row) == (model.gated_fusion is not None)
+        expected = model.embed_tokens(tokens, text)
+        logged, log.parts = log.parts, []
+        for name, rows in compiled(tokens, text).items():
+            torch.testing.assert_close(rows, expected[name], msg=name)
+        torch.testing.assert_close(log.parts, logged)
+    assert bool(logged) == (model.gated_fusion is not None)
 
 
 def test_mixed_precision_scores_in_float32(tokenizer) -> None:

@@ -1,5 +1,6 @@
 """How a run ends that cannot go on: what the user gave is wrong, or the user asked it to stop."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -28,6 +29,16 @@ class Interrupted(Exception):
         self.signum = signum
 
 
+# What a user can act on; anything else is a bug.
+EXPECTED = (InputError, FloatingPointError, OSError)
+
+
+def print_error(error: Exception) -> int:
+    """Print one of ``EXPECTED`` as one line on stderr; return the exit code that it has."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return 2 if isinstance(error, InputError) else 1
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's ``main``; what a user can act on ends it with one line on stderr, no traceback.
 
@@ -35,10 +46,11 @@ def run_script(main: Callable[[], None]) -> None:
     finite) and an ``OSError`` (a full disk); 128 and the signal's number for :class:`Interrupted`. Anything
     else is a bug and keeps its traceback.
     """
+    if "WORLD_SIZE" in os.environ and os.environ.get("RANK", "0") != "0":
+        os.environ["TQDM_DISABLE"] = "1"  # tqdm looks when it is imported; rank 0 alone draws bars
     try:
         main()
     except Interrupted as stop:
         sys.exit(128 + stop.signum)
-    except (InputError, FloatingPointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
+    except EXPECTED as error:
+        sys.exit(print_error(error))

@@ -10,12 +10,13 @@ from sprc.checkpoint import Checkpoint, load_checkpoint
 from sprc.data.cirr import CirrSplit, load_cirr
 from sprc.data.datasets import Transform
 from sprc.data.transforms import make_transform
+from sprc.distributed import from_main
 from sprc.errors import InputError
 from sprc.feature_cache import open_images
 from sprc.models.factory import choose_device, place
 from sprc.ranking import Ranking
 from sprc.run_folder import write_csv, write_json
-from sprc.validation import EncodedSplit, Split, encode_split, rank_split
+from sprc.validation import LARGEST_BATCH, EncodedSplit, Split, encode_split, rank_split
 
 TOP = 50
 TOP_IN_SET = 3
@@ -58,6 +59,7 @@ class Scorer:
         print(checkpoint.found, flush=True)
         place(checkpoint.model, choose_device(device))
         own = {name: checkpoint.hyperparameters.get(name, value) for name, value in PUBLISHED.items()}
+        own["batch_size"] = min(own["batch_size"], LARGEST_BATCH)
         given = {name: value for name, value in given.items() if value is not None and value is not False}
         return cls(checkpoint, {**own, **given, "feature_cache": feature_cache})
 
@@ -96,6 +98,13 @@ def run_validation(arguments: argparse.Namespace) -> dict[str, float | str]:
         arguments.dataset, arguments.data_path, arguments.fiq_protocol, arguments.split
     )
     encoded = Scorer.from_flags(arguments).encode(benchmark.splits)
+    return from_main(lambda: report_scores(arguments, benchmark, encoded))
+
+
+def report_scores(
+    arguments: argparse.Namespace, benchmark: Benchmark, encoded: list[EncodedSplit]
+) -> dict[str, float | str]:
+    """Rank, print, and write what :func:`run_validation` is asked for."""
     k = TOP if arguments.save_rankings else None
     rankings = [rank_split(split, one, k=k) for split, one in zip(benchmark.splits, encoded, strict=True)]
     metrics = benchmark.metrics(rankings)
@@ -146,6 +155,13 @@ def run_submission(arguments: argparse.Namespace) -> tuple[Path, Path]:
     """
     split = load_cirr(arguments.data_path, "test1")
     (encoded,) = Scorer.from_flags(arguments).encode([split])
+    return from_main(lambda: write_submission(arguments, split, encoded))
+
+
+def write_submission(
+    arguments: argparse.Namespace, split: CirrSplit, encoded: EncodedSplit
+) -> tuple[Path, Path]:
+    """Rank, check and write what :func:`run_submission` promises."""
     ranking = rank_split(split, encoded, k=TOP)
     names = list(split.image_paths)
     ids = [str(triplet.pair_id) for triplet in split.triplets]

@@ -14,6 +14,7 @@ transformer's weights, the precision it runs in, the preprocessing, the type the
 A record is found by the image's bytes, so a changed image is computed again and a renamed one is not.
 Readers map the pages of the records they ask for, and nothing else; any number of processes may read at once.
 One at a time fills, under a lock. Its lines follow its records, so a killed one loses the batch it was at.
+Ranks that torchrun started share the looking, the verifying and the computing; rank 0 alone writes.
 """
 
 import fcntl
@@ -30,13 +31,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from sprc.data.datasets import ImageDataset, Loader, check_images, image_loader
+from sprc.data.datasets import (
+    ImageDataset,
+    Loader,
+    batches_of_rank,
+    check_images,
+    image_loader,
+    leave_signals_to_parent,
+)
 from sprc.data.transforms import make_transform
+from sprc.distributed import from_main, objects_of_all_ranks, rank, wait_for_all, world_size
 from sprc.errors import InputError
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.run_folder import write_json
@@ -96,7 +106,7 @@ class FeatureCache:
 
     Raises:
         InputError: the vision transformer is trained, so that its tokens change; or the folder is not
-            a feature cache's.
+            a feature cache's, or not the same one on all ranks.
     """
 
     def __init__(
@@ -124,11 +134,21 @@ class FeatureCache:
         }
         text = json.dumps(key, sort_keys=True)
         self.folder = folder / hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        described = self.folder / "key.json"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            described = self.folder / "key.json"
-            if not described.exists():
-                write_json(described, key)
+            if rank() == 0:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                if not described.exists():
+                    write_json(described, key)
+        except OSError as error:
+            raise InputError(f"--feature-cache: {self.folder} cannot be used ({error}); remove it") from error
+        wait_for_all()
+        if rank() and not described.exists():
+            raise InputError(
+                f"--feature-cache {folder}: rank {rank()} does not see what rank 0 wrote there; give a "
+                "folder on a disk that all machines share"
+            )
+        try:
             if json.loads(described.read_text()) != json.loads(text):
                 raise ValueError("key.json tells of another key")
         except (OSError, ValueError) as error:
@@ -161,7 +181,8 @@ class FeatureCache:
             InputError: an image cannot be read; a token does not fit into the stored type; or the disk is
                 too small, which is known before the first image is computed.
         """
-        digests = self._digests(list(dict.fromkeys(paths)))
+        paths = list(dict.fromkeys(paths))
+        digests = self._digests(paths)
         found = self._verified(set(digests.values()))
         computed = 0
         if set(digests.values()) - set(found):
@@ -185,30 +206,58 @@ class FeatureCache:
         batch_size: int,
         num_workers: int,
     ) -> dict[str, int]:
-        """Compute, append and return the records of ``missing``, {digest: path}."""
+        """Compute, append and return the records of ``missing``, {digest: path}.
+
+        A batch is computed by the rank whose turn it is; rank 0 takes them in their order and writes.
+        """
         digests, paths = list(missing), list(missing.values())
         names = [str(path) for path in paths]
         images = ImageDataset(names, dict(zip(names, paths, strict=True)), image_loader(transform))
         loader = DataLoader(
             # A generator of its own: filled or not, the cache leaves a training's random numbers alone.
             images,
-            batch_size,
+            batch_sampler=batches_of_rank(len(paths), batch_size),
             num_workers=num_workers,
             generator=torch.Generator(),
+            worker_init_fn=leave_signals_to_parent,
         )
-        first = 1 + max((record for _, record, _ in self._index()), default=-1)
+        first = from_main(lambda: 1 + max((record for _, record, _ in self._index()), default=-1))
+        records = {digest: first + number for number, digest in enumerate(digests)}
+        computed = (model.vit_tokens(batch.to(model.device)).to(self.dtype).cpu() for _, batch in loader)
+        with torch.no_grad():
+            if rank():
+                for tokens in computed:
+                    dist.send(tokens.contiguous().view(torch.uint8), 0)
+            else:
+                self._write(paths, digests, first, self._in_turns(len(paths), batch_size, computed))
+        wait_for_all()
+        return records
+
+    def _in_turns(self, images: int, batch_size: int, own: Iterator[Tensor]) -> Iterator[Tensor]:
+        """The tokens of each batch in their order, this rank's own and what the others send: (b, N, D)."""
+        for number, start in enumerate(range(0, images, batch_size)):
+            sender = number % world_size()
+            if sender == 0:
+                yield next(own)
+            else:
+                count, (rows, width) = min(batch_size, images - start), self.shape
+                received = torch.empty(count, rows, width * self.dtype.itemsize, dtype=torch.uint8)
+                dist.recv(received, sender)
+                yield received.view(self.dtype)
+
+    def _write(self, paths: list[Path], digests: list[str], first: int, batches: Iterator[Tensor]) -> None:
+        """Append the records of ``paths``, from number ``first`` on, and their lines, batch by batch."""
         index_file = self.folder / "index.txt"
         with (
             self.tokens_file.open("r+b" if self.tokens_file.exists() else "w+b") as tokens_file,
             index_file.open("a+b") as index,
-            torch.no_grad(),
             tqdm(total=len(paths), desc="Extracting features", unit="image") as bar,
         ):
             cut_torn_line(index)
-            for numbers, batch in loader:
-                tokens = model.vit_tokens(batch.to(model.device)).to(self.dtype).cpu()
+            written = 0
+            for tokens in batches:
                 lines = []
-                for number, record in zip(numbers.tolist(), tokens, strict=True):
+                for number, record in enumerate(tokens, start=written):
                     if not record.isfinite().all():
                         raise InputError(
                             f"{paths[number]}: a token of the vision transformer does not fit into "
@@ -221,10 +270,10 @@ class FeatureCache:
                 tokens_file.flush()
                 index.write("".join(lines).encode())
                 index.flush()
+                written += len(lines)
                 bar.update(len(lines))
             os.fsync(tokens_file.fileno())
             os.fsync(index.fileno())
-        return {digest: first + number for number, digest in enumerate(digests)}
 
     def _index(self) -> Iterator[tuple[str, int, int]]:
         """(digest, record, checksum) of each line; the later of two lines of one digest holds."""
@@ -243,37 +292,35 @@ class FeatureCache:
 
     def _verified(self, digests: set[str]) -> dict[str, int]:
         """The records of those of ``digests`` that are there and whose checksum is right."""
-        entries = {digest: (record, crc) for digest, record, crc in self._index() if digest in digests}
-        if not entries:
-            return {}
+        lines = {digest: (record, crc) for digest, record, crc in self._index() if digest in digests}
+        entries = dict(list(lines.items())[rank() :: world_size()])
 
         def is_right(entry: tuple[int, int]) -> bool:
             record, crc = entry
             values = os.pread(descriptor, self.record_bytes, record * self.record_bytes)
             return len(values) == self.record_bytes and zlib.crc32(values) == crc
 
-        try:
+        right: dict[str, bool] = {}
+        if self.tokens_file.exists():
             descriptor = os.open(self.tokens_file, os.O_RDONLY)
-        except FileNotFoundError:
-            return {}
-        try:
-            with ThreadPoolExecutor() as pool:
-                bar = tqdm(
-                    pool.map(is_right, entries.values()),
-                    "Verifying features",
-                    len(entries),
-                    delay=1,
-                    unit="image",
-                )
-                right = dict(zip(entries, bar, strict=True))
-        finally:
-            os.close(descriptor)
-        if damaged := sum(not ok for ok in right.values()):
+            try:
+                with ThreadPoolExecutor() as pool:
+                    checks = pool.map(is_right, entries.values())
+                    bar = tqdm(checks, "Verifying features", len(entries), delay=1, unit="image")
+                    right = dict(zip(entries, bar, strict=True))
+            finally:
+                os.close(descriptor)
+        parts = objects_of_all_ranks({digest: entries[digest][0] for digest, ok in right.items() if ok})
+        found = {digest: record for part in parts for digest, record in part.items()}
+        if damaged := len(lines) - len(found):
             print(f"{self.folder}: {damaged} damaged records are computed again", flush=True)
-        return {digest: entries[digest][0] for digest, ok in right.items() if ok}
+        return found
 
     def _digests(self, paths: list[Path]) -> dict[Path, str]:
-        """A digest of each file's bytes. A file that looks as it did when it was read is not read again."""
+        """A digest of each file's bytes. A file that looks as it did when it was read is not read again.
+
+        Each rank reads its share.
+        """
         file = self.folder / "files.json"
         try:
             known = json.loads(file.read_text())
@@ -297,9 +344,12 @@ class FeatureCache:
             settled = seen_at - max(looks[1], looks[2]) > SETTLED_NS
             return looks if settled else [], value
 
+        own = paths[rank() :: world_size()]
         with ThreadPoolExecutor() as pool:
-            bar = tqdm(pool.map(digest, paths), "Looking at images", len(paths), delay=1, unit="image")
-            found = dict(zip(paths, bar, strict=True))
+            bar = tqdm(pool.map(digest, own), "Looking at images", len(own), delay=1, unit="image")
+            parts = objects_of_all_ranks(dict(zip(own, bar, strict=True)))
+        of_path = {path: value for part in parts for path, value in part.items()}
+        found = {path: of_path[path] for path in paths}
         entries = {str(path.absolute()): [*looks, value] for path, (looks, value) in found.items() if looks}
         if any(known.get(name) != entry for name, entry in entries.items()):
             write_json(file, known | entries)
@@ -317,13 +367,18 @@ class FeatureCache:
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
-        """Hold the right to fill; a process that dies gives it back."""
+        """Hold the right to fill; a process that dies gives it back. Of several ranks rank 0 holds it."""
+        if rank():
+            wait_for_all()
+            yield
+            return
         with (self.folder / "lock").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 print(f"waiting for another process that fills {self.folder}", flush=True)
                 fcntl.flock(file, fcntl.LOCK_EX)
+            wait_for_all()
             yield
 
 

@@ -14,13 +14,14 @@ from sprc.checkpoint import load_checkpoint, save_checkpoint
 from sprc.config import ModelConfig, switches_from_environment
 from sprc.data.captions import process_caption
 from sprc.data.datasets import TripletDataset
+from sprc.distributed import from_main, rank, world_size
 from sprc.errors import InputError, Interrupted
 from sprc.feature_cache import open_images
 from sprc.fusion_log import FusionLog
 from sprc.models.factory import choose_device, create_model, model_class, place
 from sprc.run_folder import create_run_folder, write_json
 from sprc.training import Trainer, TrainingConfig
-from sprc.validation import encode_split, rank_split
+from sprc.validation import LARGEST_BATCH, encode_split, rank_split
 
 HYPERPARAMETERS = "training_hyperparameters.json"
 
@@ -55,7 +56,7 @@ def fine_tune(arguments: argparse.Namespace) -> Path:
         arguments = resumed_arguments(arguments)
     if arguments.log_fusion_every < 0:
         raise InputError(f"--log-fusion-every {arguments.log_fusion_every} is too small; 0 logs nothing")
-    writer = tensorboard_writer() if arguments.tensorboard else None
+    writer = tensorboard_writer() if arguments.tensorboard else None  # on all ranks, so that all complain
     for name, weight in LOSS_WEIGHTS[arguments.dataset].items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, weight)
@@ -64,6 +65,7 @@ def fine_tune(arguments: argparse.Namespace) -> Path:
         dataset=benchmark.name,
         num_epochs=arguments.num_epochs,
         batch_size=arguments.batch_size,
+        grad_cache=chunk_of(arguments),
         learning_rate=arguments.learning_rate,
         loss_weights={name: getattr(arguments, name) for name in ("loss_itm", "loss_rtc", "loss_align")},
         validation_frequency=arguments.validation_frequency,
@@ -96,11 +98,12 @@ def fine_tune(arguments: argparse.Namespace) -> Path:
         [*paths.values(), *benchmark.image_paths()],
         feature_cache=arguments.feature_cache,
         cache_dtype=arguments.cache_dtype,
-        batch_size=config.batch_size,
+        batch_size=min(config.batch_size, LARGEST_BATCH),
         num_workers=config.num_workers,
     )
     if resume is None:
-        run_folder = create_run_folder(arguments.models_path, benchmark.name, arguments.blip_model_name)
+        name = arguments.blip_model_name
+        run_folder = from_main(lambda: create_run_folder(arguments.models_path, benchmark.name, name))
         print(f"run folder: {run_folder}", flush=True)
     else:
         run_folder = resume
@@ -108,16 +111,18 @@ def fine_tune(arguments: argparse.Namespace) -> Path:
         key: value for key, value in vars(arguments).items() if key not in ("resume", "model_config")
     }
     hyperparameters |= {name: getattr(model.config, name) for name in MODEL_SWITCHES}
-    hyperparameters |= {"device": str(device), "torch": str(torch.__version__)}
+    hyperparameters |= {"device": str(device), "ranks": world_size(), "torch": str(torch.__version__)}
     hyperparameters = {k: str(v) if isinstance(v, Path) else v for k, v in hyperparameters.items()}
     if resume is None:
         write_json(run_folder / HYPERPARAMETERS, {**hyperparameters, "model_config": asdict(model.config)})
 
     def score() -> dict[str, float | str]:
-        encoding = {"batch_size": config.batch_size, "num_workers": config.num_workers}
+        batch_size = min(config.batch_size, LARGEST_BATCH)
+        encoding = {"batch_size": batch_size, "num_workers": config.num_workers}
         encoding |= {"save_memory": arguments.save_memory, "gallery_dtype": arguments.gallery_dtype}
         encoded = [encode_split(model, split, load, **encoding) for split in benchmark.splits]
-        return benchmark.metrics([rank_split(*pair) for pair in zip(benchmark.splits, encoded, strict=True)])
+        pairs = list(zip(benchmark.splits, encoded, strict=True))
+        return from_main(lambda: benchmark.metrics([rank_split(*pair) for pair in pairs]))
 
     def keep(epoch: int, metrics: dict[str, Any], earlier: list[dict[str, Any]]) -> None:
         better = all(metrics[benchmark.criterion] > row[benchmark.criterion] for row in earlier)
@@ -129,16 +134,14 @@ def fine_tune(arguments: argparse.Namespace) -> Path:
 
     if arguments.compile:
         # The method and not the model, so that parameters keep their names.
-        model.losses = torch.compile(model.losses, dynamic=True)
-    scalars = writer(run_folder / "tensorboard") if arguments.tensorboard else None
+        model.embed_tokens = torch.compile(model.embed_tokens, dynamic=True)
+    scalars = writer(run_folder / "tensorboard") if arguments.tensorboard and rank() == 0 else None
     training_set = TripletDataset(triplets, paths, load, config.seed)
     trainer = Trainer(model, training_set, config, run_folder, scalars=scalars)
     if resume is not None:
-        trainer.load_state()
-        print(
-            f"resuming {run_folder} at epoch {trainer.progress.epoch}, step {trainer.progress.step}",
-            flush=True,
-        )
+        note = trainer.load_state()
+        progress = trainer.progress
+        print(f"resuming {run_folder} at epoch {progress.epoch}, step {progress.step}{note}", flush=True)
     if model.gated_fusion is not None and arguments.log_fusion_every:
         step = trainer.progress.epoch * trainer.steps_per_epoch + trainer.progress.step
         log = FusionLog(model.gated_fusion, run_folder, arguments.log_fusion_every, step, scalars)
@@ -146,11 +149,22 @@ def fine_tune(arguments: argparse.Namespace) -> Path:
     try:
         trainer.train(score, keep)
     except Interrupted as stop:
+        launcher = "python" if world_size() == 1 else "torchrun ..."
         print(
-            f"stopped by {stop}; go on with: python src/blip_fine_tune_2.py --resume {run_folder}", flush=True
+            f"stopped by {stop}; go on with: {launcher} src/blip_fine_tune_2.py --resume {run_folder}",
+            flush=True,
         )
         raise
     return run_folder
+
+
+def chunk_of(arguments: argparse.Namespace) -> int:
+    """``--grad-cache``; 0 where it is not given, which on the command line is an error."""
+    if arguments.grad_cache is None:
+        return 0
+    if arguments.grad_cache < 1:
+        raise InputError(f"--grad-cache {arguments.grad_cache} is too small; the least is 1 (triplet)")
+    return arguments.grad_cache
 
 
 def tensorboard_writer() -> Callable[[Path], Any]:
@@ -193,5 +207,7 @@ def resumed_arguments(arguments: argparse.Namespace) -> argparse.Namespace:
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is broken; restore it from a copy") from error
     device = arguments.device or written["device"]
+    if arguments.device is None and world_size() > 1:
+        device = device.split(":")[0]  # each rank has its own GPU
     # A run of an earlier version did not know all flags: those are at their defaults.
     return argparse.Namespace(**{**vars(arguments), **written, "device": device, "resume": arguments.resume})

@@ -30,6 +30,17 @@ def add_cache_flags(
     )
 
 
+def add_timeout_flag(parser: argparse._ActionsContainer) -> None:
+    """How long the processes that torchrun started wait for each other."""
+    parser.add_argument(
+        "--timeout",
+        type=int,
+        default=1800,
+        metavar="SECONDS",
+        help="with torchrun: how long ranks wait for one that does not answer; default: %(default)s",
+    )
+
+
 def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
     """What is scored and how: the checkpoint, the data, settings that are by default the training's own."""
     add = parser.add_argument
@@ -55,6 +66,7 @@ def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
     add_cache_flags(parser, dtype=None)
     add("--save-memory", action="store_true", help="keep the gallery's features in main memory")
     add("--device", default=None, help="cpu, cuda, cuda:1, ...; default: cuda if there is one")
+    add_timeout_flag(parser)
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from sprc.distributed import of_all_ranks, rank
 from sprc.models.gated_fusion import FusionOutput
 from sprc.run_folder import append_csv, write_csv
 
@@ -27,7 +28,8 @@ class FusionLog:
     Columns: `step` over the whole run, from 0; `gate_mean`, `gate_std` over tokens and channels;
     `gate_near_0` and `gate_near_1`, the shares below 0.05 and above 0.95; `delta_norm`, the mean Euclidean
     norm of the direction; `alpha`; `mean_change`, mean |fused - image|; `gradient_norm` of all the module's
-    parameters, and `gradient_norm_NAME` of each part. What a strategy does not have has no column.
+    parameters, and `gradient_norm_NAME` of each part. What a strategy does not have has no column. Where a
+    batch is seen in parts (several ranks, gradient caching), a value is the mean of the parts' values.
 
     Args:
         module: the fusion module; a hook is put on it.
@@ -42,9 +44,9 @@ class FusionLog:
     ) -> None:
         self.module, self.file, self.every, self.step = module, run_folder / FILE, every, step
         self.scalars = scalars
-        self.row: dict[str, Tensor] = {}
+        self.parts: list[tuple[int, dict[str, Tensor]]] = []  # samples seen at once, and what was seen
         self.warned: set[str] = set()
-        if self.file.exists():
+        if self.file.exists() and rank() == 0:
             with self.file.open() as file:
                 kept = [row for row in csv.DictReader(file) if int(row["step"]) < step]
             if kept:
@@ -59,31 +61,40 @@ class FusionLog:
         """The hook: measure the output of a step that is due. Validation is not looked at."""
         if not module.training or self.step % self.every:
             return
+        row: dict[str, Tensor] = {}
         if output.gate is not None:
             gate = output.gate.float()
-            self.row["gate_mean"], self.row["gate_std"] = gate.mean(), gate.std()
-            self.row["gate_near_0"] = (gate < NEAR).float().mean()
-            self.row["gate_near_1"] = (gate > 1 - NEAR).float().mean()
+            row["gate_mean"], row["gate_std"] = gate.mean(), gate.std()
+            row["gate_near_0"] = (gate < NEAR).float().mean()
+            row["gate_near_1"] = (gate > 1 - NEAR).float().mean()
         if output.delta is not None:
-            self.row["delta_norm"] = output.delta.float().norm(dim=-1).mean()
+            row["delta_norm"] = output.delta.float().norm(dim=-1).mean()
         if hasattr(module, "alpha"):
-            self.row["alpha"] = module.alpha.detach().float()
-        self.row["mean_change"] = (output.fused - inputs[0]).abs().float().mean()
+            row["alpha"] = module.alpha.detach().float()
+        row["mean_change"] = (output.fused - inputs[0]).abs().float().mean()
+        self.parts.append((len(output.fused), row))
 
     def after_backward(self) -> None:
         """Add the gradients, write the row if one is due, and count the step."""
-        if self.row:
-            self.row["gradient_norm"] = gradient_norm(self.module)
+        if self.parts:
+            whole = sum(samples for samples, _ in self.parts)
+            row = {
+                name: sum(samples / whole * part[name] for samples, part in self.parts)
+                for name in self.parts[0][1]
+            }
+            row["gradient_norm"] = gradient_norm(self.module)
             for name, part in self.module.named_children():
                 if any(True for _ in part.parameters()):
-                    self.row[f"gradient_norm_{name}"] = gradient_norm(part)
-            values = {name: value.item() for name, value in self.row.items()}
+                    row[f"gradient_norm_{name}"] = gradient_norm(part)
+            means = of_all_ranks(torch.stack([*row.values()])).mean(dim=0).tolist()
+            values = dict(zip(row, means, strict=True))
             append_csv(self.file, {"step": self.step, **values})
             if self.scalars is not None:
                 for name, value in values.items():
                     self.scalars.add_scalar(f"fusion/{name}", value, self.step)
-            self.warn(values)
-            self.row = {}
+            if rank() == 0:
+                self.warn(values)
+            self.parts = []
         self.step += 1
 
     def warn(self, values: dict[str, float]) -> None:
@@ -112,4 +123,5 @@ class FusionLog:
 def gradient_norm(module: nn.Module) -> Tensor:
     """The Euclidean norm of all gradients of a module's parameters; 0 without any."""
     norms = [parameter.grad.float().norm() for parameter in module.parameters() if parameter.grad is not None]
-    return torch.stack(norms).norm() if norms else torch.zeros(())
+    device = next(module.parameters()).device
+    return torch.stack(norms).norm() if norms else torch.zeros((), device=device)

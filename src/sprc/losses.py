@@ -1,8 +1,39 @@
 """The losses of SPRC (ICLR 2024): two contrastive ones over the batch, and the prompt alignment."""
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from sprc.distributed import of_all_ranks, rank, world_size
+
+
+class GatherRows(torch.autograd.Function):
+    """The rows of all ranks, in their order; a row's gradient is the sum of all ranks' gradients of it."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, rows: Tensor) -> Tensor:
+        """(B, ...) on each rank to (ranks * B, ...) on all of them."""
+        ctx.count = len(rows)
+        return of_all_ranks(rows).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
+        """(ranks * B, ...) to this rank's (B, ...)."""
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad.unflatten(0, (-1, ctx.count))[rank()]
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """(B, ...) of each rank to (ranks * B, ...), with gradients; without torchrun the rows themselves.
+
+    So a rank's loss sees the global batch's targets. Where the losses of the ranks are means over their own
+    rows, the mean of the ranks' gradients, which DistributedDataParallel takes, is the gradient of the global
+    batch's loss.
+    """
+    return rows if world_size() == 1 else GatherRows.apply(rows)
 
 
 def similarity(queries: Tensor, targets: Tensor) -> Tensor:
@@ -20,13 +51,14 @@ def similarity(queries: Tensor, targets: Tensor) -> Tensor:
     return products.unflatten(1, (num_targets, num_tokens)).max(dim=2).values
 
 
-def contrastive_loss(queries: Tensor, targets: Tensor, temp: Tensor) -> Tensor:
+def contrastive_loss(queries: Tensor, targets: Tensor, temp: Tensor, first: int = 0) -> Tensor:
     """InfoNCE: cross-entropy of similarity / temp, each query's own target on the diagonal.
 
     Args:
         queries: (B, C), normalised.
-        targets: (B, Q, C), normalised; row i belongs to query i, the others are its negatives.
+        targets: (G, Q, C), normalised; row first + i belongs to query i, the others are its negatives.
         temp: scalar, the learned temperature.
+        first: above 0 where queries are a rank's and targets those of all ranks.
 
     Returns:
         Scalar; SPRC's `loss_itc` for the sentence-prompt queries, `loss_rtc` for the text-only ones.
@@ -35,7 +67,7 @@ def contrastive_loss(queries: Tensor, targets: Tensor, temp: Tensor) -> Tensor:
     with torch.autocast(queries.device.type, enabled=False):
         queries, targets = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (queries, targets))
         logits = similarity(queries, targets) / temp
-    return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
+    return F.cross_entropy(logits, first + torch.arange(len(logits), device=logits.device))
 
 
 def align_loss(fusion_outputs: Tensor, prompt_tokens: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""A run's folder: its name, its JSON, its CSV files. Every write is atomic: the old file or the new one."""
+"""A run's folder: its name, its JSON, its CSV files. Every write is atomic: the old file or the new one.
+
+Of several ranks (torchrun) rank 0 alone writes; the others' calls do nothing.
+"""
 
 import csv
 import io
@@ -9,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from sprc.distributed import rank
 from sprc.errors import InputError
 
 
@@ -36,6 +40,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
     Raises ``OSError`` if that fails, a full disk for one; the file that was there is untouched.
     """
+    if rank():
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -68,6 +74,8 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def append_csv(path: Path, row: dict[str, Any]) -> None:
     """Add a row; the first one writes the keys before it. A killed run may leave its last line cut short."""
+    if rank():
+        return
     new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")

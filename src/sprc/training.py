@@ -2,6 +2,11 @@
 
 A run can be killed at any moment and resumed. What the next step depends on is saved together, atomically:
 weights, optimizer, schedule, scaler, random states, the place in the data's order, the CSV files' rows.
+
+With torchrun each of R ranks takes its R-th of every batch. Their losses see all ranks' targets, and
+DistributedDataParallel averages the gradients, so a step is the single process's step on the same batch.
+Weights and the data's order come from the seed alone. Dropout's random numbers come from the seed and the
+rank: rank 0 draws what a single process draws.
 """
 
 import math
@@ -16,14 +21,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
 from sprc.config import AMP
-from sprc.data.datasets import TripletDataset
+from sprc.data.datasets import TripletDataset, leave_signals_to_parent
+from sprc.distributed import from_main, of_all_ranks, rank, seed_rank, wait_for_all, world_size
 from sprc.errors import InputError, Interrupted
+from sprc.grad_cache import Embedder, GradCache
 from sprc.run_folder import write_atomically, write_csv
 
 if TYPE_CHECKING:
@@ -36,7 +44,8 @@ class TrainingConfig:
 
     dataset: str = "CIRR"
     num_epochs: int = 10
-    batch_size: int = 64
+    batch_size: int = 64  # of all ranks together
+    grad_cache: int = 0  # triplets a rank embeds at once, see sprc.grad_cache; 0 embeds all of its own
     learning_rate: float = 1e-5
     # Of the parameters whose names start with a key; a rate that a model's part needs for itself.
     other_rates: dict[str, float] = field(default_factory=dict)
@@ -53,6 +62,7 @@ class TrainingConfig:
             ("batch_size", 1),
             ("validation_frequency", 1),
             ("checkpoint_every", 0),
+            ("grad_cache", 0),
             ("num_workers", 0),
             ("seed", 0),
         ):
@@ -73,10 +83,22 @@ class TrainingConfig:
             raise InputError(f"--amp {self.amp!r} is unknown; choose from {', '.join(AMP)}")
 
     def check_fits(self, num_triplets: int) -> None:
-        """Raise :class:`InputError` if ``num_triplets`` do not fill one batch."""
+        """Raise :class:`InputError` if ``num_triplets`` do not fill a batch, or the ranks cannot share it."""
         if num_triplets < self.batch_size:
             raise InputError(
                 f"--batch-size {self.batch_size} is larger than the training set of {num_triplets} triplets"
+            )
+        ranks = world_size()
+        if left := self.batch_size % ranks:
+            less, more = self.batch_size - left, self.batch_size - left + ranks
+            raise InputError(
+                f"--batch-size {self.batch_size} is that of all ranks together and does not divide by their "
+                f"number, {ranks}; give {f'{less} or {more}' if less else more}"
+            )
+        if self.grad_cache >= self.batch_size // ranks:
+            raise InputError(
+                f"--grad-cache {self.grad_cache} saves nothing: a rank's batch is {self.batch_size // ranks} "
+                "triplets; give fewer than that, or leave the flag out"
             )
 
 
@@ -125,20 +147,27 @@ def make_schedule(dataset: str, optimizer: Optimizer, steps_per_epoch: int, num_
 
 
 class EpochOrder(Sampler[int]):
-    """A random order for each epoch, a function of seed and epoch alone, from any place in it."""
+    """A random order for each epoch, a function of seed and epoch alone, from any place in it.
 
-    def __init__(self, length: int, seed: int) -> None:
+    Each rank is given its own part of every batch; what does not fill a batch is dropped.
+    """
+
+    def __init__(self, length: int, seed: int, batch_size: int) -> None:
         self.length = length
         self.seed = seed
+        self.batch_size = batch_size  # of all ranks together
         self.epoch = 0
         self.start = 0
 
     def __len__(self) -> int:
-        return self.length - self.start
+        return (self.length - self.start) // self.batch_size * (self.batch_size // world_size())
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return iter(torch.randperm(self.length, generator=generator)[self.start :].tolist())
+        order = torch.randperm(self.length, generator=generator)[self.start :]
+        batches, rows = len(order) // self.batch_size, self.batch_size // world_size()
+        order = order[: batches * self.batch_size].view(batches, world_size(), rows)
+        return iter(order[:, rank()].flatten().tolist())
 
 
 @dataclass
@@ -158,7 +187,7 @@ class Trainer:
 
     Args:
         model: on its device; ``model(batch)`` gives a dict of scalar losses, and ``model.diagnostics`` a dict
-            of scalars to log beside them.
+            of scalars to log beside them. For gradient caching see :class:`sprc.grad_cache.GradCache`.
         dataset: items that the default collate makes into ``batch``; ``set_epoch`` tells it the epoch.
         config: see :class:`TrainingConfig`.
         run_folder: where the CSV files and the state go.
@@ -166,7 +195,7 @@ class Trainer:
         scalars: a TensorBoard ``SummaryWriter`` that is given what the CSV files are given.
 
     Raises:
-        InputError: the batch is larger than the data set.
+        InputError: the batch is larger than the data set, or does not divide by the ranks.
     """
 
     def __init__(
@@ -183,16 +212,16 @@ class Trainer:
         self.model, self.dataset, self.config, self.run_folder = model, dataset, config, run_folder
         self.after_backward, self.scalars = after_backward, scalars
         self.steps_per_epoch = len(dataset) // config.batch_size
-        self.order = EpochOrder(len(dataset), config.seed)
+        self.order = EpochOrder(len(dataset), config.seed, config.batch_size)
         self.loader = DataLoader(
             dataset,
-            config.batch_size,
+            config.batch_size // world_size(),
             sampler=self.order,
-            drop_last=True,
             # Its own, or starting workers would draw from the model's.
             generator=torch.Generator(),
             num_workers=config.num_workers,
             persistent_workers=config.num_workers > 0,
+            worker_init_fn=leave_signals_to_parent,
             pin_memory=model.device.type == "cuda",
         )
         self.optimizer = make_optimizer(model, config.learning_rate, config.other_rates)
@@ -200,32 +229,89 @@ class Trainer:
         self.precision = precision(config.amp, model.device)
         # float16's gradients would vanish without scaling; bfloat16 has float32's range.
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=self.precision is torch.float16)
+        if rank():  # rank 0 goes on with what the weights were drawn from, as a single process does
+            seed_rank(config.seed, epoch=0)
+        forward = in_parallel(Embedder(model) if config.grad_cache else model)
+        self.cache = None
+        if config.grad_cache:
+            self.cache = GradCache(model, forward, config.grad_cache, self.mixed_precision)
+        self.losses = self.cache.losses if self.cache else forward
         self.progress = Progress()
+        self.saved_step = 0  # of the state that is on the disk
+
+    def mixed_precision(self) -> torch.autocast:
+        """The context in which the model computes."""
+        return torch.autocast(self.model.device.type, self.precision, enabled=self.precision is not None)
 
     @property
     def state_file(self) -> Path:
         """Where the state is kept while the run is not finished."""
         return self.run_folder / "saved_models" / "training_state.pt"
 
+    @property
+    def epoch_file(self) -> Path:
+        """The state at the beginning of the epoch, where that of :attr:`state_file` is within it.
+
+        Another number of ranks cannot go on within an epoch: each has random numbers of its own.
+        """
+        return self.state_file.with_name("training_state_of_epoch.pt")
+
     def save_state(self) -> None:
-        """Write all that the next step depends on. Frozen weights are not part of it."""
+        """Write all that the next step depends on. Frozen weights are not part of it.
+
+        All ranks call it at the same step, and go on when rank 0 has written.
+        """
+        device, step = self.model.device, self.progress.step
         weights = self.model.state_dict()
         state = {
             "model": {name: value for name, value in weights.items() if self._is_trained(name)},
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state_all() if self.model.device.type == "cuda" else [],
+            "random": of_all_ranks(torch.get_rng_state()),  # a row a rank
+            "random_cuda": of_all_ranks(torch.cuda.get_rng_state(device)) if device.type == "cuda" else [],
             "progress": vars(self.progress),
         }
-        write_atomically(self.state_file, lambda file: torch.save(state, file))
+        if rank() == 0:
+            if step and not self.saved_step and self.state_file.exists():
+                self.state_file.replace(self.epoch_file)
+            write_atomically(self.state_file, lambda file: torch.save(state, file))
+            if not step:
+                self.epoch_file.unlink(missing_ok=True)
+        self.saved_step = step
+        wait_for_all()
 
-    def load_state(self) -> None:
-        """Go on from :meth:`save_state`, if there is a state yet."""
-        if not self.state_file.exists():
-            return
-        state: dict[str, Any] = torch.load(self.state_file, map_location="cpu", weights_only=True)
+    def load_state(self) -> str:
+        """Go on from :meth:`save_state`, if there is a state yet.
+
+        Where another number of ranks saved it, the epoch begins again; what is returned says so, and is else
+        empty.
+
+        Raises:
+            InputError: the epoch's beginning is not there, or a rank does not see the file.
+        """
+        has_state, has_beginning = from_main(lambda: (self.state_file.exists(), self.epoch_file.exists()))
+        if not has_state and not has_beginning:
+            return ""
+        state = self.read_state(self.state_file if has_state else self.epoch_file)
+        random = torch.atleast_2d(state["random"])  # an earlier version saved one row
+        same_ranks = len(random) == world_size()
+        note = "" if same_ranks else f"; {len(random)} ranks saved it and {world_size()} go on"
+        epoch, step = state["progress"]["epoch"], state["progress"]["step"]
+        if not same_ranks and step:
+            note += f", so epoch {epoch} begins again and its {step} steps are dropped"
+            if has_beginning:
+                state = self.read_state(self.epoch_file)
+            if not has_beginning or state["progress"]["epoch"] != epoch:
+                if epoch:
+                    raise InputError(
+                        f"{self.state_file} was saved within epoch {epoch} by {len(random)} ranks, and "
+                        f"{self.epoch_file.name} of the epoch's beginning is missing; resume with "
+                        f"{len(random)} ranks"
+                    )
+                seed_rank(self.config.seed, epoch)
+                self.saved_step = step
+                return note  # the first epoch begins with the model as it is
         own = self.model.state_dict()
         frozen = {name: value for name, value in own.items() if not self._is_trained(name)}
         self.model.load_state_dict(frozen | state["model"])
@@ -233,10 +319,24 @@ class Trainer:
         self.schedule.load_state_dict(state["schedule"])
         if state["scaler"] and self.scaler.is_enabled():  # --amp auto may differ on another GPU
             self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["random"])
-        if state["random_cuda"]:
-            torch.cuda.set_rng_state_all(state["random_cuda"])
         self.progress = Progress(**state["progress"])
+        self.saved_step = step
+        if same_ranks:
+            torch.set_rng_state(random[rank()].clone())  # torch crashes on a view that starts further in
+            if len(state["random_cuda"]) and self.model.device.type == "cuda":
+                torch.cuda.set_rng_state(state["random_cuda"][rank()].clone(), self.model.device)
+        else:
+            seed_rank(self.config.seed, self.progress.epoch)
+        return note
+
+    def read_state(self, path: Path) -> dict[str, Any]:
+        """The state in ``path``, on the CPU; :class:`InputError` where this rank does not see the file."""
+        if not path.exists():
+            raise InputError(
+                f"rank {rank()} does not see {path}, and rank 0 does; put the run folder on a disk that all "
+                "machines share"
+            )
+        return torch.load(path, map_location="cpu", weights_only=True)
 
     def _is_trained(self, name: str) -> bool:
         try:
@@ -313,25 +413,19 @@ class Trainer:
                 for key, value in batch.items()
             }
             self.optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(device.type, self.precision, enabled=self.precision is not None):
-                losses = model(batch)
+            with self.mixed_precision():
+                losses = self.losses(batch)
                 total = sum(config.loss_weights.get(name, 1.0) * loss for name, loss in losses.items())
-            if not torch.isfinite(total):
-                values = ", ".join(f"{name}={loss.item()}" for name, loss in losses.items())
-                raise FloatingPointError(
-                    f"the loss is not finite at epoch {progress.epoch}, step {progress.step} ({values}); "
-                    "lower --learning-rate or check the data. Checkpoints saved so far are kept"
-                )
+            values, signum = self.agree(total, losses, stop)
             self.scaler.scale(total).backward()
+            if self.cache:
+                self.cache.backward()
             self.scaler.unscale_(self.optimizer)
             self.after_backward()
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.schedule.step()
-            logged = {"train_loss": total, **losses, **model.diagnostics}
-            # One transfer for all of them. It waits for the device: the step is over.
-            values = torch.stack([value.detach().float() for value in logged.values()]).tolist()
-            for name, value in zip(logged, values, strict=True):
+            for name, value in values.items():
                 progress.sums[name] = progress.sums.get(name, 0.0) + value
             now = time.perf_counter()
             seconds.append(now - before)
@@ -339,23 +433,66 @@ class Trainer:
             progress.step += 1
             shown = {name: f"{progress.sums[name] / progress.step:.3f}" for name in losses}
             bar.set_postfix(shown, refresh=False)
-            if stop:
+            if signum:
                 self.save_state()
-                raise Interrupted(stop[0])
+                raise Interrupted(signum)
             if config.checkpoint_every and progress.step % config.checkpoint_every == 0:
                 self.save_state()
         return seconds
 
+    def agree(
+        self, total: Tensor, losses: dict[str, Tensor], stop: list[int]
+    ) -> tuple[dict[str, float], int]:
+        """What is logged of a step, as means over the ranks, and the signal that any was sent, or 0.
+
+        One transfer from the device and one exchange for all of it, before the backward pass: so that a loss
+        that is not finite ends all ranks before it reaches a weight, and all save the state of one step.
+
+        Raises:
+            FloatingPointError: a rank's total is not finite.
+        """
+        logged = {"train_loss": total, **losses, **self.model.diagnostics}
+        own = [value.detach().float() for value in logged.values()]
+        own.append(own[0].new_tensor(float(stop[0]) if stop else 0.0))
+        rows = of_all_ranks(torch.stack(own)).tolist()
+        for number, row in enumerate(rows):
+            values = dict(zip([*logged, "signal"], row, strict=True))
+            if not math.isfinite(values["train_loss"]):
+                raise FloatingPointError(
+                    f"the loss is not finite at epoch {self.progress.epoch}, step {self.progress.step} "
+                    f"({', '.join(f'{name}={values[name]}' for name in losses)})"
+                    f"{f' on rank {number}' if len(rows) > 1 else ''}; "
+                    "lower --learning-rate or check the data. Checkpoints saved so far are kept"
+                )
+        *columns, signals = zip(*rows, strict=True)
+        means = {name: sum(column) / len(rows) for name, column in zip(logged, columns, strict=True)}
+        return means, int(max(signals))
+
+
+def in_parallel(module: nn.Module) -> nn.Module:
+    """``module``, its gradients averaged over the ranks; without torchrun as it is.
+
+    All that requires a gradient must get one in every step. Buffers are the same on all ranks.
+    """
+    if world_size() == 1:
+        return module
+    return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Within it SIGINT and SIGTERM only fill the list; a second one acts at once, as usual."""
+    """Within it SIGINT and SIGTERM only fill the list; a second one acts at once, as usual.
+
+    Of several ranks each may be sent the same one twice, by torchrun and by Slurm. There torchrun itself
+    kills what has not ended half a minute after a signal.
+    """
     received: list[int] = []
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
 
     def note(signum: int, _frame: object) -> None:
         received.append(signum)
-        signal.signal(signum, before[signum])
+        if world_size() == 1:
+            signal.signal(signum, before[signum])
 
     for signum in before:
         signal.signal(signum, note)

@@ -10,8 +10,9 @@ from tqdm import tqdm
 
 from sprc.data.captions import process_caption
 from sprc.data.cirr import CirrSplit
-from sprc.data.datasets import ImageDataset, Loader
+from sprc.data.datasets import ImageDataset, Loader, batches_of_rank, leave_signals_to_parent
 from sprc.data.fashioniq import FashionIQSplit
+from sprc.distributed import sum_over_ranks
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.ranking import (
     QUERY_BLOCK,
@@ -25,6 +26,9 @@ from sprc.ranking import (
 )
 
 Split = CirrSplit | FashionIQSplit
+
+# Images that a rank encodes at once where nobody says how many: a training's batch may be that of many GPUs.
+LARGEST_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ def encode_split(
     """Encode a split's gallery and queries, in eval mode; the model's mode is put back afterwards.
 
     A query is composed while its reference's image tokens are at hand, so that no image passes the model
-    twice and no gallery of tokens is ever kept.
+    twice and no gallery of tokens is ever kept. Several ranks share the images, and all get the whole result.
 
     Args:
         model: on its device.
@@ -73,14 +77,19 @@ def encode_split(
         queries_of.setdefault(index[triplet.reference], []).append(number)
 
     config, device = model.config, model.device
-    gallery = torch.empty(
+    gallery = torch.zeros(
         (len(names), config.num_query_tokens, config.embed_dim),
         dtype=getattr(torch, gallery_dtype),
         device="cpu" if save_memory else device,
     )
-    composed = torch.empty(len(captions), config.embed_dim)
-    text_only = torch.empty_like(composed)
-    loader = DataLoader(ImageDataset(names, split.image_paths, load), batch_size, num_workers=num_workers)
+    composed = torch.zeros(len(captions), config.embed_dim)
+    text_only = torch.zeros_like(composed)
+    loader = DataLoader(
+        ImageDataset(names, split.image_paths, load),
+        batch_sampler=batches_of_rank(len(names), batch_size),
+        num_workers=num_workers,
+        worker_init_fn=leave_signals_to_parent,
+    )
     hidden = any(triplet.target is None for triplet in split.triplets)
     was_training = model.training
     model.eval()
@@ -99,6 +108,8 @@ def encode_split(
             composed[query] = model.compose(reference, text).cpu()
             text_only[query] = model.text_features(text).cpu()
     model.train(was_training)
+    for rows in (gallery, composed, text_only):  # a row is one rank's, and zero on the others
+        sum_over_ranks(rows)
     return EncodedSplit(
         gallery=gallery,
         composed=composed,

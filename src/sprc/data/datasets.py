@@ -5,6 +5,7 @@ import os
 import random
 import re
 import reprlib
+import signal
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -22,6 +24,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from sprc.data.captions import process_caption
+from sprc.distributed import objects_of_all_ranks, rank, world_size
 from sprc.errors import InputError
 
 Transform = Callable[[Image.Image], Tensor]
@@ -125,6 +128,33 @@ class ImageDataset(Dataset):
         return index, self.load(self.image_paths[self.names[index]])
 
 
+def batches_of_rank(length: int, batch_size: int) -> list[range]:
+    """Which of ``length`` items this rank takes: every batch of them that is its turn.
+
+    Whole batches, so that the tensors are those of a single process, and so is their rounding.
+    """
+    starts = range(rank() * batch_size, length, world_size() * batch_size)
+    return [range(start, min(start + batch_size, length)) for start in starts]
+
+
+def leave_signals_to_parent(_worker: int) -> None:
+    """For a process that reads images: SIGINT and SIGTERM end it only where the one it reads for sends them.
+
+    A terminal, torchrun and Slurm send them to all processes of a run. Were the readers gone at once, there
+    would be no step to stop after.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # a handler would not know who sent it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
 def image_loader(transform: Transform, formats: tuple[str, ...] | None = None) -> Loader:
     """What reads an image file into (3, S, S) pixels, see :func:`load_image`."""
     return partial(load_image, transform=transform, formats=formats)
@@ -149,13 +179,17 @@ def load_image(path: Path, transform: Transform, formats: tuple[str, ...] | None
 def check_images(image_paths: dict[str, Path], names: Iterable[str]) -> None:
     """Look at the images of ``names`` before a run, as :func:`inspect_images` does without decoding.
 
-    Raises one :class:`InputError` with the number of bad images and what is wrong with the first.
+    The ranks share the work. Raises one :class:`InputError` with the number of bad images and what is wrong
+    with the first.
     """
     paths = [image_paths[name] for name in dict.fromkeys(names)]
-    if problems := [found.problem for found in inspect_images(paths) if found.problem]:
+    own = range(rank(), len(paths), world_size())
+    found = zip(own, inspect_images([paths[number] for number in own]), strict=True)
+    parts = objects_of_all_ranks([(number, finding.problem) for number, finding in found if finding.problem])
+    if problems := sorted(problem for part in parts for problem in part):
         folder = os.path.commonpath([path.parent for path in paths])
         raise InputError(
-            f"{folder}: {len(problems)} of {len(paths)} images cannot be used; first: {problems[0]}"
+            f"{folder}: {len(problems)} of {len(paths)} images cannot be used; first: {problems[0][1]}"
         )
 
 

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from transformers import BertTokenizer
 
 from sprc.config import ModelConfig
-from sprc.losses import align_loss, contrastive_loss, similarity
+from sprc.distributed import rank
+from sprc.losses import align_loss, contrastive_loss, gather_rows, similarity
 from sprc.models.gated_fusion import FusionOutput, fusion_class
 from sprc.models.qformer import ImageKeys, Layout, QFormer, ScaledImage, batch_of
 from sprc.models.vision import ClipViT, EvaViT
@@ -88,6 +89,8 @@ class Blip2QformerCirAlignPrompt(nn.Module):
 
         # No loss of this model reaches BLIP-2's matching and language heads; they stay for the
         # checkpoint format. (The language head's word matrix is tied to the embeddings and is trained.)
+        # So all that requires a gradient gets one in every step, and DistributedDataParallel need not search
+        # for what does not.
         self.itm_head.requires_grad_(False)
         for name, parameter in self.Qformer.cls.named_parameters():
             parameter.requires_grad_(name == "predictions.decoder.weight")
@@ -132,26 +135,58 @@ class Blip2QformerCirAlignPrompt(nn.Module):
         Returns:
             `loss_itc`, `loss_rtc`, `loss_align`: unweighted scalars.
         """
-        images = torch.cat([samples["image"], samples["target"]])  # one pass through the ViT for both
-        return self.losses(self.vit_tokens(images), self.tokenize(samples["text_input"]))
+        return self.losses_of(self.embed(samples))
 
-    def losses(self, tokens: Tensor, text: Text) -> dict[str, Tensor]:
-        """The losses from here on: all that is trained when the vision transformer is frozen.
+    def read_images(self, samples: dict[str, Tensor | list[str]]) -> dict[str, Tensor | list[str]]:
+        """The samples with a frozen vision transformer's tokens in place of pixels; else as they are.
+
+        So that what no gradient reaches is computed once where :meth:`embed` runs twice (gradient caching).
+        """
+        if not self.config.freeze_vit:
+            return samples
+        image, target = self.vit_tokens(torch.cat([samples["image"], samples["target"]])).chunk(2)
+        return {**samples, "image": image, "target": target}
+
+    def embed(self, samples: dict[str, Tensor | list[str]]) -> dict[str, Tensor]:
+        """All that the losses need of a batch, see :meth:`embed_tokens`, and `temp`, which has no rows.
+
+        A row depends on its own triplet alone: batches may be embedded in parts.
+        """
+        images = torch.cat([samples["image"], samples["target"]])  # one pass through the ViT for both
+        rows = self.embed_tokens(self.vit_tokens(images), self.tokenize(samples["text_input"]))
+        return {**rows, "temp": self.temp}
+
+    def embed_tokens(self, tokens: Tensor, text: Text) -> dict[str, Tensor]:
+        """The same from the tokens on: all that is trained when the vision transformer is frozen.
 
         Args:
             tokens: (2 B, N, D) tokens of the vision transformer, the B references first.
             text: B captions.
+
+        Returns:
+            `query` and `text`, (B, E): f and p. `target`, (B, Q, E): T. `prompts`, (B, 1, C): the mean of the
+            fusion outputs.
         """
         reference, target = tokens.chunk(2)
         # The fusion edits a reference's tokens; all others are read as keys and values alone.
         prepare = self.to_be_read if self.gated_fusion is None else self.normalise
         prompts = self.prompts_of(prepare(reference), text)
         query_feats, text_feats = self.compose_and_text_features(prompts, text)
-        target_feats = self.target_features(self.to_be_read(target))
         return {
-            "loss_itc": contrastive_loss(query_feats, target_feats, self.temp),
-            "loss_rtc": contrastive_loss(text_feats, target_feats, self.temp),
-            "loss_align": align_loss(prompts, self.prompt_tokens),
+            "query": query_feats,
+            "text": text_feats,
+            "target": self.target_features(self.to_be_read(target)),
+            "prompts": prompts.mean(dim=1, keepdim=True),
+        }
+
+    def losses_of(self, embeddings: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The losses, from what :meth:`embed` gives. The negatives are those of all ranks."""
+        queries, temp = embeddings["query"], embeddings["temp"]
+        targets, first = gather_rows(embeddings["target"]), rank() * len(queries)
+        return {
+            "loss_itc": contrastive_loss(queries, targets, temp, first),
+            "loss_rtc": contrastive_loss(embeddings["text"], targets, temp, first),
+            "loss_align": align_loss(embeddings["prompts"], self.prompt_tokens),
         }
 
     @torch.no_grad()
@@ -211,8 +246,8 @@ class Blip2QformerCirAlignPrompt(nn.Module):
             return torch.cat([self.visual_encoder(part) for part in image.split(len(image) if on_gpu else 1)])
 
     def normalise(self, tokens: Tensor) -> Tensor:
-        """ln_vision, which is trained: (B, N, D) to (B, N, D) float32."""
-        return self.ln_vision(tokens.float())
+        """ln_vision, which is trained: (B, N, D) to (B, N, D) of its own type, float32 in use."""
+        return self.ln_vision(tokens.to(self.ln_vision.weight.dtype))
 
     def to_be_read(self, tokens: Tensor) -> Tensor | ScaledImage:
         """The same for tokens that only the Q-Former reads: no gradient goes to frozen (B, N, D) tokens."""
@@ -220,7 +255,9 @@ class Blip2QformerCirAlignPrompt(nn.Module):
             return self.normalise(tokens)
         norm = self.ln_vision
         return ScaledImage(
-            F.layer_norm(tokens.float(), norm.normalized_shape, eps=norm.eps), norm.weight, norm.bias
+            F.layer_norm(tokens.to(norm.weight.dtype), norm.normalized_shape, eps=norm.eps),
+            norm.weight,
+            norm.bias,
         )
 
     def fuse(self, reference_embeds: Tensor, text: Text) -> FusionOutput | None:

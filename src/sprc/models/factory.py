@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sprc.config import ModelConfig, read_backbone
+from sprc.distributed import local_main_first, local_rank, rank, world_size
 from sprc.errors import InputError
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.tokenizer import bert_tokenizer, make_vocabulary, tokenizer_from_vocabulary
@@ -54,9 +55,24 @@ def create_model(
 
 
 def choose_device(name: str | None) -> torch.device:
-    """``--device``, by default a GPU if there is one; one that cannot be used raises :class:`InputError`."""
+    """``--device``, by default a GPU if there is one; one that cannot be used raises :class:`InputError`.
+
+    Of several ranks each takes the GPU of its own number on its machine.
+    """
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if world_size() > 1 and name.startswith("cuda"):
+        if name != "cuda":
+            raise InputError(
+                f"--device {name!r} would be that of all ranks; give cuda, and each takes its own"
+            )
+        if local_rank() >= torch.cuda.device_count():
+            raise InputError(
+                f"local rank {local_rank()} has no GPU: this machine has {torch.cuda.device_count()}; give "
+                "torchrun --nproc-per-node as many, or --device cpu"
+            )
+        name = f"cuda:{local_rank()}"
+        torch.cuda.set_device(name)
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -125,8 +141,15 @@ def backbone_weights(
 
 
 def _fetch(url: str) -> dict[str, Any]:
+    with local_main_first():
+        return _fetch_now(url)
+
+
+def _fetch_now(url: str) -> dict[str, Any]:
     try:
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+        return torch.hub.load_state_dict_from_url(
+            url, map_location="cpu", weights_only=True, progress=rank() == 0
+        )
     except (OSError, RuntimeError) as error:
         raise InputError(
             f"cannot fetch {url} ({error}); download it by hand into {torch.hub.get_dir()}/checkpoints"
