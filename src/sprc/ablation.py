@@ -116,7 +116,8 @@ class AblationConfig:
             values = getattr(self, field.name)
             if field.name == "grids":
                 continue
-            if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+            empty = not values and field.name != "training"  # whose flags are asked for below
+            if isinstance(values, str) or not isinstance(values, Sequence) or empty:
                 raise InputError(f"{field.name}={values!r}: give a list of at least one value")
             if field.name == "training":
                 checked = tuple(map(str, values))  # YAML gives numbers as numbers
