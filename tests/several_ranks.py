@@ -32,7 +32,7 @@ from sprc.evaluation import run_submission
 from sprc.feature_cache import FeatureCache
 from sprc.fusion_log import FusionLog
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
-from sprc.models.factory import create_model
+from sprc.models.factory import _fetch, create_model
 from sprc.models.tokenizer import tokenizer_from_vocabulary
 from sprc.training import Trainer, TrainingConfig
 from sprc.validation import encode_split
@@ -251,6 +251,20 @@ def submit(folder, data, checkpoint):
     (folder / f"told_{rank()}.json").write_text(json.dumps([path.name for path in paths]))
 
 
+def fetch(folder):
+    """A backbone's file: the first rank of the machine has it on the disk before the second asks."""
+
+    def fake(url, **_):
+        begun = (folder / "fetched").exists()
+        time.sleep(0.5 if rank() == 0 else 0)
+        (folder / "fetched").touch()
+        (folder / f"begun_{rank()}").write_text(str(begun))
+        return {}
+
+    torch.hub.load_state_dict_from_url = fake
+    _fetch("https://example.org/weights.pth")
+
+
 def make_images(folder):
     folder.mkdir()
     for number in range(9):
@@ -273,6 +287,7 @@ def main(out, data, checkpoint):
     for ranks in (1, 2, 4):
         on_ranks(ranks, out / f"encode_{ranks}", encode)
         on_ranks(ranks, out / f"cache_{ranks}", fill_cache, images)
+    on_ranks(2, out / "fetch", fetch)
     for ranks in (1, 2):
         on_ranks(ranks, out / f"submit_{ranks}", submit, data, checkpoint)
     on_ranks(2, out / "whole", with_dropout)
