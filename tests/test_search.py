@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from runner import run
 from searching import TEXT, make_index, png_header, query, save_model
 
@@ -460,12 +460,14 @@ def test_a_damaged_description_is_refused(picture_index, tmp_path, file, content
         open_index(tmp_path / "index")
 
 
-def test_what_somebody_sent_is_looked_at_before_it_is_decoded(pictures):
+def test_what_somebody_sent_is_looked_at_before_it_is_decoded(pictures, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as importing LAVIS does
     good = (pictures / "a/dev-0-0-img0.png").read_bytes()
     assert read_picture(good, 10**6).size == (96, 96)
     for data, message in (
         (png_header(1001, 1000), "the picture has 1001 x 1000 pixels; the most is 1 million"),
         (png_header(60_000, 60_000), "too large"),
+        (png_header(10_000, 10_000), "too large"),  # of which Pillow only warns
         (good[:300], "no picture that can be read"),
         (b"", "no picture that can be read"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no picture that can be read"),

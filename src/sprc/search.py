@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from sprc.data.captions import process_caption
-from sprc.data.datasets import load_image, require_text
+from sprc.data.datasets import load_image, require_text, strict_pillow
 from sprc.data.transforms import to_eight_bits
 from sprc.errors import InputError, Interrupted
 from sprc.evaluation import Scorer
@@ -219,16 +219,17 @@ def read_picture(data: bytes, most_pixels: int) -> Image.Image:
     ``most_pixels``.
     """
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        width, height = image.size
-        if width * height > most_pixels:
-            raise InputError(
-                f"the picture has {width} x {height} pixels; the most is {most_pixels // 10**6} million"
-            )
-        image.load()
+        with strict_pillow():
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            width, height = image.size
+            if width * height > most_pixels:
+                raise InputError(
+                    f"the picture has {width} x {height} pixels; the most is {most_pixels // 10**6} million"
+                )
+            image.load()
     except InputError:
         raise
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(
             f"the picture is too large; the most is {most_pixels // 10**6} million pixels"
         ) from error
@@ -252,7 +253,7 @@ def open_thumbnail(index: PictureIndex, name: str, side: int) -> Image.Image:
     """The picture ``name`` of an index, small; raises :class:`InputError` if it is gone or broken by now."""
     path = index.path_of(name)
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with strict_pillow(), Image.open(path, formats=FORMATS) as image:
             return thumbnail(image, side)
     except Exception as error:
         raise InputError(f"{printable(path)} cannot be read any more; run `search.py index` again") from error

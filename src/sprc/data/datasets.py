@@ -168,7 +168,7 @@ def load_image(path: Path, transform: Transform, formats: tuple[str, ...] | None
     """
     # Broken bytes come out of Pillow's decoders as almost any exception.
     try:
-        with _strict_pillow(), Image.open(path, formats=formats) as image:
+        with strict_pillow(), Image.open(path, formats=formats) as image:
             _refuse_long(image)
             image.load()
     except Exception as error:
@@ -206,13 +206,13 @@ def inspect_images(paths: list[Path], decode: bool = False) -> list[ImageFinding
     Reads the header and the end of each file only; an image whose end looks wrong is decoded to be sure.
     With ``decode`` every image is decoded, and EXIF's rotation is looked at.
     """
-    with _strict_pillow(), ThreadPoolExecutor() as pool:
+    with strict_pillow(), ThreadPoolExecutor() as pool:
         found = pool.map(partial(_inspect_image, decode=decode), paths)
         return list(tqdm(found, "Checking images", total=len(paths), delay=1, unit="image"))
 
 
 @contextmanager
-def _strict_pillow() -> Iterator[None]:
+def strict_pillow() -> Iterator[None]:
     """Make Pillow refuse what it would fill with grey or only warn of.
 
     The switches belong to the whole process, so enter this outside of threads.
