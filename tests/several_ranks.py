@@ -48,8 +48,10 @@ def on_ranks(ranks, folder, case, *arguments, timeout=60):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # As torchrun does, keep the notes that all ranks read: they outlive each of them.
-    notes = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    # As torchrun's agent does: the notes that all ranks read outlive each of them. In a process of its own,
+    # because they need threads, and a process that has threads must not fork.
+    notes = FORK.Process(target=keep_notes, args=(port,))
+    notes.start()
     processes = []
     for number in range(ranks):
         told = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": ranks, "MASTER_PORT": port}
@@ -64,8 +66,14 @@ def on_ranks(ranks, folder, case, *arguments, timeout=60):
         if process.is_alive():
             process.kill()  # a hang: its code is -9
             process.join()
-    del notes
+    notes.kill()
+    notes.join()
     (folder / "codes.json").write_text(json.dumps([process.exitcode for process in processes]))
+
+
+def keep_notes(port):
+    _store = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    signal.pause()
 
 
 def one_rank(environment, timeout, folder, case, arguments):
