@@ -136,8 +136,9 @@ def test_a_frozen_vision_transformer_runs_once_an_image(tokenizer):
         )
         cached(model, batch(model), 2)
         assert sum(seen) == passes * 2 * len(TEXTS)
-        tokens = model.read_images(batch(model))
-        assert tokens["image"].dim() == (3 if freeze else 4)
+        samples = model.read_images(batch(model))
+        assert samples["image"].dim() == (3 if freeze else 4)
+        assert model.read_images(samples) is samples  # so tokens from a feature cache are not copied
 
 
 def test_diagnostics_and_the_log_are_means_over_the_batch(tokenizer, tmp_path):

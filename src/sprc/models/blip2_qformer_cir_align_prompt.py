@@ -142,7 +142,7 @@ class Blip2QformerCirAlignPrompt(nn.Module):
 
         So that what no gradient reaches is computed once where :meth:`embed` runs twice (gradient caching).
         """
-        if not self.config.freeze_vit:
+        if not self.config.freeze_vit or samples["image"].dim() == 3:
             return samples
         image, target = self.vit_tokens(torch.cat([samples["image"], samples["target"]])).chunk(2)
         return {**samples, "image": image, "target": target}
