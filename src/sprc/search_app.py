@@ -37,7 +37,7 @@ def run_app(arguments: argparse.Namespace) -> None:
         index = arguments.data_path / "picture_index"
         index_demo(demo, arguments.models_path, index, choose_device(arguments.device))
     # Here and not at the first visit, which then has its answer at once. The page finds them loaded.
-    from sprc.search_page import MOST_BYTES, current_searcher
+    from sprc.search_page import MOST_BYTES, current_searcher, warm_up
 
     given = arguments.model_path
     settings = {
@@ -47,8 +47,10 @@ def run_app(arguments: argparse.Namespace) -> None:
         "candidates": arguments.candidates,
         "device": arguments.device,
     }
-    folder = current_searcher(**settings).index.folder
-    samples = str(arguments.data_path.resolve()) if demo.resolve().is_relative_to(folder) else None
+    searcher = current_searcher(**settings)
+    inside = demo.resolve().is_relative_to(searcher.index.folder)
+    samples = str(arguments.data_path.resolve()) if inside else None
+    warm_up(searcher, samples and Path(samples))
     options = {
         "server.address": arguments.address,
         "server.port": arguments.port,

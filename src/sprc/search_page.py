@@ -87,6 +87,20 @@ def samples_of(data_path: Path, folder: Path) -> list[tuple[str, str]]:
     return random.Random(0).sample(inside, min(SAMPLES, len(inside)))
 
 
+def warm_up(searcher: Searcher, samples: Path | None) -> None:
+    """Ask a query and draw its answer, so that the first visit does not wait for what is done but once."""
+    try:
+        data = searcher.index.path_of(searcher.index.names[0]).read_bytes()
+        pixels = searcher.pixels(read_picture(data, Image.MAX_IMAGE_PIXELS))
+        found = [] if samples is None else samples_of(samples, searcher.index.folder)
+    except (InputError, OSError):  # gone or broken by now: the page says so where it is asked for
+        return
+    query = searcher.compose(searcher.encode(pixels), "make it red")
+    for name in [result.name for result in searcher.best(query, 8)] + [name for name, _ in found]:
+        small_picture(searcher, name)
+    draw_map(pixels, None, OPACITY)
+
+
 # --- pictures as bytes
 
 
