@@ -244,9 +244,7 @@ def show(samples: str | None = None, **settings: str | int | None) -> None:
         settings: of :func:`current_searcher`.
     """
     st.set_page_config("Search pictures", layout="wide")
-    st.html(
-        "<style>.stMainBlockContainer { padding-top: 3rem; } .stText { overflow-wrap: anywhere; }</style>"
-    )
+    st.html(f"<style>{STYLE}</style>")
     try:
         searcher = current_searcher(**settings)
     except InputError as error:

@@ -83,12 +83,9 @@ def run_visualisation(arguments: argparse.Namespace) -> None:
 def load_split(arguments: argparse.Namespace) -> Split:
     """The split that the flags name; FashionIQ's is of one type."""
     if arguments.dataset == "cirr":
-        with_targets = arguments.probe and arguments.split == "test1"
-        return (
-            load_cirr_test(arguments.data_path)
-            if with_targets
-            else load_cirr(arguments.data_path, arguments.split)
-        )
+        if arguments.probe and arguments.split == "test1":
+            return load_cirr_test(arguments.data_path)
+        return load_cirr(arguments.data_path, arguments.split)
     return load_fashioniq(arguments.data_path, arguments.split, arguments.fiq_type, arguments.fiq_protocol)
 
 
