@@ -132,7 +132,7 @@ def train(folder, changes, triplets=Triplets, **settings):
             log.after_backward()
 
     trainer.agree, trainer.after_backward = agree_and_note, after_backward
-    trainer.train(lambda: {"recall": 0.0}, lambda *_: None)
+    trainer.train(lambda _: {"recall": 0.0}, lambda *_: None)
     if rank() == 0:
         found = {"losses": losses, "gradients": gradients, "weights": model.state_dict(), "note": note}
         torch.save(found, folder / "found.pt")
@@ -181,7 +181,7 @@ class OneWeight(nn.Module):
 def not_a_number(folder):
     (folder / "saved_models").mkdir(exist_ok=True)
     trainer = Trainer(OneWeight(), Triplets(4), TrainingConfig(**STEPS), folder)
-    trainer.train(lambda: {"recall": 0.0}, lambda *_: None)
+    trainer.train(lambda _: {"recall": 0.0}, lambda *_: None)
 
 
 def bad_input(folder, guilty):

@@ -138,12 +138,14 @@ def batches_of_rank(length: int, batch_size: int) -> list[range]:
 
 
 def leave_signals_to_parent(_worker: int) -> None:
-    """For a process that reads images: SIGINT and SIGTERM end it only where the one it reads for sends them.
+    """For a process that reads images: a signal ends it only where the one it reads for sends it.
 
-    A terminal, torchrun and Slurm send them to all processes of a run. Were the readers gone at once, there
-    would be no step to stop after.
+    A terminal, torchrun and Slurm send SIGINT, SIGHUP and SIGTERM to all processes of a run. Were the readers
+    gone at once, there would be no step to stop after.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # a handler would not know who sent it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         Thread(target=_end_with_parent, daemon=True).start()
