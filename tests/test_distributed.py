@@ -18,9 +18,8 @@ import torch
 from conftest import small_config
 from runner import ENVIRONMENT, ROOT, read_csv, run
 from test_validation import NAMES
-from torch.utils.data import DataLoader
 
-from sprc.data.datasets import leave_signals_to_parent
+from sprc.data.datasets import SteadyLoader
 from sprc.distributed import process_group
 from sprc.errors import InputError
 from sprc.fine_tuning import chunk_of
@@ -336,11 +335,11 @@ def test_rank_0_alone_writes(monkeypatch, tmp_path):
 
 
 def test_a_reader_outlives_a_signal_that_its_parent_did_not_send():
-    loader = DataLoader(range(40), num_workers=1, worker_init_fn=leave_signals_to_parent, prefetch_factor=1)
+    loader = SteadyLoader(range(40), num_workers=1, prefetch_factor=1)
     items = iter(loader)
     found = [next(items).item()]
     (worker,) = items._workers
-    for signum in (signal.SIGTERM, signal.SIGINT):
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         subprocess.run(["kill", f"-{int(signum)}", str(worker.pid)], check=True)
     found += [item.item() for item in items]
     assert found == list(range(40))

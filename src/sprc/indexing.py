@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from sprc.data.datasets import Transform, image_loader, leave_signals_to_parent
+from sprc.data.datasets import SteadyLoader, Transform, image_loader
 from sprc.errors import InputError
 from sprc.evaluation import Scorer
 from sprc.feature_cache import SETTLED_NS, cut_torn_line
@@ -376,12 +376,11 @@ class _Store:
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag} {settings[name]} is too small; the least is {least}")
         pictures = PictureDataset({d: folder / name for d, name in missing.items()}, scorer.transform)
-        loader = DataLoader(
+        loader = SteadyLoader(
             pictures,
             settings["batch_size"],
             num_workers=settings["num_workers"],
             collate_fn=list,
-            worker_init_fn=leave_signals_to_parent,
         )
         record = 1 + max((record for record, _ in self.new.values()), default=-1)
         failed: dict[str, str] = {}

@@ -46,9 +46,14 @@ WRITTEN = {
 def absolute_paths(flags: dict[str, Any]) -> dict[str, Any]:
     """The flags, those of files and folders absolute: a run may go on from another working directory."""
     return {
-        name: Path(value).absolute() if name in PATHS and value is not None else value
+        name: absolute(Path(value)) if name in PATHS and value is not None else value
         for name, value in flags.items()
     }
+
+
+def absolute(path: Path) -> Path:
+    """``path`` from the root on. Names of links are kept, unless a ``..`` makes it matter where they lead."""
+    return path.resolve() if ".." in path.parts else path.absolute()
 
 
 def read_run(run_folder: Path) -> dict[str, Any]:
@@ -91,7 +96,7 @@ def resumed_flags(defaults: dict[str, Any], given: dict[str, Any]) -> tuple[dict
     Raises:
         InputError: a flag that has to be the run's own differs from it.
     """
-    run_folder = given["resume"].absolute()
+    run_folder = absolute(given["resume"])
     own = absolute_paths({**defaults, **read_run(run_folder)})
     own["models_path"] = run_folder.parent  # it may have been moved
     own["dataset"] = own["dataset"].lower()

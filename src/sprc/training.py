@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 from tqdm import tqdm
 
 from sprc.config import AMP
-from sprc.data.datasets import TripletDataset, leave_signals_to_parent
+from sprc.data.datasets import SteadyLoader, TripletDataset
 from sprc.distributed import from_main, of_all_ranks, rank, seed_rank, wait_for_all, world_size
 from sprc.errors import InputError, Interrupted
 from sprc.grad_cache import Embedder, GradCache
@@ -227,7 +227,7 @@ class Trainer:
         self.after_backward, self.scalars = after_backward, scalars
         self.steps_per_epoch = len(dataset) // config.batch_size
         self.order = EpochOrder(len(dataset), config.seed, config.batch_size)
-        self.loader = DataLoader(
+        self.loader = SteadyLoader(
             dataset,
             config.batch_size // world_size(),
             sampler=self.order,
@@ -235,7 +235,6 @@ class Trainer:
             generator=torch.Generator(),
             num_workers=config.num_workers,
             persistent_workers=config.num_workers > 0,
-            worker_init_fn=leave_signals_to_parent,
             pin_memory=model.device.type == "cuda",
         )
         self.optimizer = make_optimizer(model, config.learning_rate, config.other_rates)

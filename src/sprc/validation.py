@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from sprc.data.captions import process_caption
 from sprc.data.cirr import CirrSplit
-from sprc.data.datasets import ImageDataset, Loader, batches_of_rank, leave_signals_to_parent
+from sprc.data.datasets import ImageDataset, Loader, SteadyLoader, batches_of_rank
 from sprc.data.fashioniq import FashionIQSplit
 from sprc.distributed import sum_over_ranks, world_size
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
@@ -88,11 +87,10 @@ def encode_split(
     composed = torch.zeros(len(captions), config.embed_dim)
     text_only = torch.zeros_like(composed)
     own = batches_of_rank(len(names), batch_size)
-    loader = DataLoader(
+    loader = SteadyLoader(
         ImageDataset(names, split.image_paths, load),
         batch_sampler=own,
         num_workers=num_workers,
-        worker_init_fn=leave_signals_to_parent,
     )
     hidden = any(triplet.target is None for triplet in split.triplets)
     was_training = model.training

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from sprc.data.captions import process_caption
@@ -135,6 +135,23 @@ def batches_of_rank(length: int, batch_size: int) -> list[range]:
     """
     starts = range(rank() * batch_size, length, world_size() * batch_size)
     return [range(start, min(start + batch_size, length)) for start in starts]
+
+
+class SteadyLoader(DataLoader):
+    """A ``DataLoader`` whose processes no signal ends, see :func:`leave_signals_to_parent`."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, worker_init_fn=leave_signals_to_parent, **options)
+
+    def __iter__(self) -> Iterator[Any]:
+        if not hasattr(signal, "pthread_sigmask"):
+            return super().__iter__()
+        # What comes while the processes start is for this one, which gets it afterwards.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP, signal.SIGTERM})
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def leave_signals_to_parent(_worker: int) -> None:
