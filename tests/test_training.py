@@ -5,9 +5,12 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
+from runner import ROOT
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -272,6 +275,17 @@ def test_control_c_is_one_line_and_of_several_ranks_the_first_alone_says_it(monk
             run_script(main)
         assert end.value.code == 130
         assert capsys.readouterr() == ("", expected)
+
+
+def test_control_c_ends_an_import_that_would_swallow_it(tmp_path):
+    lines = ("import os, signal", "try:", "    os.kill(os.getpid(), signal.SIGINT)")
+    lines += ("except KeyboardInterrupt:", "    pass")
+    (tmp_path / "swallows.py").write_text("\n".join(lines))
+    code = "from sprc.errors import run_script; run_script(lambda: __import__('swallows'))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "src", tmp_path)))}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (130, "stopped by SIGINT\n")
 
 
 def test_a_state_that_is_cut_short_is_one_clear_line(tmp_path):

@@ -273,9 +273,13 @@ def test_fashioniq_s_schedule_refuses_another_number_of_epochs(trained_on_fashio
     )
 
 
+SLOW = 768  # pixels, so that filling a cache takes seconds
+
+
 def test_control_c_while_it_starts_or_fills_a_cache_is_one_line(data, tmp_path):
     flags = ("--dataset", "CIRR", "--backbone", "tiny", "--freeze-vit", "--data-path", data)
     flags += ("--feature-cache", tmp_path / "cache", "--batch-size", 1, "--num-workers", 2)
+    flags += ("--image-size", SLOW)
     command = [sys.executable, ROOT / "src" / "extract_features.py", *flags]
 
     def stopped_when(happened):

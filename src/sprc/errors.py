@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 
 
 class InputError(ValueError):
@@ -47,17 +48,39 @@ def run_script(main: Callable[[], None]) -> None:
     :class:`Interrupted`. Anything else is a bug and keeps its traceback. Of several ranks 0 alone speaks of
     Ctrl-C, which all of them are sent.
     """
-    is_first = "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
-    if not is_first:
+    if not _is_first_rank():
         os.environ["TQDM_DISABLE"] = "1"  # tqdm looks when it is imported; rank 0 alone draws bars
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         main()
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the clean-up, without a traceback
-        if is_first:
-            print("stopped by SIGINT", file=sys.stderr, flush=True)
-        sys.exit(128 + signal.SIGINT)
+        sys.exit(_print_interrupt())
     except Interrupted as stop:
         sys.exit(128 + stop.signum)
     except EXPECTED as error:
         sys.exit(print_error(error))
+
+
+def _is_first_rank() -> bool:
+    """Whether this process speaks for all ranks. They may not have found each other yet: torchrun tells it."""
+    return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
+
+
+def _print_interrupt() -> int:
+    if _is_first_rank():
+        print("stopped by SIGINT", file=sys.stderr, flush=True)
+    return 128 + signal.SIGINT
+
+
+def _interrupt(_signum: int, frame: FrameType | None) -> None:
+    """Ctrl-C raises ``KeyboardInterrupt``; while a module is imported it ends the process.
+
+    A library's import may swallow the exception, torch's among them, and there is nothing to clean up yet.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os._exit(_print_interrupt())
+        frame = frame.f_back
+    raise KeyboardInterrupt
