@@ -64,7 +64,7 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def _is_first_rank() -> bool:
-    """Whether this process speaks for all ranks. They may not have found each other yet: torchrun tells it."""
+    """Whether this process speaks for all ranks, which may not have found each other yet."""
     return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
