@@ -1,5 +1,7 @@
 """The arguments of the model, as one validated dataclass. Imports no torch, so that `--help` is quick."""
 
+from __future__ import annotations
+
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,7 +22,7 @@ GALLERY_DTYPES = ("float32", "float16")
 CACHE_DTYPES = ("float16", "bfloat16", "float32")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ModelConfig:
     """Widths, depths and switches of ``Blip2QformerCirAlignPrompt``.
 
@@ -66,15 +68,15 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
+            value, kind = getattr(self, field.name), type(field.default)
             # An int is fine where a float is asked; a bool is an int to Python but not to us.
-            if field.type is float and type(value) is int and abs(value) < 2**53:
+            if kind is float and type(value) is int and abs(value) < 2**53:
                 object.__setattr__(self, field.name, float(value))
-            elif type(value) is not field.type:
+            elif type(value) is not kind:
                 raise InputError(
-                    f"{field.name}={value!r} has type {type(value).__name__}; give {field.type.__name__}"
+                    f"{field.name}={value!r} has type {type(value).__name__}; give {kind.__name__}"
                 )
-            if field.type is int and value < 1:
+            if kind is int and value < 1:
                 raise InputError(f"{field.name}={value} must be at least 1")
         _one_of("vit", self.vit, VIT_KINDS)
         _one_of("pool", self.pool, POOLS)
@@ -105,7 +107,7 @@ class ModelConfig:
         return self.image_size // self.patch_size
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], source: str) -> "ModelConfig":
+    def from_dict(cls, values: dict[str, Any], source: str) -> ModelConfig:
         """Build from a YAML's or a checkpoint's values; an unknown key raises :class:`InputError`."""
         known = {field.name for field in fields(cls)}
         if unknown := sorted(map(str, set(values) - known)):

@@ -5,6 +5,8 @@ in the same order. Whatever they exchange goes through torch.distributed: NCCL f
 what is on the CPU.
 """
 
+from __future__ import annotations
+
 import os
 import random
 import socket

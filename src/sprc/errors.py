@@ -1,5 +1,7 @@
 """How a run ends that cannot go on: what the user gave is wrong, or the user asked it to stop."""
 
+from __future__ import annotations
+
 import os
 import signal
 import sys

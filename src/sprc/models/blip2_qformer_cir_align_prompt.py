@@ -15,6 +15,8 @@ With ``use_gated_fusion`` the text edits the reference's image tokens before cal
 are never edited. Without it the model is plain SPRC and has no fusion parameter.
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import torch
@@ -24,9 +26,11 @@ from transformers import BertTokenizer
 
 from sprc.config import ModelConfig
 from sprc.distributed import rank
+from sprc.errors import InputError
 from sprc.losses import align_loss, contrastive_loss, gather_rows, similarity
 from sprc.models.gated_fusion import FusionOutput, fusion_class
 from sprc.models.qformer import ImageKeys, Layout, QFormer, ScaledImage, batch_of
+from sprc.models.switches import Switches
 from sprc.models.vision import ClipViT, EvaViT
 
 
@@ -85,6 +89,7 @@ class Blip2QformerCirAlignPrompt(nn.Module):
                 pool=config.pool,
                 start=config.fusion_start,
             )
+            self.gated_fusion.switches = Switches(config, tokenizer)  # into the state dict, no parameter
         self.diagnostics: dict[str, Tensor] = {}
 
         # No loss of this model reaches BLIP-2's matching and language heads; they stay for the
@@ -113,7 +118,7 @@ class Blip2QformerCirAlignPrompt(nn.Module):
             return EvaViT(**arguments, initializer_range=config.initializer_range)
         return ClipViT(**arguments)
 
-    def train(self, mode: bool = True) -> "Blip2QformerCirAlignPrompt":
+    def train(self, mode: bool = True) -> Blip2QformerCirAlignPrompt:
         """Set the mode; a frozen vision transformer stays in eval mode always."""
         super().train(mode)
         if self.config.freeze_vit:
@@ -235,10 +240,18 @@ class Blip2QformerCirAlignPrompt(nn.Module):
 
         On a GPU a frozen ViT runs in float16, as in LAVIS, whatever the precision around it. On a CPU it
         takes one image at a time: so rounding does not depend on what else is in the batch, and tokens from
-        a cache are the same to the bit. What already is (B, N, D) is returned as it is.
+        a cache are the same to the bit. What already is (B, N, D) is returned as it is. Pixels of another
+        size than the model's raise :class:`InputError`.
         """
         if image.dim() == 3:
             return image
+        side = self.config.image_size
+        if image.shape[-2:] != (side, side):
+            raise InputError(
+                f"the images have {image.shape[-2]} x {image.shape[-1]} pixels, and the model takes {side} x "
+                f"{side}; write `image_size: {image.shape[-1]}` into the file of SPRC_SWITCHES, or give "
+                "--image-size"
+            )
         if not self.config.freeze_vit:
             return self.visual_encoder(image)
         on_gpu = image.device.type == "cuda"
@@ -268,12 +281,17 @@ class Blip2QformerCirAlignPrompt(nn.Module):
         """
         if self.gated_fusion is None:
             return None
-        text_embeds = self.Qformer.bert.embeddings(text.words, 0)  # (B, M, C)
         if self.config.fusion_text == "contextual":
-            layout = Layout.of(text.mask, 0, cls_first=True, device=self.device)
-            rows = layout.rows(text_embeds[:, :0], text_embeds)
-            text_embeds = layout.pad(self.Qformer.bert(rows, layout))  # zeros at padding
+            text_embeds = self.words_in_context(text)
+        else:
+            text_embeds = self.Qformer.bert.embeddings(text.words, 0)  # (B, M, C)
         return self.gated_fusion(reference_embeds, text_embeds, text.mask.to(self.device, non_blocking=True))
+
+    def words_in_context(self, text: Text) -> Tensor:
+        """The words after the Q-Former's layers, without queries and image: (B, M, C), zeros at padding."""
+        embedded = self.Qformer.bert.embeddings(text.words, 0)
+        layout = Layout.of(text.mask, 0, cls_first=True, device=self.device)
+        return layout.pad(self.Qformer.bert(layout.rows(embedded[:, :0], embedded), layout))
 
     def compose(self, reference_embeds: Tensor | ImageKeys, text: Text, *, strength: float = 1.0) -> Tensor:
         """The query of each reference and text, f: (B, E), normalised. Fusion, call 1, call 2.
@@ -305,10 +323,13 @@ class Blip2QformerCirAlignPrompt(nn.Module):
 
     def target_features(self, image_embeds: Tensor | ScaledImage | ImageKeys) -> Tensor:
         """Call 3: (B, N, D) image tokens, or ``Qformer.bert.image_keys`` of them, to features (B, Q, E)."""
+        return F.normalize(self.vision_proj(self.read_image(image_embeds)), dim=-1)
+
+    def read_image(self, image_embeds: Tensor | ScaledImage | ImageKeys) -> Tensor:
+        """The queries' outputs of call 3, (B, Q, C)."""
         layout = Layout(batch_of(image_embeds), self.config.num_query_tokens)
         queries = self.Qformer.bert.embeddings(self.query_tokens.expand(layout.batch, -1, -1)).flatten(0, 1)
-        outputs = self.Qformer.bert(queries, layout, image_embeds).unflatten(0, (layout.batch, -1))
-        return F.normalize(self.vision_proj(outputs), dim=-1)
+        return self.Qformer.bert(queries, layout, image_embeds).unflatten(0, (layout.batch, -1))
 
     def text_features(self, text: Text) -> Tensor:
         """Call 4: the text with the learned prompts alone to p (B, E), normalised."""
@@ -316,7 +337,7 @@ class Blip2QformerCirAlignPrompt(nn.Module):
 
     def compose_and_text_features(self, prompts: Tensor, text: Text) -> tuple[Tensor, Tensor]:
         """Calls 2 and 4 as one batch of 2 B: f and p, (B, E) each, normalised."""
-        calls = zip(self._embed_call_2(prompts, text), self._embed_call_4(text), strict=True)
+        calls = zip(self._embed_call_2(prompts, text), self._embed_call_4(text))
         queries, words = (torch.cat(pair) for pair in calls)
         return self._cls_features(queries, words, text.mask.repeat(2, 1)).chunk(2)
 

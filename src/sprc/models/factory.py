@@ -1,5 +1,7 @@
 """Build a model by name: its classes from the config, its weights from the backbone's files."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from typing import Any
 
@@ -91,7 +93,7 @@ def halve_frozen_vit(model: nn.Module) -> None:
     """Keep the matrices of a frozen ViT in float16, as LAVIS does; encode_image runs it under autocast."""
     if model.config.freeze_vit:
         for module in model.visual_encoder.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
                 module.half()
 
 

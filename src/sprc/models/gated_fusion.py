@@ -9,6 +9,8 @@ With image tokens I (N, D) and the pooled, projected text t (1, D), the default 
 Adding a strategy is one class in this file, under ``@register_fusion("name")``.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,20 +20,20 @@ from torch import Tensor, nn
 
 from sprc.errors import InputError
 
-FUSION_STRATEGIES: dict[str, type["FusionModule"]] = {}
+FUSION_STRATEGIES: dict[str, type[FusionModule]] = {}
 
 
-def register_fusion(name: str) -> Callable[[type["FusionModule"]], type["FusionModule"]]:
+def register_fusion(name: str) -> Callable[[type[FusionModule]], type[FusionModule]]:
     """Make a class available as ``--fusion-strategy name``."""
 
-    def add(cls: type["FusionModule"]) -> type["FusionModule"]:
+    def add(cls: type[FusionModule]) -> type[FusionModule]:
         FUSION_STRATEGIES[name] = cls
         return cls
 
     return add
 
 
-def fusion_class(name: str) -> type["FusionModule"]:
+def fusion_class(name: str) -> type[FusionModule]:
     """The class of a strategy; an unknown name raises :class:`InputError` that lists the known ones."""
     if name not in FUSION_STRATEGIES:
         raise InputError(f"fusion_strategy={name!r} is unknown; choose from {', '.join(FUSION_STRATEGIES)}")

@@ -10,7 +10,9 @@ Only inside attention do they stand in a padded batch; :class:`Layout` says wher
 Shapes: B batch, Q queries, M text tokens, L = Q + M, R rows, C hidden width, N image tokens, D image width.
 """
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 # For each layer the image's keys and values, (B, N, C) each; None for a layer without cross-attention.
-ImageKeys = list[tuple[Tensor, Tensor] | None]
+ImageKeys = list[Optional[tuple[Tensor, Tensor]]]
 
 
 class ScaledImage(NamedTuple):
@@ -56,7 +58,7 @@ class Layout(NamedTuple):
     place: Tensor | None = None  # (R,) b * L + position
 
     @classmethod
-    def of(cls, text_mask: Tensor, num_queries: int, *, cls_first: bool, device: torch.device) -> "Layout":
+    def of(cls, text_mask: Tensor, num_queries: int, *, cls_first: bool, device: torch.device) -> Layout:
         """The layout of captions with ``num_queries`` queries before them.
 
         Args:
@@ -167,7 +169,7 @@ class QFormer(nn.Module):
 
 def initialise(module: nn.Module, std: float) -> None:
     """BERT's start: normal weights, zero biases, a zero vector for padding."""
-    if isinstance(module, nn.Linear | nn.Embedding):
+    if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
@@ -178,7 +180,7 @@ def initialise(module: nn.Module, std: float) -> None:
 class Bert(nn.Module):
     """The layers. The embeddings are called on their own, because several calls share a text's."""
 
-    def __init__(self, embeddings: "Embeddings", layers: list["Layer"]) -> None:
+    def __init__(self, embeddings: Embeddings, layers: list[Layer]) -> None:
         super().__init__()
         self.embeddings = embeddings
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
@@ -212,7 +214,7 @@ class Bert(nn.Module):
         *layers, last = self.encoder["layer"]
         *images, last_image = image if isinstance(image, list) else [image] * (len(layers) + 1)
         has_image = image is not None
-        for layer, seen in zip(layers, images, strict=True):
+        for layer, seen in zip(layers, images):
             hidden = layer(hidden, layout, seen, has_image)
         hidden = last(hidden, layout, last_image, has_image, wanted)
         return hidden if wanted is None else hidden.unflatten(0, (layout.batch, wanted))

@@ -1,5 +1,7 @@
 """BERT's tokenizer with BLIP-2's extra [DEC] token, over the published vocabulary or the data's own."""
 
+from __future__ import annotations
+
 import re
 import tempfile
 from collections import Counter
