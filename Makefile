@@ -5,14 +5,16 @@
 # make app          a page to search pictures: an index of your own, or the demo's pictures
 # make test         sets up the same and runs all tests (LAVIS's included)
 # make test-browser  clicks on the page in Chromium, which must be there (apt-get install chromium)
+# make test-checkout  makes the calls of SPRC's scripts in SPRC's own environment (Python 3.9, torch 2.0.1)
 # make test-modern  runs the tests on a newer Python, without LAVIS, with today's torch and transformers
 # make bench        measures speed and memory, about half an hour: leave the machine alone meanwhile
 # make setup        only the virtual environment
 
 MODERN_PYTHON ?= 3.12
+CHECKOUT_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.9.*/bin/python) 3.9)
 UV := $(or $(shell command -v uv),.tools/bin/uv)
 
-.PHONY: setup demo demo-fashioniq ablation ablation-switches app test test-browser test-modern bench
+.PHONY: setup demo demo-fashioniq ablation ablation-switches app test test-browser test-checkout test-modern bench
 .DELETE_ON_ERROR:
 
 setup: .venv/ready
@@ -29,6 +31,11 @@ setup: .venv/ready
 .venv-modern/ready: pyproject.toml | $(UV)
 	$(UV) venv --quiet --allow-existing --python $(MODERN_PYTHON) .venv-modern
 	$(UV) pip install --quiet --python .venv-modern/bin/python -e '.[dev]'
+	touch $@
+
+.venv-checkout/ready: tests/requirements-checkout.txt | $(UV)
+	$(UV) venv --quiet --allow-existing --python $(CHECKOUT_PYTHON) .venv-checkout
+	$(UV) pip install --quiet --python .venv-checkout/bin/python --no-deps -r tests/requirements-checkout.txt
 	touch $@
 
 demo: .venv/ready
@@ -63,6 +70,12 @@ test: .venv/ready
 
 test-browser: .venv/ready
 	.venv/bin/python -m pytest -m browser tests/test_browser.py
+
+# Skipped, and counted as that, where there is no Python 3.9.
+test-checkout: .venv/ready | $(UV)
+	@if $(UV) python find --no-project $(CHECKOUT_PYTHON) > /dev/null 2>&1; then $(MAKE) .venv-checkout/ready; \
+	else echo "no Python 3.9 here: fetch one with $(UV) python install 3.9, or give CHECKOUT_PYTHON=PATH"; fi
+	.venv/bin/python -m pytest tests/test_sprc_checkout.py -k theirs
 
 test-modern: .venv-modern/ready
 	.venv-modern/bin/python -m pytest -n 2 --dist loadfile

@@ -5,8 +5,8 @@
 WORK is train (as blip_fine_tune_2.py) or score (as blip_validate.py, validate_blip.py and
 cirr_test_submission.py); SWITCHES is what SPRC_SWITCHES names. More such threes may follow; each prints the
 distances that it ends with, or the error. A class is registered first, as in an SPRC checkout. The pixels are
-those of their TargetPad at 224. It runs in SPRC's own environment too (Python 3.9, torch 2.0), so it imports
-nothing of the tests'.
+those of their TargetPad at 224 (sprc_pixels.py). It runs in SPRC's own environment too (Python 3.9, torch
+2.0), so it imports nothing else of the tests'.
 """
 
 import json
@@ -19,21 +19,12 @@ from pathlib import Path
 import torch
 from lavis.common.registry import registry
 from lavis.models import BaseModel, load_model_and_preprocess
-from PIL import Image
+from sprc_pixels import CAPTIONS, pixels
 from torch import optim
 from torch.utils.data import DataLoader
-from torchvision import transforms
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # torch.cuda.amp's names
 warnings.filterwarnings("ignore", message=".*CUDA is not available")
-SIDE = 224
-CAPTIONS = [
-    "Make the circle blue.",
-    "Remove the star!",
-    "add a cross",
-    "is LARGER, and red",
-    "move it (left)",
-]
 
 
 @registry.register_model("blip2_cir_align_prompt")
@@ -45,24 +36,6 @@ import sprc.lavis_registration  # noqa: E402, F401
 from sprc.errors import InputError  # noqa: E402
 
 device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-
-
-def pixels(number):
-    """A picture wider than 1.25 of its height, padded as their targetpad_transform does."""
-    image = Image.new("RGBA", (190, 90), (37 * number % 256, 99, 251 - 40 * number, 255))
-    image.paste((250, 250, 0, 255), (10 * number, 20, 40 + 10 * number, 60))
-    width, height = image.size
-    border = [max(int((max(width, height) / 1.25 - side) / 2), 0) for side in (width, height)]
-    return transforms.Compose(
-        [
-            lambda image: transforms.functional.pad(image, [*border, *border], 0, "constant"),
-            transforms.Resize(SIDE, interpolation=transforms.InterpolationMode.BICUBIC),
-            transforms.CenterCrop(SIDE),
-            lambda image: image.convert("RGB"),
-            transforms.ToTensor(),
-            transforms.Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-        ]
-    )(image)
 
 
 def scores(model, txt_processors):

@@ -8,6 +8,7 @@ import functools
 import itertools
 import types
 from pathlib import Path
+from unittest import mock
 
 import plain_model as plain
 import pytest
@@ -354,7 +355,9 @@ def test_backbone_is_the_one_of_lavis(lavis_without_downloads, monkeypatch, back
         read_backbone(backbone),
         yaml.safe_load(Path(cls.default_config_path(backbone)).read_text()),
     )
-    tokenizer = range(30522 + 1)  # bert-base-uncased and [DEC]; only the length is asked for
+    tokenizer = mock.MagicMock()
+    tokenizer.__len__ = lambda _: 30522 + 1  # bert-base-uncased and [DEC]
+    tokenizer.convert_ids_to_tokens = lambda ids: list(map(str, ids))
     monkeypatch.setattr(cls, "init_tokenizer", lambda _: tokenizer)
     monkeypatch.setattr(cls, "load_checkpoint_from_config", lambda *_: None)
     with torch.device("meta"):

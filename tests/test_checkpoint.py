@@ -10,9 +10,12 @@ from conftest import CAPTIONS, random_images, randomise, small_config
 
 from sprc import checkpoint
 from sprc.checkpoint import STATE, load_checkpoint, save_checkpoint
+from sprc.data.scenes import caption_words
 from sprc.errors import InputError
 from sprc.models import factory
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
+from sprc.models.factory import create_model
+from sprc.models.switches import SWITCHES
 
 HYPERPARAMETERS = {"blip_model_name": "blip2_cir_align_prompt", "backbone": "tiny", "seed": 3}
 
@@ -238,3 +241,98 @@ def test_names_that_contradict_the_file_are_refused(saved):
         load_checkpoint(saved, backbone="coco")
     with pytest.raises(InputError, match="--blip-model-name 'other', but"):
         load_checkpoint(saved, model_name="other")
+
+
+# A state dict alone, as SPRC's scripts save it from the registered class.
+
+
+def bare(path, model):
+    torch.save({"epoch": 2, STATE: model.state_dict()}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pool": "all", "num_query_tokens": 7, "max_txt_len": 11, "num_heads": 2},
+        {"fusion_text": "contextual", "fusion_strategy": "additive", "cross_attention_every": 1},
+        {"fusion_strategy": "film", "image_size": 20, "vit_depth": 2, "num_layers": 3, "alpha_init": 0.25},
+    ],
+)
+def test_a_fusion_s_state_dict_alone_rebuilds_its_model(backbone, tokenizer, tmp_path, changes):
+    """The backbone `pretrain` has other values for all of these."""
+    model = Blip2QformerCirAlignPrompt(small_config(**changes), tokenizer).eval()
+    randomise(model, seed=5)
+    loaded = load_checkpoint(bare(tmp_path / "theirs.pt", model), backbone="pretrain")
+    assert loaded.found.endswith("SPRC with gated fusion, epoch 2")
+    assert loaded.model.config == model.config
+    targets, references = model.extract_target_features(random_images(3, model.config))
+    same_targets, same_references = loaded.model.extract_target_features(random_images(3, model.config))
+    assert torch.equal(
+        model.inference(references, targets, CAPTIONS),
+        loaded.model.inference(same_references, same_targets, CAPTIONS),
+    )
+
+
+def test_a_plain_state_dict_s_shapes_give_its_sizes(backbone, tokenizer, tmp_path):
+    changes = {"num_query_tokens": 7, "embed_dim": 6, "image_size": 20, "vit_depth": 2, "num_layers": 3}
+    changes |= {"cross_attention_every": 1, "max_positions": 40, "intermediate_size": 24}
+    config = small_config(**changes, use_gated_fusion=False, freeze_vit=True)
+    model = Blip2QformerCirAlignPrompt(config, tokenizer)
+    assert not [key for key in model.state_dict() if "fusion" in key]
+    assert load_checkpoint(bare(tmp_path / "theirs.pt", model), backbone="pretrain").model.config == config
+
+
+def test_a_fusion_s_state_dict_without_switches_is_named(backbone, tokenizer, tmp_path):
+    model = Blip2QformerCirAlignPrompt(small_config(freeze_vit=True), tokenizer)
+    state = {key: value for key, value in model.state_dict().items() if key != SWITCHES}
+    torch.save({"epoch": 2, STATE: state}, tmp_path / "theirs.pt")
+    loaded = load_checkpoint(tmp_path / "theirs.pt", backbone="pretrain")
+    assert "it does not say its fusion's switches: taken are pool=masked and fusion_text" in loaded.found
+
+
+def test_a_checkpoint_without_the_switches_entry_is_the_same(model, saved):
+    contents = torch.load(saved, weights_only=True)
+    assert contents[STATE].pop(SWITCHES).dtype == torch.uint8
+    torch.save(contents, saved)
+    loaded = load_checkpoint(saved)
+    assert loaded.model.config == model.config
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[key], value), key
+    model.load_state_dict(contents[STATE])  # as a resumed training does
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        torch.ones(3),
+        torch.zeros((), dtype=torch.uint8),
+        torch.tensor([123, 34], dtype=torch.uint8),
+        torch.tensor(list(b"[" * 100000), dtype=torch.uint8),
+        torch.tensor(list(b'{"model_config": 1, "vocabulary": "a"}'), dtype=torch.uint8),
+        torch.tensor(list(b'{"model_config": {"pool": 1}, "vocabulary": "a"}'), dtype=torch.uint8),
+        torch.tensor(list(b'{"model_config": {"depth": 1}, "vocabulary": "a"}'), dtype=torch.uint8),
+    ],
+)
+def test_a_broken_switches_entry_is_one_clear_line(backbone, tokenizer, tmp_path, entry):
+    path = tmp_path / "theirs.pt"
+    state = Blip2QformerCirAlignPrompt(small_config(freeze_vit=True), tokenizer).state_dict()
+    torch.save({"epoch": 2, STATE: state | {SWITCHES: entry}}, path)
+    with pytest.raises(InputError, match=r"cannot be read; it is damaged|pool=1 has type|argument depth"):
+        load_checkpoint(path, backbone="pretrain")
+
+
+def test_tiny_s_words_come_back_for_a_state_dict_alone_or_are_refused(tmp_path):
+    for captions, switches in ((caption_words(), {}), (caption_words(), {"use_gated_fusion": False})):
+        model = create_model(Blip2QformerCirAlignPrompt, "tiny", captions=captions, **switches)
+        loaded = load_checkpoint(bare(tmp_path / "theirs.pt", model), backbone="tiny").model
+        assert loaded.tokenizer.get_vocab() == model.tokenizer.get_vocab()
+        assert loaded.config == model.config
+    renamed = ["zzz" if word == "circle" else word for word in caption_words()]
+    for captions, switches, count in (
+        (["make it red"], {"use_gated_fusion": False}, 25),
+        ([*renamed, *renamed], {}, r"\d+"),
+    ):
+        model = create_model(Blip2QformerCirAlignPrompt, "tiny", captions=captions, **switches)
+        with pytest.raises(InputError, match=rf"has {count} words and does not hold them"):
+            load_checkpoint(bare(tmp_path / "theirs.pt", model), backbone="tiny")

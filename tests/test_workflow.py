@@ -269,27 +269,6 @@ def test_resume_refuses_what_is_no_run_or_another(never_killed, tmp_path):
     assert_one_clear_line(stderr, "training_hyperparameters.json is broken")
 
 
-def test_sprc_s_own_calls_work_after_one_import_line(tmp_path):
-    pytest.importorskip("lavis", reason="LAVIS is not installed")
-    switches = tmp_path / "switches.yaml"
-    switches.write_text("fusion_strategy: weighted\npool: all\n")
-    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT / "src"), "SPRC_SWITCHES": str(switches)}
-    for value, message in (
-        ("", "use_gated_fusion=True"),
-        ("use_gated_fusion: false\n", "use_gated_fusion=False"),
-    ):
-        switches.write_text(switches.read_text() + value)
-        command = [sys.executable, str(ROOT / "tests" / "sprc_calls.py"), str(tmp_path / "theirs.pt")]
-        result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-        assert result.returncode == 0, result.stderr
-        assert "blip2_cir_align_prompt was __main__.Theirs and is now SPRC with gated fusion" in result.stdout
-        assert message in result.stdout
-        contents = torch.load(tmp_path / "theirs.pt", weights_only=True)
-        state = contents["Blip2QformerCirAlignPrompt"]
-        assert any("gate_mlp" in key for key in state) == (not value)
-        assert "gated_fusion.alpha" not in state
-
-
 def test_the_command_line_wins_over_the_environment(data, tmp_path):
     switches = tmp_path / "switches.yaml"
     switches.write_text("fusion_strategy: weighted\npool: all\n")

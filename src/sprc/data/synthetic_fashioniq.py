@@ -78,6 +78,7 @@ class FashionIQConfig(SyntheticConfig):
     val_families: int = 6
     test_families: int = 2
     eval_queries_per_set: int = 4
+    png: bool = False  # all images as PNG, which alone SPRC's own scripts read
     most_queries_per_set: ClassVar[int] = 12
 
 
@@ -107,7 +108,8 @@ def make_fashioniq(out: Path, config: FashionIQConfig) -> None:
     """Write the benchmark to ``out/fashionIQ_dataset``; see :func:`write_once`.
 
     Of each image set one image is a distractor: it is in `image_splits` and in no triplet, so that the
-    gallery of the original protocol is larger than that of the val-split. Every other image is a JPEG.
+    gallery of the original protocol is larger than that of the val-split. Every other image is a JPEG,
+    unless ``config.png``.
     Beside FashionIQ's own files it writes ``edits.TYPE.SPLIT.json``: a list of {"kind", "cells", "target"}
     in the order of the captions, which holds the test split's targets as well.
     """
@@ -135,7 +137,7 @@ def _write_benchmark(root: Path, config: FashionIQConfig) -> None:
                 scene: f"{dress_type}-{split}-{family}-{number}-img{i}" for i, scene in enumerate(scenes)
             }
             for scene, name in names.items():
-                suffix = (".png", ".jpg")[len(gallery) % 2]
+                suffix = ".jpg" if len(gallery) % 2 and not config.png else ".png"
                 # Only a JPEG takes the options: without subsampling edges of equal lightness stay sharp.
                 options = {"quality": 95, "subsampling": 0} if suffix == ".jpg" else {}
                 render(scene, config.image_size).save(root / "images" / f"{name}{suffix}", **options)

@@ -55,12 +55,13 @@ class Switches(nn.Module):
 
     def __init__(self, config: ModelConfig, tokenizer: BertTokenizer) -> None:
         super().__init__()
-        told = {"model_config": asdict(config), "vocabulary": vocabulary_digest(tokenizer)}
-        self.text = json.dumps(told)
+        self.config = config
+        self.tokenizer = tokenizer
 
     def get_extra_state(self) -> Tensor:
         """What goes into the state dict."""
-        return torch.tensor(list(self.text.encode()), dtype=torch.uint8)
+        told = {"model_config": asdict(self.config), "vocabulary": vocabulary_digest(self.tokenizer)}
+        return torch.tensor(list(json.dumps(told).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Nothing: the text describes this model, not the file."""
