@@ -116,7 +116,7 @@ def test_a_plain_checkpoint_turns_fusion_off_where_no_switches_are_given(model_o
 def test_another_model_s_state_dict_is_refused_and_changes_nothing(model_of):
     contextual = model_of(fusion_text="contextual", num_query_tokens=5).state_dict()
     deep = model_of(num_layers=3, vit_depth=4, use_gated_fusion=False).state_dict()
-    additive = model_of(fusion_strategy="additive", num_heads=2).state_dict()
+    additive = model_of(fusion_strategy="additive", norm_eps=1e-9).state_dict()
     model = model_of(pool="masked")
     own, before = model.state_dict(), snapshot(model)
     unsaid = {key: value for key, value in own.items() if key != SWITCHES}
@@ -124,7 +124,7 @@ def test_another_model_s_state_dict_is_refused_and_changes_nothing(model_of):
     cases = (
         (
             contextual,
-            'with gated fusion, and not as this model is; write `fusion_text: "contextual"`, '
+            "with gated fusion, and not as this model is; write `fusion_text: contextual`, "
             "`num_query_tokens: 5` into",
         ),
         (
@@ -132,7 +132,7 @@ def test_another_model_s_state_dict_is_refused_and_changes_nothing(model_of):
             "is plain SPRC, and not as this model is; write `num_layers: 3`, `use_gated_fusion: false`, "
             "`vit_depth: 4` into",
         ),
-        (additive, 'write `fusion_strategy: "additive"`, `num_heads: 2` into'),
+        (additive, "write `fusion_strategy: additive`, `norm_eps: 1.0e-09` into"),
         (own | {"extra.weight": torch.ones(1)}, "another model than this one (1 unexpected: extra.weight)"),
         (without, "(1 missing: vision_proj.bias)"),
         (own | {"temp": torch.ones(3)}, "(1 of another shape: temp)"),

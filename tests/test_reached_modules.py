@@ -1,6 +1,6 @@
 """What `import sprc.lavis_registration` reaches runs in SPRC's own environment: Python 3.9, torch 2.0.
 
-ruff reads these files as Python 3.9's (pyproject.toml) and finds its syntax errors; here is what it cannot see.
+ruff reads these files as Python 3.9's (pyproject.toml) and finds syntax errors; here is what it cannot see.
 `make test-checkout` runs them there.
 """
 

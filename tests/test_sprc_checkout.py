@@ -24,6 +24,7 @@ FILES = {
     "on": FUSION,
     "off": f"{FUSION}use_gated_fusion: false\n",
     "other": "image_size: 224\nfusion_strategy: weighted\n",
+    "frozen": "image_size: 224\nfreeze_vit: true\nfusion_text: contextual\n",
     "small": "fusion_strategy: weighted\n",
 }
 # Work, checkpoint, switches.
@@ -32,6 +33,8 @@ CALLS = (
     ("score", "on", "on"),
     ("train", "off", "off"),
     ("score", "off", "off"),
+    ("train", "frozen", "frozen"),
+    ("score", "frozen", "frozen"),
     ("score", "off", "on"),
     ("score", "on", "off"),
     ("score", "on", "other"),
@@ -90,9 +93,9 @@ def test_their_class_is_replaced_and_a_line_says_so(checkout):
     assert "blip2_cir_align_prompt was __main__.Theirs and is now SPRC with gated fusion" in checkout.first
 
 
-@pytest.mark.parametrize("switch", ["on", "off"])
+@pytest.mark.parametrize("switch", ["on", "off", "frozen"])
 def test_their_scripts_train_score_and_load_what_they_saved(checkout, switch):
-    told = f"use_gated_fusion={switch == 'on'}"
+    told = f"use_gated_fusion={switch != 'off'}"
     assert checkout.printed["train", switch, switch].startswith(told)
     assert "Missing keys []" in checkout.printed["score", switch, switch]
     trained, scored = (checkout.distances(work, switch, switch) for work in ("train", "score"))
@@ -104,7 +107,7 @@ def test_a_checkpoint_of_one_side_is_refused_on_the_other_with_the_line_to_write
     for call, line in (
         (("score", "off", "on"), "is plain SPRC, and not as this model is; write `use_gated_fusion: false`"),
         (("score", "on", "off"), "is SPRC with gated fusion, and not as this model is; write `use_gated_"),
-        (("score", "on", "other"), 'write `pool: "all"` into'),
+        (("score", "on", "other"), "write `pool: all` into"),
         (
             ("train", "none", "small"),
             "224 x 224 pixels, and the model takes 96 x 96; write `image_size: 224`",
@@ -122,12 +125,12 @@ def test_plain_state_dicts_are_the_published_format(checkout):
     assert set(off) == {key for key in on if not key.startswith("gated_fusion.")}
 
 
-@pytest.mark.parametrize("switch", ["on", "off"])
+@pytest.mark.parametrize("switch", ["on", "off", "frozen"])
 def test_ours_rebuilds_what_their_scripts_saved(checkout, switch):
     """The words of `tiny`, the image size and the switches come from the state dict: the same distances."""
     path = checkout.folder / f"{switch}.pt"
     loaded = load_checkpoint(path, backbone="tiny")
-    assert f"{path}: {'SPRC with gated fusion' if switch == 'on' else 'plain SPRC'}, epoch 0" in loaded.found
+    assert f"{path}: {'plain SPRC' if switch == 'off' else 'SPRC with gated fusion'}, epoch 0" in loaded.found
     gallery, references = loaded.model.extract_target_features(torch.stack([pixels(n) for n in range(6)]))
     captions = [process_caption(text) for text in CAPTIONS]
     distances = 1 - loaded.model.inference(references[:5], gallery, captions)

@@ -12,7 +12,6 @@ SPRC's own environment.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lavis.common.dist_utils import download_cached_file
 from lavis.common.registry import registry
 from lavis.common.utils import is_url
@@ -132,7 +132,7 @@ class Blip2QformerCirAlignPrompt(model_file.Blip2QformerCirAlignPrompt, BaseMode
             )
         off = others == {"use_gated_fusion": False} and not os.environ.get("SPRC_SWITCHES")
         if others and not off:
-            lines = ", ".join(f"`{name}: {json.dumps(value)}`" for name, value in sorted(others.items()))
+            lines = ", ".join(f"`{yaml.safe_dump({name: others[name]}).strip()}`" for name in sorted(others))
             kind = "SPRC with gated fusion" if any(key.startswith(FUSION) for key in state) else "plain SPRC"
             file = os.environ.get("SPRC_SWITCHES") or "a YAML file, named in the environment as SPRC_SWITCHES"
             raise InputError(f"the checkpoint is {kind}, and not as this model is; write {lines} into {file}")

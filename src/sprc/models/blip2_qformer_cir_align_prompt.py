@@ -255,7 +255,8 @@ class Blip2QformerCirAlignPrompt(nn.Module):
         if not self.config.freeze_vit:
             return self.visual_encoder(image)
         on_gpu = image.device.type == "cuda"
-        with torch.no_grad(), torch.autocast(image.device.type, torch.float16, enabled=on_gpu):
+        dtype = torch.float16 if on_gpu else torch.bfloat16  # torch 2.0's CPU refuses float16, off or not
+        with torch.no_grad(), torch.autocast(image.device.type, dtype, enabled=on_gpu):
             return torch.cat([self.visual_encoder(part) for part in image.split(len(image) if on_gpu else 1)])
 
     def normalise(self, tokens: Tensor) -> Tensor:
