@@ -84,7 +84,7 @@ def call_bert(bert, ids=None, mask=None, queries=None, image=None, no_img=False,
         embedded = bert.embeddings(queries, 1), bert.embeddings(words, 0, num_queries + 1)
     else:
         embedded = bert.embeddings(queries), bert.embeddings(words, 0)
-    layout = Layout.of(mask.bool(), num_queries, cls_first=image is None, device=torch.device("cpu"))
+    layout = Layout.of(mask.bool(), num_queries, cls_first=image is None, words=words)
     if wanted is not None:
         return bert(layout.rows(*embedded), layout, image, wanted)
     padded = layout.pad(bert(layout.rows(*embedded), layout, image))

@@ -31,14 +31,23 @@ from sprc.losses import align_loss, contrastive_loss, gather_rows, similarity
 from sprc.models.gated_fusion import FusionOutput, fusion_class
 from sprc.models.qformer import ImageKeys, Layout, QFormer, ScaledImage, batch_of
 from sprc.models.switches import Switches
+from sprc.models.tokenizer import CaptionIds
 from sprc.models.vision import ClipViT, EvaViT
 
 
 class Text(NamedTuple):
-    """B captions as the Q-Former reads them."""
+    """B captions as the Q-Former reads them.
+
+    The layouts depend on the captions' lengths, which only the CPU knows. So they are made beside the words,
+    and what follows is all tensors: ``torch.compile`` sees one graph.
+    """
 
     words: Tensor  # (B, M, C) word embeddings, without positions
-    mask: Tensor  # (B, M), True where there is a word and not padding, on the CPU
+    mask: Tensor  # (B, M), True where there is a word and not padding
+    call_1: Layout
+    call_2: Layout  # call 4 has the same rows
+    calls_2_and_4: Layout  # both as one batch of 2 B
+    alone: Layout  # the words without queries
 
 
 class Blip2QformerCirAlignPrompt(nn.Module):
@@ -53,6 +62,7 @@ class Blip2QformerCirAlignPrompt(nn.Module):
         super().__init__()
         self.config = config
         self.tokenizer = tokenizer
+        self.caption_ids = CaptionIds(tokenizer, config.max_txt_len)
 
         self.visual_encoder = self.vision_transformer(config)
         self.ln_vision = nn.LayerNorm(config.vit_width, eps=config.vision_norm_eps)
@@ -221,15 +231,24 @@ class Blip2QformerCirAlignPrompt(nn.Module):
         positions (``pool="all"``) sees it, and gets all ``max_txt_len``.
         """
         to_the_full = self.config.use_gated_fusion and self.config.pool == "all"
-        tokens = self.tokenizer(
-            text,
-            padding="max_length" if to_the_full else "longest",
-            truncation=True,
-            max_length=self.config.max_txt_len,
-            return_tensors="pt",
+        rows = [self.caption_ids[caption] for caption in text]
+        length = self.config.max_txt_len if to_the_full else max(map(len, rows))
+        padding = self.tokenizer.pad_token_id
+        ids = torch.tensor([row + [padding] * (length - len(row)) for row in rows])
+        mask = torch.arange(length) < torch.tensor([len(row) for row in rows])[:, None]
+        return self.lay_out(self.Qformer.bert.embeddings.word_embeddings(ids.to(self.device)), mask)
+
+    def lay_out(self, words: Tensor, mask: Tensor) -> Text:
+        """Word embeddings (B, M, C) and a CPU's (B, M) mask of what is no padding, as the calls take them."""
+        num_queries = self.config.num_query_tokens
+        return Text(
+            words,
+            mask.to(words.device, non_blocking=True),
+            call_1=Layout.of(mask, num_queries, cls_first=False, words=words),
+            call_2=Layout.of(mask, num_queries, cls_first=True, words=words),
+            calls_2_and_4=Layout.of(mask.repeat(2, 1), num_queries, cls_first=True, words=words),
+            alone=Layout.of(mask, 0, cls_first=True, words=words),
         )
-        ids = tokens.input_ids.to(self.device, non_blocking=True)
-        return Text(self.Qformer.bert.embeddings.word_embeddings(ids), tokens.attention_mask.bool())
 
     def encode_image(self, image: Tensor) -> Tensor:
         """(B, 3, S, S) pixels, or (B, N, D) tokens from a feature cache, to normalised tokens (B, N, D)."""
@@ -286,12 +305,12 @@ class Blip2QformerCirAlignPrompt(nn.Module):
             text_embeds = self.words_in_context(text)
         else:
             text_embeds = self.Qformer.bert.embeddings(text.words, 0)  # (B, M, C)
-        return self.gated_fusion(reference_embeds, text_embeds, text.mask.to(self.device, non_blocking=True))
+        return self.gated_fusion(reference_embeds, text_embeds, text.mask)
 
     def words_in_context(self, text: Text) -> Tensor:
         """The words after the Q-Former's layers, without queries and image: (B, M, C), zeros at padding."""
         embedded = self.Qformer.bert.embeddings(text.words, 0)
-        layout = Layout.of(text.mask, 0, cls_first=True, device=self.device)
+        layout = text.alone
         return layout.pad(self.Qformer.bert(layout.rows(embedded[:, :0], embedded), layout))
 
     def compose(self, reference_embeds: Tensor | ImageKeys, text: Text, *, strength: float = 1.0) -> Tensor:
@@ -304,7 +323,7 @@ class Blip2QformerCirAlignPrompt(nn.Module):
         ``Qformer.bert.image_keys`` of them.
         """
         prompts = self.prompts_of(reference_embeds, text, strength)
-        return self._cls_features(*self._embed_call_2(prompts, text), text.mask)
+        return self._cls_features(*self._embed_call_2(prompts, text), text.call_2)
 
     def prompts_of(
         self, reference_embeds: Tensor | ScaledImage | ImageKeys, text: Text, strength: float = 1.0
@@ -316,11 +335,10 @@ class Blip2QformerCirAlignPrompt(nn.Module):
                 self.diagnostics = fusion_diagnostics(fusion, reference_embeds, self.gated_fusion)
             fused = fusion.fused
             reference_embeds = fused if strength == 1 else reference_embeds.lerp(fused, strength)
-        num_queries = self.config.num_query_tokens
-        layout = Layout.of(text.mask, num_queries, cls_first=False, device=self.device)
+        layout = text.call_1
         queries = self.Qformer.bert.embeddings(self.query_tokens.expand(layout.batch, -1, -1))
         rows = layout.rows(queries, self.Qformer.bert.embeddings(text.words, 0))
-        return self.Qformer.bert(rows, layout, reference_embeds, wanted=num_queries)
+        return self.Qformer.bert(rows, layout, reference_embeds, wanted=layout.num_queries)
 
     def target_features(self, image_embeds: Tensor | ScaledImage | ImageKeys) -> Tensor:
         """Call 3: (B, N, D) image tokens, or ``Qformer.bert.image_keys`` of them, to features (B, Q, E)."""
@@ -334,13 +352,13 @@ class Blip2QformerCirAlignPrompt(nn.Module):
 
     def text_features(self, text: Text) -> Tensor:
         """Call 4: the text with the learned prompts alone to p (B, E), normalised."""
-        return self._cls_features(*self._embed_call_4(text), text.mask)
+        return self._cls_features(*self._embed_call_4(text), text.call_2)
 
     def compose_and_text_features(self, prompts: Tensor, text: Text) -> tuple[Tensor, Tensor]:
         """Calls 2 and 4 as one batch of 2 B: f and p, (B, E) each, normalised."""
         calls = zip(self._embed_call_2(prompts, text), self._embed_call_4(text))
         queries, words = (torch.cat(pair) for pair in calls)
-        return self._cls_features(queries, words, text.mask.repeat(2, 1)).chunk(2)
+        return self._cls_features(queries, words, text.calls_2_and_4).chunk(2)
 
     def _embed_call_2(self, prompts: Tensor, text: Text) -> tuple[Tensor, Tensor]:
         """Queries (B, Q, C) without positions, and words (B, M, C)."""
@@ -353,9 +371,8 @@ class Blip2QformerCirAlignPrompt(nn.Module):
         prompts = embed(self.prompt_tokens.expand(len(text.words), -1, -1), 1)
         return prompts, embed(text.words, 0, self.config.num_query_tokens + 1)
 
-    def _cls_features(self, queries: Tensor, words: Tensor, mask: Tensor) -> Tensor:
+    def _cls_features(self, queries: Tensor, words: Tensor, layout: Layout) -> Tensor:
         """The layers of calls 2 and 4, without an image: (B, E) from the text's [CLS], normalised."""
-        layout = Layout.of(mask, self.config.num_query_tokens, cls_first=True, device=self.device)
         cls = self.Qformer.bert(layout.rows(queries, words), layout, wanted=1)[:, 0]
         return F.normalize(self.text_proj(cls), dim=-1)
 
