@@ -111,11 +111,15 @@ def test_good_data_have_no_problem_and_their_sizes_are_notes(made, dataset, flag
             "train: 24 triplets; published are 28,225",
             "val: 36 triplets; published are 4,181",
             "test1: 36 triplets; published are 4,148",
-            "108 images; published are 21,552",
+            "108 images; published are 21,551",
         ]
     else:
-        assert lines["other"][4] == "val, shirt: 24 triplets, 36 images"
-        assert lines["note"] == ["324 images; published are 77,684"]
+        assert lines["other"][4] == "val, toptee: 24 triplets, 36 images"
+        assert lines["other"][9] == "in all: 324 entries in split files, of 324 different images"
+        assert lines["note"] == [
+            "324 entries in split files, of 324 different images; "
+            "published are 77,683 entries of 74,381 images"
+        ]
 
 
 def test_everything_that_is_wrong_with_cirr_is_listed(cirr):
