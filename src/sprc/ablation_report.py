@@ -6,7 +6,7 @@ Everything is worked out from the cells' files; metrics are those of the ranks i
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
@@ -54,7 +54,8 @@ class CellResult:
     validation: pd.DataFrame  # by epoch, those that were validated
     step_seconds: float  # median of the epochs' medians
     checkpoint: Path
-    left_out: dict[str, dict[str, int]]  # images and triplets by split, see sprc.data.missing
+    # Images and triplets by split, where some were; see sprc.data.missing.
+    left_out: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def kept_validation(self) -> float:
