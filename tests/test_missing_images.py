@@ -142,6 +142,18 @@ def test_a_score_says_what_it_and_its_training_left_out(incomplete, skipped):
     assert_one_clear_line(stderr, "--missing-images skip")
 
 
+def test_the_page_of_gate_maps_and_the_probe_say_what_was_left_out(incomplete, skipped, tmp_path):
+    folder, _ = skipped
+    flags = ("--dataset", "FashionIQ", "--fiq-type", "toptee", "--data-path", incomplete.data)
+    flags += ("--model-path", folder / "saved_models" / "tuned_clip_best.pt", "--out", tmp_path)
+    run("visualize_gates.py", *flags, "--missing-images", "skip", "--queries", 1, "--probe")
+    images, triplets = len(incomplete.gone["val, toptee"]), incomplete.dropped["val, toptee"]
+    for row in read_csv(tmp_path / "probe.csv"):
+        assert (row["missing_images"], row["dropped_triplets"]) == (str(images), str(triplets))
+    title = f"split val, missing_images {images}, dropped_triplets {triplets}"
+    assert title in (tmp_path / "gate_maps.html").read_text()
+
+
 def test_a_run_goes_on_only_if_the_same_images_are_missing(incomplete, skipped):
     folder, _ = skipped
     back = incomplete.gone["train, shirt"][0]

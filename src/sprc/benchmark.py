@@ -7,7 +7,7 @@ from sprc.data import TYPES
 from sprc.data.cirr import load_cirr, load_cirr_test
 from sprc.data.datasets import Triplet
 from sprc.data.fashioniq import load_fashioniq
-from sprc.data.missing import left_out_columns, tell_left_out
+from sprc.data.missing import left_out_columns, left_out_text, tell_left_out
 from sprc.errors import InputError
 from sprc.ranking import Ranking
 from sprc.validation import Split, metrics
@@ -95,8 +95,7 @@ class Benchmark:
 
     def summary(self, metrics: dict[str, float | str]) -> str:
         """The headline metrics in one line, and what was left out of the splits."""
-        left_out = left_out_columns(self.splits).items()
-        return self._headline(metrics) + "".join(f", {name} {value:,}" for name, value in left_out)
+        return self._headline(metrics) + left_out_text(self.splits)
 
     def _headline(self, metrics: dict[str, float | str]) -> str:
         if self.name == "CIRR":

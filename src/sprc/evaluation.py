@@ -62,7 +62,7 @@ class Scorer:
         checkpoint = load_checkpoint(path, model_name=blip_model_name, backbone=backbone)
         print(checkpoint.found, flush=True)
         for title, found in checkpoint.hyperparameters.get("left_out", {}).items():
-            if found["images"]:
+            if title.startswith("train") and found["images"]:
                 print(
                     f"its training left {found['images']:,} images without a file and {found['triplets']:,} "
                     f"triplets of {title} out",

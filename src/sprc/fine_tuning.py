@@ -187,8 +187,6 @@ def check_left_out(file: Path, left_out: dict[str, dict[str, Any]]) -> None:
     if not file.exists():
         raise InputError(f"{file} is missing; restore it, or start a new run with --missing-images skip")
     before = read_json(file)
-    if before == left_out:
-        return
     try:
         then, now = (
             {f"{name} ({title})" for title, one in found.items() for name in one["images"]}
@@ -196,10 +194,11 @@ def check_left_out(file: Path, left_out: dict[str, dict[str, Any]]) -> None:
         )
     except (AttributeError, KeyError, TypeError) as error:
         raise InputError(f"{file} is broken; restore it from a copy") from error
-    raise InputError(
-        f"{file}: the run began without {len(then):,} images, and now {len(now):,} have no file; first that "
-        f"differs: {quote(min(then ^ now, default=''))}; put the files back as they were, or start a new run"
-    )
+    if then != now:
+        raise InputError(
+            f"{file}: the run began without {len(then):,} images, and now {len(now):,} have no file; first "
+            f"that differs: {quote(min(then ^ now))}; put the files back as they were, or start a new run"
+        )
 
 
 def chunk_of(arguments: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from sprc.data.captions import process_caption
 from sprc.data.cirr import load_cirr, load_cirr_test
 from sprc.data.datasets import Triplet, check_images, quote, require_text
 from sprc.data.fashioniq import load_fashioniq
-from sprc.data.missing import left_out_columns, tell_left_out
+from sprc.data.missing import left_out_columns, left_out_text, tell_left_out
 from sprc.errors import InputError
 from sprc.evaluation import Scorer
 from sprc.fusion_probe import probe
@@ -214,7 +214,7 @@ def draw(
     config = model.config
     title = (
         f"Gate maps: {config.fusion_strategy} fusion, epoch {checkpoint.epoch}, "
-        f"{len(rows)} queries of the split {split.name}"
+        f"{len(rows)} queries of the split {split.name}{left_out_text([split])}"
     )
     write_page(page, title, NOTE, tqdm(grouped, desc="page", unit="group"), picture)
     print(f"wrote {page}")

@@ -102,3 +102,8 @@ def left_out_columns(splits: Iterable[ImageSplit]) -> dict[str, int]:
     left_out = [split.left_out for split in splits]
     images, triplets = sum(len(one.images) for one in left_out), sum(one.triplets for one in left_out)
     return {"missing_images": images, "dropped_triplets": triplets} if images else {}
+
+
+def left_out_text(splits: Iterable[ImageSplit]) -> str:
+    """The same to put after a line."""
+    return "".join(f", {name} {value:,}" for name, value in left_out_columns(splits).items())
