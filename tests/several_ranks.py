@@ -250,7 +250,13 @@ def fill_cache(folder, images):
 
 def submit(folder, data, checkpoint):
     arguments = argparse.Namespace(
-        data_path=data, model_path=checkpoint, out=folder, name="test", batch_size=7, num_workers=1
+        data_path=data,
+        model_path=checkpoint,
+        out=folder,
+        name="test",
+        batch_size=7,
+        num_workers=1,
+        missing_images="error",
     )
     rest = ("blip_model_name", "backbone", "transform", "target_ratio", "gallery_dtype", "cache_dtype")
     for name in (*rest, "feature_cache", "save_memory", "device"):

@@ -480,6 +480,23 @@ def assert_latex_in_form(text):
             assert len(re.findall(r"(?<!\\)&", line)) == len(columns) - 1
 
 
+def test_the_report_says_what_was_left_out(tmp_path):
+    cells = config(fusion=["off", "gated"]).cells()
+    results = results_of(tmp_path, "cirr", "arithmetic_mean")
+    for one in results:
+        one.validation["missing_images"], one.validation["dropped_triplets"] = 3, 5
+    write_cells(tmp_path, results)
+    left_out = {"train": {"images": 0, "triplets": 0}, "val": {"images": 3, "triplets": 5}}
+    for path in tmp_path.glob("cells/*/*/training_hyperparameters.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "left_out": left_out}))
+    (absent,) = set(cells) - {one.cell for one in results}
+    text = report_ablation(tmp_path, cells, {absent: "error: it failed"})
+    for written in (text, (tmp_path / "ablation.tex").read_text()):
+        assert " Left out, because image files are missing: 3 images, 5 triplets of val. " in written
+    for row in read_csv(tmp_path / "ablation.csv"):
+        assert (row["missing_images"], row["dropped_triplets"]) == ("3", "5")
+
+
 def test_the_report_s_files_agree_and_name_what_failed(tmp_path):
     cells = config(fusion=["off", "gated", "film"]).cells()
     failures = {cells[-2]: "error: 100 % of a_b & {c} failed"}

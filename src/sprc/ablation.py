@@ -363,6 +363,7 @@ def run_cell(
             "blip_validate.py",
             *("--dataset", settings["dataset"], "--data-path", settings["data_path"]),
             *("--fiq-protocol", settings["fiq_protocol"], "--split", split_to_score(settings)),
+            *("--missing-images", settings.get("missing_images", "error")),
             *("--model-path", checkpoint_of(run_folder), "--save-ranks", ranks),
         )
         if failure is None and not stop:

@@ -15,11 +15,15 @@ from sprc.errors import InputError
 from sprc.feature_cache import open_images
 from sprc.models.factory import choose_device, place
 from sprc.ranking import Ranking
-from sprc.run_folder import write_csv, write_json
+from sprc.run_folder import compact_json, write_atomically, write_csv
 from sprc.validation import LARGEST_BATCH, EncodedSplit, Split, encode_split, rank_split
 
 TOP = 50
 TOP_IN_SET = 3
+
+# Where CIRR's authors score test1, and the largest file that is taken there.
+SERVER = "https://cirr.cecs.anu.edu.au/test_process/"
+LARGEST_SUBMISSION = 5_000_000  # bytes
 
 # How a checkpoint that does not say it is scored: as SPRC's are.
 PUBLISHED = {
@@ -57,6 +61,13 @@ class Scorer:
         """
         checkpoint = load_checkpoint(path, model_name=blip_model_name, backbone=backbone)
         print(checkpoint.found, flush=True)
+        for title, found in checkpoint.hyperparameters.get("left_out", {}).items():
+            if title.startswith("train") and found["images"]:
+                print(
+                    f"its training left {found['images']:,} images without a file and {found['triplets']:,} "
+                    f"triplets of {title} out",
+                    flush=True,
+                )
         place(checkpoint.model, choose_device(device))
         own = {name: checkpoint.hyperparameters.get(name, value) for name, value in PUBLISHED.items()}
         own["batch_size"] = min(own["batch_size"], LARGEST_BATCH)
@@ -95,7 +106,11 @@ def run_validation(arguments: argparse.Namespace) -> dict[str, float | str]:
     settings of its training, the default, the figures of "val" are those that training wrote.
     """
     benchmark = Benchmark.load(
-        arguments.dataset, arguments.data_path, arguments.fiq_protocol, arguments.split
+        arguments.dataset,
+        arguments.data_path,
+        arguments.fiq_protocol,
+        arguments.split,
+        missing_images=arguments.missing_images,
     )
     encoded = Scorer.from_flags(arguments).encode(benchmark.splits)
     return from_main(lambda: report_scores(arguments, benchmark, encoded))
@@ -111,7 +126,8 @@ def report_scores(
     for name, value in metrics.items():
         print(f"{name}: {value}")
     if arguments.save_rankings:
-        write_json(arguments.save_rankings, named_rankings(benchmark, rankings))
+        text = compact_json(named_rankings(benchmark, rankings))
+        write_atomically(arguments.save_rankings, lambda file: file.write(text))
         print(f"wrote {arguments.save_rankings}")
     if arguments.save_ranks:
         write_csv(arguments.save_ranks, query_ranks(benchmark, rankings))
@@ -153,6 +169,11 @@ def run_submission(arguments: argparse.Namespace) -> tuple[Path, Path]:
 
     Both are checked first, so that a file exists only if it is right.
     """
+    if arguments.missing_images == "skip":
+        raise InputError(
+            "--missing-images skip: CIRR's server wants every query of test1, ranked over all its images; "
+            "restore the files and leave the flag out"
+        )
     split = load_cirr(arguments.data_path, "test1")
     (encoded,) = Scorer.from_flags(arguments).encode([split])
     return from_main(lambda: write_submission(arguments, split, encoded))
@@ -169,14 +190,20 @@ def write_submission(
     for metric, rows in (("recall", ranking.top), ("recall_subset", ranking.set_order[:, :TOP_IN_SET])):
         ranked = {pair_id: [names[i] for i in row] for pair_id, row in zip(ids, rows.tolist(), strict=True)}
         check_submission(split, metric, ranked)
-        files.append(
-            ({"version": "rc2", "metric": metric, **ranked}, f"{metric}_submission_{arguments.name}.json")
-        )
+        text = compact_json({"version": "rc2", "metric": metric, **ranked})
+        if len(text) > LARGEST_SUBMISSION:
+            raise InputError(
+                f"the {metric} submission would have {len(text):,} bytes, and CIRR's server takes at most "
+                f"{LARGEST_SUBMISSION:,}; {len(ids):,} queries of {arguments.data_path} are not CIRR's "
+                "test1: correct --data-path"
+            )
+        files.append((arguments.out / f"{metric}_submission_{arguments.name}.json", text))
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for contents, file_name in files:
-        write_json(arguments.out / file_name, contents)
-        print(f"wrote {arguments.out / file_name}")
-    return tuple(arguments.out / file_name for _, file_name in files)
+    for path, text in files:
+        write_atomically(path, lambda file, text=text: file.write(text))
+        print(f"wrote {path} ({len(text):,} bytes)")
+    print(f"send both to CIRR's evaluation server, {SERVER}")
+    return tuple(path for path, _ in files)
 
 
 def check_submission(split: CirrSplit, metric: str, ranked: dict[str, list[str]]) -> None:

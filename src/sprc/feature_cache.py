@@ -49,7 +49,7 @@ from sprc.data.transforms import make_transform
 from sprc.distributed import from_main, objects_of_all_ranks, rank, wait_for_all, world_size
 from sprc.errors import InputError
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
-from sprc.run_folder import write_json
+from sprc.run_folder import compact_json, write_atomically, write_json
 
 FORMAT = 1
 # A file changed within a clock tick of its reading may keep its times. Two seconds cover any clock.
@@ -352,7 +352,8 @@ class FeatureCache:
         found = {path: of_path[path] for path in paths}
         entries = {str(path.absolute()): [*looks, value] for path, (looks, value) in found.items() if looks}
         if any(known.get(name) != entry for name, entry in entries.items()):
-            write_json(file, known | entries)
+            text = compact_json(known | entries)
+            write_atomically(file, lambda opened: opened.write(text))
         return {path: value for path, (_, value) in found.items()}
 
     def _check_disk(self, images: int) -> None:

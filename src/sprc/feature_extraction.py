@@ -8,6 +8,7 @@ import torch
 from sprc.data import TYPES
 from sprc.data.cirr import load_cirr
 from sprc.data.fashioniq import load_fashioniq
+from sprc.data.missing import tell_left_out
 from sprc.feature_cache import open_images
 from sprc.fine_tuning import start_model
 from sprc.models.factory import choose_device, place
@@ -38,7 +39,10 @@ def image_paths(arguments: argparse.Namespace) -> list[Path]:
     """The images that training on the splits, or scoring them, reads."""
     if arguments.dataset == "cirr":
         names = {"test": "test1"}
-        splits = [load_cirr(arguments.data_path, names.get(name, name)) for name in arguments.splits]
+        splits = [
+            load_cirr(arguments.data_path, names.get(name, name), missing_images=arguments.missing_images)
+            for name in arguments.splits
+        ]
     else:
         splits = [
             load_fashioniq(
@@ -47,8 +51,11 @@ def image_paths(arguments: argparse.Namespace) -> list[Path]:
                 dress_type,
                 # Training needs the triplets' images alone.
                 "val-split" if name == "train" else arguments.fiq_protocol,
+                missing_images=arguments.missing_images,
             )
             for name in arguments.splits
             for dress_type in TYPES
         ]
+    if arguments.missing_images == "skip":
+        tell_left_out(splits)
     return [path for split in splits for path in split.image_paths.values()]

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from sprc.benchmark import Benchmark
+from sprc.benchmark import Benchmark, triplets_of
 from sprc.checkpoint import load_checkpoint, save_checkpoint
 from sprc.config import ModelConfig, switches_from_environment
 from sprc.data.captions import process_caption
-from sprc.data.datasets import TripletDataset
+from sprc.data.datasets import TripletDataset, quote, read_json
+from sprc.data.missing import ImageSplit
 from sprc.distributed import from_main, rank, world_size
 from sprc.errors import InputError, Interrupted
 from sprc.feature_cache import open_images
@@ -24,6 +25,7 @@ from sprc.training import Trainer, TrainingConfig
 from sprc.validation import LARGEST_BATCH, encode_split, rank_split
 
 HYPERPARAMETERS = "training_hyperparameters.json"
+MISSING_IMAGES = "missing_images.json"  # what --missing-images skip left out
 
 # Flags that set a field of ModelConfig; None leaves the backbone's value.
 MODEL_SWITCHES = (
@@ -60,7 +62,10 @@ def fine_tune(arguments: argparse.Namespace) -> Path:
     for name, weight in LOSS_WEIGHTS[arguments.dataset].items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, weight)
-    benchmark = Benchmark.load(arguments.dataset, arguments.data_path, arguments.fiq_protocol)
+    missing_images = arguments.missing_images
+    benchmark = Benchmark.load(
+        arguments.dataset, arguments.data_path, arguments.fiq_protocol, missing_images=missing_images
+    )
     config = TrainingConfig(
         dataset=benchmark.name,
         num_epochs=arguments.num_epochs,
@@ -76,7 +81,11 @@ def fine_tune(arguments: argparse.Namespace) -> Path:
         other_rates={} if arguments.fusion_lr is None else {"gated_fusion.": arguments.fusion_lr},
     )
     device = choose_device(arguments.device)
-    triplets, paths = benchmark.train_triplets(arguments.data_path)
+    train_splits = benchmark.train_splits(arguments.data_path, missing_images=missing_images)
+    triplets, paths = triplets_of(train_splits)
+    left_out = names_left_out([*train_splits, *benchmark.splits])
+    if resume is not None and missing_images == "skip":
+        check_left_out(resume / MISSING_IMAGES, left_out)
     config.check_fits(len(triplets))
 
     torch.manual_seed(config.seed)
@@ -113,6 +122,13 @@ def fine_tune(arguments: argparse.Namespace) -> Path:
     hyperparameters |= {name: getattr(model.config, name) for name in MODEL_SWITCHES}
     hyperparameters |= {"device": str(device), "ranks": world_size(), "torch": str(torch.__version__)}
     hyperparameters = {k: str(v) if isinstance(v, Path) else v for k, v in hyperparameters.items()}
+    if missing_images == "skip":
+        hyperparameters["left_out"] = {
+            title: {"images": len(found["images"]), "triplets": found["triplets"]}
+            for title, found in left_out.items()
+        }
+        if resume is None:
+            write_json(run_folder / MISSING_IMAGES, left_out)
     if resume is None:
         write_json(run_folder / HYPERPARAMETERS, {**hyperparameters, "model_config": asdict(model.config)})
 
@@ -156,6 +172,33 @@ def fine_tune(arguments: argparse.Namespace) -> Path:
         )
         raise
     return run_folder
+
+
+def names_left_out(splits: list[ImageSplit]) -> dict[str, dict[str, Any]]:
+    """What each split was left without, by its title: the names of images, the number of triplets."""
+    return {
+        split.title: {"images": list(split.left_out.images), "triplets": split.left_out.triplets}
+        for split in splits
+    }
+
+
+def check_left_out(file: Path, left_out: dict[str, dict[str, Any]]) -> None:
+    """Raise :class:`InputError` unless a run that goes on misses the images that it missed at its start."""
+    if not file.exists():
+        raise InputError(f"{file} is missing; restore it, or start a new run with --missing-images skip")
+    before = read_json(file)
+    try:
+        then, now = (
+            {f"{name} ({title})" for title, one in found.items() for name in one["images"]}
+            for found in (before, left_out)
+        )
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{file} is broken; restore it from a copy") from error
+    if then != now:
+        raise InputError(
+            f"{file}: the run began without {len(then):,} images, and now {len(now):,} have no file; first "
+            f"that differs: {quote(min(then ^ now))}; put the files back as they were, or start a new run"
+        )
 
 
 def chunk_of(arguments: argparse.Namespace) -> int:

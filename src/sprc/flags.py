@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from sprc.config import CACHE_DTYPES, GALLERY_DTYPES
-from sprc.data import TRANSFORMS
+from sprc.data import MISSING_IMAGES, TRANSFORMS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 INDEX = ROOT / "picture_index"  # of `search.py index`
@@ -27,6 +27,17 @@ def add_cache_flags(
         default=dtype,
         choices=CACHE_DTYPES,
         help=f"type of the values in it; default: {dtype or 'that of the training'}",
+    )
+
+
+def add_missing_flag(parser: argparse._ActionsContainer) -> None:
+    """What is done about an image that has no file."""
+    parser.add_argument(
+        "--missing-images",
+        default="error",
+        choices=MISSING_IMAGES,
+        help="an image without a file is an error, or left out with the triplets that need it, and counted; "
+        "default: %(default)s",
     )
 
 
@@ -53,6 +64,7 @@ def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
         default=ROOT,
         help="the folder that holds the data set's; default: this project",
     )
+    add_missing_flag(parser)
     add("--transform", default=None, choices=TRANSFORMS, help="default: the training's own, else targetpad")
     add("--target-ratio", type=float, default=None, help="default: the training's own, else 1.25")
     add("--batch-size", type=int, default=None, help="default: the training's own, else 32")

@@ -6,6 +6,7 @@ import pandas as pd
 import torch
 
 from sprc.data.cirr import load_cirr
+from sprc.data.missing import describe, left_out_columns
 from sprc.errors import InputError
 from sprc.evaluation import Scorer
 from sprc.figures import plt, save_figure
@@ -28,7 +29,7 @@ def report_run(run_folder: Path, *, queries: int = 8, seed: int = 0, device: str
     told = checkpoint.hyperparameters
     if told["dataset"] != "cirr":
         raise InputError(f"{run_folder} was trained on {told['dataset']}; reports are made of CIRR runs")
-    split = load_cirr(Path(told["data_path"]), "val")
+    split = load_cirr(Path(told["data_path"]), "val", missing_images=told.get("missing_images", "error"))
     (encoded,) = scorer.encode([split])
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(split.triplets), generator=generator)[:queries].tolist()
@@ -37,6 +38,7 @@ def report_run(run_folder: Path, *, queries: int = 8, seed: int = 0, device: str
     draw_sheet(run_folder / "gate_maps.png", views, picture_of(split, scorer.transform))
     print(f"wrote {run_folder / 'gate_maps.png'}")
     table = pd.DataFrame(modality_table(split, encoded)).T.rename_axis("query")
+    table = table.assign(**left_out_columns([split]))
     text = table.to_csv(lineterminator="\n")
     write_atomically(run_folder / "recall_table.csv", lambda file: file.write(text.encode()))
     shown = table[[name for name in table if "recall_at" in name]]
@@ -45,6 +47,8 @@ def report_run(run_folder: Path, *, queries: int = 8, seed: int = 0, device: str
     )
     print(f"\nCIRR validation split, recall in percent, epoch {checkpoint.epoch} of {run_folder}")
     print(shown.to_string(float_format=lambda value: f"{value:.1f}"))
+    if split.left_out.images:
+        print(describe(split))
 
 
 def plot_curves(run_folder: Path) -> None:

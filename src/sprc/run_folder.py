@@ -63,6 +63,11 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, lambda file: file.write((json.dumps(value, indent=4) + "\n").encode()))
 
 
+def compact_json(value: Any) -> bytes:
+    """``value`` as JSON without a space, for what is large and read by programs."""
+    return (json.dumps(value, separators=(",", ":")) + "\n").encode()
+
+
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write the rows under the first row's keys. Floats keep all their digits."""
     text = io.StringIO()

@@ -13,6 +13,7 @@ from sprc.data.captions import process_caption
 from sprc.data.cirr import load_cirr, load_cirr_test
 from sprc.data.datasets import Triplet, check_images, quote, require_text
 from sprc.data.fashioniq import load_fashioniq
+from sprc.data.missing import left_out_columns, left_out_text, tell_left_out
 from sprc.errors import InputError
 from sprc.evaluation import Scorer
 from sprc.fusion_probe import probe
@@ -39,6 +40,8 @@ def run_visualisation(arguments: argparse.Namespace) -> None:
     Raises :class:`InputError` before any long work.
     """
     split = load_split(arguments)
+    if arguments.missing_images == "skip":
+        tell_left_out([split])
     edits = read_edits(arguments.data_path, split) if arguments.localisation else None
     groups = choose(split, arguments)
     if arguments.probe and any(triplet.target is None for triplet in split.triplets):
@@ -67,11 +70,12 @@ def run_visualisation(arguments: argparse.Namespace) -> None:
             if one is not None:
                 batch_size, model = one.settings["batch_size"], one.checkpoint.model
                 rows += localise(model, label, split, edits, one.transform, batch_size, arguments.seed)
+        rows = [{**row, **left_out_columns([split])} for row in rows]
         write_csv(out / "localisation.csv", rows)
         print(as_text(rows))
         print(f"wrote {out / 'localisation.csv'}")
     if arguments.probe:
-        rows = probe(scorer, split)
+        rows = [{**row, **left_out_columns([split])} for row in probe(scorer, split)]
         write_csv(out / "probe.csv", rows)
         shown = [name for name in rows[0] if "recall" in name or name.startswith("mean(")]
         print(
@@ -82,11 +86,14 @@ def run_visualisation(arguments: argparse.Namespace) -> None:
 
 def load_split(arguments: argparse.Namespace) -> Split:
     """The split that the flags name; FashionIQ's is of one type."""
+    missing = {"missing_images": arguments.missing_images}
     if arguments.dataset == "cirr":
         if arguments.probe and arguments.split == "test1":
-            return load_cirr_test(arguments.data_path)
-        return load_cirr(arguments.data_path, arguments.split)
-    return load_fashioniq(arguments.data_path, arguments.split, arguments.fiq_type, arguments.fiq_protocol)
+            return load_cirr_test(arguments.data_path, **missing)
+        return load_cirr(arguments.data_path, arguments.split, **missing)
+    return load_fashioniq(
+        arguments.data_path, arguments.split, arguments.fiq_type, arguments.fiq_protocol, **missing
+    )
 
 
 def load_off(arguments: argparse.Namespace) -> Scorer | None:
@@ -207,7 +214,7 @@ def draw(
     config = model.config
     title = (
         f"Gate maps: {config.fusion_strategy} fusion, epoch {checkpoint.epoch}, "
-        f"{len(rows)} queries of the split {split.name}"
+        f"{len(rows)} queries of the split {split.name}{left_out_text([split])}"
     )
     write_page(page, title, NOTE, tqdm(grouped, desc="page", unit="group"), picture)
     print(f"wrote {page}")

@@ -9,12 +9,12 @@ from typing import ClassVar
 
 from tqdm import tqdm
 
-from sprc.data import TYPES
 from sprc.data.scenes import Edit, Scene, cell_name, edit_between, object_phrase, render
 from sprc.data.synthetic import SyntheticConfig, axis_pairs, draw_family, draw_queries, json_text, write_once
 
-# What tells a type's images at sight: the background is light, grey or dark.
-SHADES = dict(zip(TYPES, ((225, 250), (165, 185), (30, 55)), strict=True))
+# The types, in the order in which they are drawn, and what tells a type's images at sight: the background is
+# light, grey or dark.
+SHADES = {"dress": (225, 250), "shirt": (165, 185), "toptee": (30, 55)}
 
 # Words as in scenes.TEMPLATES, but the captions describe the target, as FashionIQ's do; {old} is the edited
 # attribute before, {color}, {shape} and {size} are the object's after. Each of STATEMENTS gives the target
@@ -122,8 +122,8 @@ def _write_benchmark(root: Path, config: FashionIQConfig) -> None:
     seeds, used = random.Random(config.seed), set()
     # Train comes last, so that another number of train families leaves the other splits as they are.
     counts = {"val": config.val_families, "test": config.test_families, "train": config.train_families}
-    bar = tqdm(total=36 * len(TYPES) * sum(counts.values()), desc="made data", unit="image")
-    for split, dress_type in product(counts, TYPES):
+    bar = tqdm(total=36 * len(SHADES) * sum(counts.values()), desc="made data", unit="image")
+    for split, dress_type in product(counts, SHADES):
         rng = random.Random(seeds.getrandbits(64))
         families = [
             draw_family(pair, rng, used, SHADES[dress_type])
