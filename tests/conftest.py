@@ -1,6 +1,7 @@
 """Small models, captions and images that several test files share."""
 
 import math
+import os
 import shutil
 
 import pytest
@@ -16,8 +17,7 @@ from sprc.models.qformer import Layout, QFormer
 from sprc.models.tokenizer import tokenizer_from_vocabulary
 from sprc.models.vision import ClipViT, EvaViT
 
-# The tensors are tiny: a second thread only waits, and on a busy machine it waits for minutes.
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # runner.py has set it
 
 WORDS = "make the small red circle blue and remove square in top left add a green star"
 VOCABULARY = [*SPECIAL_TOKENS, *WORDS.split()]
@@ -77,9 +77,9 @@ def call_bert(bert, ids=None, mask=None, queries=None, image=None, no_img=False,
     if ids is None:
         layout = Layout(len(queries), num_queries)
         return layout.pad(bert(bert.embeddings(queries).flatten(0, 1), layout, image))
-    if queries is None:
-        queries = torch.zeros(len(ids), 0, bert.embeddings.LayerNorm.normalized_shape[0])
     words = bert.embeddings.word_embeddings(ids)
+    if queries is None:
+        queries = words[:, :0]
     if no_img:
         embedded = bert.embeddings(queries, 1), bert.embeddings(words, 0, num_queries + 1)
     else:

@@ -71,7 +71,7 @@ class FusionLog:
             row["delta_norm"] = output.delta.float().norm(dim=-1).mean()
         if hasattr(module, "alpha"):
             row["alpha"] = module.alpha.detach().float()
-        row["mean_change"] = (output.fused - inputs[0]).abs().float().mean()
+        row["mean_change"] = (output.fused.float() - inputs[0]).abs().mean()
         self.parts.append((len(output.fused), row))
 
     def after_backward(self) -> None:

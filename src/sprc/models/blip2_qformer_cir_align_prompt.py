@@ -28,7 +28,7 @@ from sprc.config import ModelConfig
 from sprc.distributed import rank
 from sprc.errors import InputError
 from sprc.losses import align_loss, contrastive_loss, gather_rows, similarity
-from sprc.models.gated_fusion import FusionOutput, fusion_class
+from sprc.models.gated_fusion import FusionOutput, at_least_float32, fusion_class
 from sprc.models.qformer import ImageKeys, Layout, QFormer, ScaledImage, batch_of
 from sprc.models.switches import Switches
 from sprc.models.tokenizer import CaptionIds
@@ -167,7 +167,9 @@ class Blip2QformerCirAlignPrompt(nn.Module):
 
         A row depends on its own triplet alone: batches may be embedded in parts.
         """
-        images = torch.cat([samples["image"], samples["target"]])  # one pass through the ViT for both
+        # Autocast on a CPU does not join cached tokens of another half precision than its own.
+        with torch.autocast(self.device.type, enabled=False):
+            images = torch.cat([samples["image"], samples["target"]])  # one pass through the ViT for both
         rows = self.embed_tokens(self.vit_tokens(images), self.tokenize(samples["text_input"]))
         return {**rows, "temp": self.temp}
 
@@ -381,12 +383,16 @@ class Blip2QformerCirAlignPrompt(nn.Module):
 def fusion_diagnostics(
     fusion: FusionOutput, reference_embeds: Tensor, module: nn.Module
 ) -> dict[str, Tensor]:
-    """Scalars to log: gate mean and spread (standard deviation), alpha, and mean |fused - image|."""
+    """Scalars to log: gate mean and spread (standard deviation), alpha, and mean |fused - image|.
+
+    They are taken in float32 in mixed precision too: a mean rounded to bfloat16 moves in steps of 0.002.
+    """
     values = {}
     if fusion.gate is not None:
-        values["gate_mean"] = fusion.gate.mean()
-        values["gate_std"] = fusion.gate.std()
+        gate = at_least_float32(fusion.gate)
+        values["gate_mean"] = gate.mean()
+        values["gate_std"] = gate.std()
     if hasattr(module, "alpha"):
         values["alpha"] = module.alpha.detach().clone()
-    values["mean_change"] = (fusion.fused - reference_embeds).abs().mean()
+    values["mean_change"] = (at_least_float32(fusion.fused) - reference_embeds).abs().mean()
     return values
