@@ -259,7 +259,7 @@ def test_lavis_s_extract_features_are_the_model_s_own(model_of):
     assert of_images.image_embeds.shape == (2, 4, 96)
     both = model.extract_features(samples).multimodal_embeds
     text = model.tokenize(texts)
-    query = model._cls_features(*model._embed_call_2(both, text), text.mask)
+    query = model._cls_features(*model._embed_call_2(both, text), text.call_2)
     torch.testing.assert_close(query, model.compose(tokens, text))
     of_text = model.extract_features({"text_input": texts}, mode="text")
     for number, caption in enumerate(texts):
