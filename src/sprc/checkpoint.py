@@ -5,6 +5,7 @@ Ours leave out a frozen vision transformer, which the backbone provides, and hol
 """
 
 import hashlib
+import re
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -99,6 +100,10 @@ def load_checkpoint(
         values, tokenizer = read_backbone(backbone)["model"], bert_tokenizer()
 
     state = contents[STATE]
+    usual = read_backbone(backbone)["model"].get("vit_depth", ModelConfig.vit_depth)
+    # A published file does not say how deep its vision transformer is; how many blocks it holds does.
+    if "model_config" not in contents and (depth := num_vit_blocks(state)):
+        values = {**values, "vit_depth": depth}
     has_fusion = any(key.startswith(FUSION) for key in state)
     if switches is None:
         arguments = {**values, "use_gated_fusion": has_fusion}
@@ -123,7 +128,15 @@ def load_checkpoint(
             found += "; fusion is off for scoring"
         else:
             found += "; gated fusion is newly started" if config.use_gated_fusion else "; fusion is off"
+    if config.vit_depth != usual:
+        found += f"; its vision transformer has {config.vit_depth} blocks, that of {backbone} has {usual}"
     return Checkpoint(model.eval(), contents["epoch"], hyperparameters, found)
+
+
+def num_vit_blocks(state: dict[str, Tensor]) -> int:
+    """How many blocks of a vision transformer a state dict holds; 0 if it holds none."""
+    blocks = re.compile(rf"{re.escape(VIT)}(?:transformer\.res)?blocks\.(\d+)\.")
+    return len({match[1] for key in state if (match := blocks.match(str(key)))})
 
 
 def read_vocabulary(words: list[str], path: Path) -> BertTokenizer:
