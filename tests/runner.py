@@ -9,8 +9,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# One thread, unless the environment says otherwise: a second one has little to do on so small a model, and waits
-# badly on a busy machine. The fork server reads it once, when it imports torch.
+# One thread, unless the environment says otherwise: a second one has little to do on so small a model, and
+# waits badly on a busy machine. The fork server reads it once, when it imports torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
 

@@ -10,12 +10,14 @@ from conftest import CAPTIONS, random_images, randomise, small_config
 
 from sprc import checkpoint
 from sprc.checkpoint import STATE, load_checkpoint, save_checkpoint
+from sprc.config import ModelConfig, read_backbone
 from sprc.data.scenes import caption_words
 from sprc.errors import InputError
 from sprc.models import factory
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.factory import create_model
 from sprc.models.switches import SWITCHES
+from sprc.models.tokenizer import SPECIAL_TOKENS, tokenizer_from_vocabulary
 
 HYPERPARAMETERS = {"blip_model_name": "blip2_cir_align_prompt", "backbone": "tiny", "seed": 3}
 
@@ -146,9 +148,9 @@ def backbone(tokenizer, monkeypatch):
     return files
 
 
-def published(path, tokenizer, **changes):
+def published(path, tokenizer, depth=3, **changes):
     """A file as SPRC's scripts write it: plain SPRC, the ViT in half precision, old position ids."""
-    model = Blip2QformerCirAlignPrompt(small_config(use_gated_fusion=False), tokenizer)
+    model = Blip2QformerCirAlignPrompt(small_config(use_gated_fusion=False, vit_depth=depth), tokenizer)
     randomise(model, seed=2)
     state = model.state_dict()
     state = {key: value.half() if "visual" in key else value for key, value in state.items()}
@@ -213,6 +215,82 @@ def test_a_frozen_vit_is_left_out_and_comes_back_from_its_backbone(backbone, tok
     loaded = load_checkpoint(path).model
     for key, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("depth", [2, 5])
+def test_a_checkpoint_s_own_depth_decides_and_is_named(backbone, tokenizer, tmp_path, depth):
+    path, ours = tmp_path / "sprc.pt", tmp_path / "ours.pt"
+    published(path, tokenizer, depth)
+    named = f"; its vision transformer has {depth} blocks, that of pretrain has 3"
+    for switches in (None, {"use_gated_fusion": True}):
+        loaded = load_checkpoint(path, backbone="pretrain", switches=switches)
+        assert loaded.found.endswith(named)
+        assert loaded.model.config.vit_depth == len(loaded.model.visual_encoder.blocks) == depth
+    save_checkpoint(ours, loaded.model, 1, {**HYPERPARAMETERS, "backbone": "pretrain"}, full=True)
+    again = load_checkpoint(ours)
+    assert again.found.endswith(named)
+    assert again.model.config == loaded.model.config
+
+
+def test_ours_of_another_depth_takes_that_many_blocks_of_its_backbone(backbone, tokenizer, tmp_path):
+    path = tmp_path / "ours.pt"
+    model = Blip2QformerCirAlignPrompt(small_config(freeze_vit=True, vit_depth=2), tokenizer)
+    model.visual_encoder.load_state_dict(backbone[YAML["vit"]], strict=False)
+    save_checkpoint(path, model, 1, {**HYPERPARAMETERS, "backbone": "pretrain"})
+    loaded = load_checkpoint(path)
+    assert loaded.found.endswith("; its vision transformer has 2 blocks, that of pretrain has 3")
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[key], value), key
+
+
+def clip_vit_l_shapes(depth):
+    """Names and shapes of CLIP's ViT-L/14 at 224 pixels, the first ``depth`` of its blocks."""
+    width = 1024
+    shapes = {
+        "class_embedding": (width,),
+        "positional_embedding": (257, width),
+        "conv1.weight": (width, 3, 14, 14),
+        "ln_pre.weight": (width,),
+        "ln_pre.bias": (width,),
+    }
+    linear = {
+        "attn.out_proj": (width, width),
+        "mlp.c_fc": (4 * width, width),
+        "mlp.c_proj": (width, 4 * width),
+    }
+    for prefix in (f"transformer.resblocks.{block}." for block in range(depth)):
+        shapes |= {
+            f"{prefix}attn.in_proj_weight": (3 * width, width),
+            f"{prefix}attn.in_proj_bias": (3 * width,),
+        }
+        for name, shape in linear.items():
+            shapes |= {f"{prefix}{name}.weight": shape, f"{prefix}{name}.bias": shape[:1]}
+        for name in ("ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias"):
+            shapes[prefix + name] = (width,)
+    return {f"visual_encoder.{name}": shape for name, shape in shapes.items()}
+
+
+@pytest.mark.filterwarnings("ignore:for .*meta")
+@pytest.mark.parametrize("switches", [None, {"use_gated_fusion": True}], ids=["to score", "to train"])
+@pytest.mark.parametrize("depth", [23, 21])
+def test_a_published_vit_l_checkpoint_loads(tmp_path, monkeypatch, depth, switches):
+    """23 blocks, as SPRC builds it; 21 as LAVIS 1.0.2 does. True shapes, each of one number, repeated."""
+    words = [*SPECIAL_TOKENS, *(f"word{number}" for number in range(30522 - len(SPECIAL_TOKENS)))]
+    monkeypatch.setattr(checkpoint, "bert_tokenizer", lambda: tokenizer_from_vocabulary(words))
+    config = ModelConfig(**{**read_backbone("pretrain_vitL")["model"], "use_gated_fusion": False})
+    assert config.vit_depth == 23
+    path = tmp_path / "sprc_vitL.pt"
+    with torch.device("meta"):
+        own = Blip2QformerCirAlignPrompt(config, range(30523)).state_dict()
+    shapes = {key: value.shape for key, value in own.items() if not key.startswith("visual_encoder.")}
+    shapes |= clip_vit_l_shapes(depth)
+    state = {key: torch.ones(()).expand(shape) for key, shape in shapes.items()}
+    torch.save({"epoch": 9, STATE: state}, path)
+    with torch.device("meta"):
+        loaded = load_checkpoint(path, backbone="pretrain_vitL", switches=switches)
+    assert len(loaded.model.visual_encoder.transformer["resblocks"]) == depth
+    named = f"its vision transformer has {depth} blocks, that of pretrain_vitL has 23"
+    assert (named in loaded.found) == (depth != 23)
 
 
 def test_half_precision_of_the_vit_is_the_same_backbone(backbone, tokenizer, tmp_path):

@@ -1,7 +1,7 @@
 """The four Q-Former calls and the whole model against tests/plain_model.py, on small random weights.
 
-In float64, but where a test says otherwise: another formula is seen there at any size, and rounding, which depends on
-the processor, is far below what is allowed.
+In float64, but where a test says otherwise: another formula is seen there at any size, and rounding, which
+depends on the processor, is far below what is allowed.
 """
 
 import plain_model as plain
@@ -48,7 +48,7 @@ VARIANTS = {
 
 
 def close(ours: Tensor, expected: Tensor) -> None:
-    """To 1e-9: a rounding in float64 is 1e-16, and a thousand layers' worth of sums stays below 1e-12."""
+    """To 1e-9: a rounding in float64 is 1e-16, and what these layers make of it stays below 1e-12."""
     assert ours.dtype == torch.float64
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
 
@@ -297,7 +297,7 @@ def test_float32_is_float64_but_for_rounding(tokenizer, changes: dict) -> None:
     expected = model({name: x.double() if isinstance(x, Tensor) else x for name, x in samples.items()})
     for name, loss in model.float()(samples).items():
         assert loss.dtype == torch.float32
-        # A rounding is 6e-8. These few layers and 1 / temp make some 1e-6 of it; a hundred times that is allowed.
+        # A rounding is 6e-8, and these few layers and 1 / temp make some 1e-6 of it. A hundred times that passes.
         torch.testing.assert_close(loss.double(), expected[name], rtol=1e-4, atol=1e-4)
 
 

@@ -113,6 +113,7 @@ def load_checkpoint(
         values, tokenizer = described_by_state(contents[STATE], backbone, path)
 
     state = contents[STATE]
+    usual = read_backbone(backbone)["model"].get("vit_depth", ModelConfig.vit_depth)
     has_fusion = any(key.startswith(FUSION) for key in state)
     if switches is None:
         arguments = {**values, "use_gated_fusion": has_fusion}
@@ -142,6 +143,8 @@ def load_checkpoint(
             f"; it does not say its fusion's switches: taken are pool={config.pool} and "
             f"fusion_text={config.fusion_text}"
         )
+    if config.vit_depth != usual:
+        found += f"; its vision transformer has {config.vit_depth} blocks, that of {backbone} has {usual}"
     return Checkpoint(model.eval(), contents["epoch"], hyperparameters, found)
 
 

@@ -224,6 +224,9 @@ def start_model(arguments: argparse.Namespace, captions: list[str]) -> torch.nn.
     flags = {name: getattr(arguments, name, None) for name in MODEL_SWITCHES}
     switches = {name: value for name, value in flags.items() if value is not None}
     switches = {"use_gated_fusion": True} | switches_from_environment() | switches  # the command line wins
+    # A run keeps the depth that it was started with, whatever the backbone builds for a new one.
+    recorded = getattr(arguments, "model_config", {})
+    switches |= {name: recorded[name] for name in ("vit_depth",) if name in recorded}
     if arguments.model_path is not None:
         checkpoint = load_checkpoint(
             arguments.model_path,

@@ -8,10 +8,11 @@ With image tokens I (N, D) and the pooled, projected text t (1, D), the default 
 
 Adding a strategy is one class in this file, under ``@register_fusion("name")``.
 
-In mixed precision the networks and the gate are computed in half precision. What is one row a sample, (B, 1, D), and
-the learned scalars are float32 from there on (:func:`at_least_float32`): in bfloat16, which has eight bits, ``1 + change``
-loses every change below 0.004, and an alpha of 0.501 is 0.5. Products of such a row with a (B, N, D) gate are
-float32 by torch's own promotion, inside the kernel: what is kept for the gradient stays half.
+In mixed precision the networks and the gate are computed in half precision. What is one row a sample,
+(B, 1, D), and the learned scalars are float32 from there on (:func:`at_least_float32`): in bfloat16, which
+has eight bits, ``1 + change`` loses every change below 0.004, and an alpha of 0.501 is 0.5. Products of such
+a row with a (B, N, D) gate are float32 by torch's own promotion, inside the kernel: what is kept for the
+gradient stays half.
 """
 
 from __future__ import annotations
