@@ -1,6 +1,7 @@
 """Small models, captions and images that several test files share."""
 
 import math
+import os
 import shutil
 
 import pytest
@@ -15,6 +16,13 @@ from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPromp
 from sprc.models.qformer import Layout, QFormer
 from sprc.models.tokenizer import tokenizer_from_vocabulary
 from sprc.models.vision import ClipViT, EvaViT
+
+
+def pytest_configure(config):
+    """Hide the GPUs from all tests but those that are of them (-m gpu). torch looks when it first needs one."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 
 # The tensors are tiny: a second thread only waits, and on a busy machine it waits for minutes.
 torch.set_num_threads(1)

@@ -11,7 +11,7 @@ from conftest import CAPTIONS, random_images, randomise, small_config
 from sprc import checkpoint
 from sprc.checkpoint import STATE, load_checkpoint, save_checkpoint
 from sprc.errors import InputError
-from sprc.models import factory
+from sprc.models import device, factory
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 
 HYPERPARAMETERS = {"blip_model_name": "blip2_cir_align_prompt", "backbone": "tiny", "seed": 3}
@@ -214,7 +214,7 @@ def test_a_frozen_vit_is_left_out_and_comes_back_from_its_backbone(backbone, tok
 
 def test_half_precision_of_the_vit_is_the_same_backbone(backbone, tokenizer, tmp_path):
     model, path = frozen_model(tokenizer, backbone), tmp_path / "ours.pt"
-    factory.halve_frozen_vit(model)  # as on a GPU
+    device.halve_frozen_vit(model)  # as on a GPU
     save_checkpoint(path, model, 1, {**HYPERPARAMETERS, "backbone": "pretrain"})
     load_checkpoint(path)
 

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sprc.errors import EXPECTED, InputError, print_error
+from sprc.errors import EXPECTED, InputError, OutOfResources, explained, print_error
 
 T = TypeVar("T")
 
@@ -154,6 +154,13 @@ def process_group(timeout: int) -> Iterator[None]:
 def read_environment() -> tuple[int, int]:
     """This process's rank and their number, as torchrun tells them; (0, 1) without torchrun."""
     if "WORLD_SIZE" not in os.environ:
+        tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "")  # srun sets it, and nothing else does
+        if tasks.isdecimal() and int(tasks) > 1:
+            raise InputError(
+                f"srun started {tasks} tasks of this script, and each would do the whole work by itself; let "
+                "srun start torchrun, once a machine (srun --ntasks-per-node 1 torchrun --nproc-per-node N "
+                "..., see README, Several GPUs), or unset SLURM_STEP_NUM_TASKS if that is meant"
+            )
         return 0, 1
     values = {}
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
@@ -202,6 +209,9 @@ def end_all_ranks(calls: dist.Store, error: Exception, timeout: int) -> None:
     A bug keeps its traceback. The ranks that only notice that another one is gone end in silence where that
     one, or another, has spoken already.
     """
+    error = explained(error)
+    if isinstance(error, OutOfResources):
+        error = OutOfResources(f"rank {rank()} of {world_size()}: {error}")
     lost = isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error))
     try:
         if lost and not calls.check(["ending"]):

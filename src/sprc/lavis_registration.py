@@ -16,7 +16,8 @@ from torch import Tensor
 from sprc.config import BACKBONES, MODEL_DIR, switches_from_environment
 from sprc.data.scenes import caption_words
 from sprc.models import blip2_qformer_cir_align_prompt as model_file
-from sprc.models.factory import create_model, halve_frozen_vit
+from sprc.models.device import halve_frozen_vit
+from sprc.models.factory import create_model
 
 NAME = "blip2_cir_align_prompt"
 
