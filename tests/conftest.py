@@ -19,7 +19,7 @@ from sprc.models.vision import ClipViT, EvaViT
 
 
 def pytest_configure(config):
-    """Hide the GPUs from all tests but those that are of them (-m gpu). torch looks when it first needs one."""
+    """Hide the GPUs from all tests but those of them (-m gpu). torch looks when it first needs one."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

@@ -49,12 +49,14 @@ SPENT = (
             "unable to open shared memory object",
             "unable to mmap",
             "unable to resize file </torch_",
+            "unable to allocate shared memory",
+            "Couldn't allocate shared memory",
         ),
         "the processes that read images have used up the shared memory (/dev/shm); give more of it (docker "
         "run --shm-size 8g), or give --num-workers 0",
     ),
     (
-        ("killed by signal: Killed", "exited unexpectedly"),
+        ("killed by signal: Killed", "DataLoader worker (pid(s)"),
         "a process that reads images was killed, most likely because main memory ran out; give fewer "
         "--num-workers, or a smaller --batch-size",
     ),
@@ -76,8 +78,9 @@ def explained(error: Exception) -> Exception:
     Any other error is returned as it is.
     """
     if isinstance(error, (RuntimeError, OSError)):
+        told = f"{error} {error.__cause__}"  # how a reader died is in the cause
         for signs, message in SPENT:
-            if any(sign in str(error) for sign in signs):
+            if any(sign in told for sign in signs):
                 return OutOfResources(message)
     if ran_out_of_memory(error):
         reason = " ".join(str(error).splitlines()[:1]) or "no more is told"

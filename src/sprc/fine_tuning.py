@@ -61,6 +61,7 @@ def fine_tune(arguments: argparse.Namespace) -> Path:
     for name, weight in LOSS_WEIGHTS[arguments.dataset].items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, weight)
+    device = start_device(arguments.device, arguments.amp)
     benchmark = Benchmark.load(arguments.dataset, arguments.data_path, arguments.fiq_protocol)
     config = TrainingConfig(
         dataset=benchmark.name,
@@ -76,7 +77,6 @@ def fine_tune(arguments: argparse.Namespace) -> Path:
         amp=arguments.amp,
         other_rates={} if arguments.fusion_lr is None else {"gated_fusion.": arguments.fusion_lr},
     )
-    device = start_device(arguments.device, arguments.amp)
     triplets, paths = benchmark.train_triplets(arguments.data_path)
     config.check_fits(len(triplets))
 
