@@ -10,6 +10,7 @@ import random
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
@@ -120,7 +121,7 @@ def process_group(timeout: int) -> Iterator[None]:
         return
     try:
         calls = connect(here, timeout)
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if sees_gpu() else "gloo"
         dist.init_process_group(
             backend,
             store=dist.PrefixStore("group", calls),
@@ -149,6 +150,13 @@ def process_group(timeout: int) -> Iterator[None]:
         ended.set()
         thread.join()
     dist.destroy_process_group()
+
+
+def sees_gpu() -> bool:
+    """Whether torch finds a GPU; what it warns of otherwise :mod:`sprc.models.device` says in one line."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.cuda.is_available()
 
 
 def read_environment() -> tuple[int, int]:

@@ -12,7 +12,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from typing import TextIO
 import torch
 from torch import nn
 
-from sprc.distributed import local_rank, objects_of_all_ranks, rank, world_size
+from sprc.distributed import local_rank, objects_of_all_ranks, rank, sees_gpu, world_size
 from sprc.errors import InputError, OutOfResources, ran_out_of_memory
 
 INSTALL = "https://pytorch.org/get-started/locally/"
@@ -123,13 +122,6 @@ def default_device() -> str:
     if not gpus_are_hidden() and (reason := why_no_gpu()):
         raise InputError(f"{reason}, or give --device cpu to compute without the GPU")
     return "cpu"
-
-
-def sees_gpu() -> bool:
-    """Whether torch finds a GPU. What it warns of otherwise, :func:`why_no_gpu` says."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.cuda.is_available()
 
 
 def gpus_are_hidden() -> bool:
