@@ -10,7 +10,7 @@ from runner import assert_one_clear_line, run
 
 from sprc.ablation import check_devices
 from sprc.distributed import read_environment
-from sprc.errors import InputError
+from sprc.errors import InputError, OutOfResources
 from sprc.grad_cache import random_state
 from sprc.models import device as rules
 from sprc.models.device import choose_device, device_line, find_driver, runs_on, start_device, why_no_gpu
@@ -100,14 +100,15 @@ def test_every_script_says_first_what_it_computes_on(script):
     assert stdout == "device: cpu, 1 thread, float32 (CUDA_VISIBLE_DEVICES hides all GPUs)\n"
 
 
-def test_a_query_for_programs_has_only_json_on_stdout(picture_index):
+def test_a_query_has_only_its_results_on_stdout(picture_index):
     name = next(iter(json.loads((picture_index / "pictures.json").read_text())["pictures"]))[0]
     flags = ("--image", name, "--text", "make it red", "--index", picture_index, "--top", 1)
     stdout, stderr = run("search.py", "query", *flags, "--json")
     assert len(json.loads(stdout)["results"]) == 1
     assert stderr.count("device: cpu") == 1
-    stdout, _ = run("search.py", "query", *flags)
-    assert stdout.startswith("device: cpu")
+    stdout, stderr = run("search.py", "query", *flags)
+    assert "device" not in stdout
+    assert stderr.count("device: cpu") == 1
 
 
 # --- which names are taken
@@ -304,6 +305,15 @@ def test_a_kernel_that_dies_is_met_at_the_start(gpus):
     told = refused(None)
     assert told.startswith(f"cuda:0 ({A100[0]}, compute capability 8.0) cannot compute with PyTorch")
     assert "(CUDA error: no kernel image is available)" in told
+
+
+def test_a_gpu_that_others_have_filled_is_said(gpus, monkeypatch):
+    gpus(A100, dies=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB."))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**27, 80 * 2**30))
+    with pytest.raises(
+        OutOfResources, match=r"has no memory left \(0.1 of 80.0 GiB are free\); end what else"
+    ):
+        choose_device(None)
 
 
 # --- ranks and Slurm

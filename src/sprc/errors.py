@@ -1,5 +1,6 @@
 """How a run ends that cannot go on: what the user gave is wrong, or the user asked it to stop."""
 
+import errno
 import os
 import signal
 import sys
@@ -67,9 +68,10 @@ def ran_out_of_memory(error: BaseException) -> bool:
     """Whether an error is one of memory: Python's own, or torch's of the CPU or of a GPU."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    told = str(error).lower()
-    signs = ("out of memory", "allocate memory", "not enough memory", "status_alloc_failed")
-    return isinstance(error, (RuntimeError, OSError)) and any(sign in told for sign in signs)
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    signs = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def explained(error: Exception) -> Exception:

@@ -96,8 +96,9 @@ class Scorer:
             [path for split in splits for path in split.image_paths.values()],
             **{n: settings[n] for n in ("feature_cache", "cache_dtype", "batch_size", "num_workers")},
         )
-        encoding = ("batch_size", "num_workers", "save_memory", "gallery_dtype")
-        return [encode_split(model, split, load, **{n: settings[n] for n in encoding}) for split in splits]
+        encoding = {n: settings[n] for n in ("batch_size", "num_workers", "save_memory", "gallery_dtype")}
+        with self.memory_explained():
+            return [encode_split(model, split, load, **encoding) for split in splits]
 
 
 def run_validation(arguments: argparse.Namespace) -> dict[str, float | str]:

@@ -347,8 +347,7 @@ def index_pictures(
 
 def run_query(arguments: argparse.Namespace) -> None:
     """Print the best pictures for a reference and a text; draw them too, with ``sheet``."""
-    # With --json stdout is the results' alone.
-    device = start_device(arguments.device, file=sys.stderr if arguments.json else None)
+    device = start_device(arguments.device, file=sys.stderr)  # stdout is the results' alone
     require_search_text(arguments.text, "--text")
     if arguments.top < 1:
         raise InputError(f"--top {arguments.top}: give a whole number of at least 1")

@@ -179,6 +179,11 @@ def try_gpu(device: torch.device, dtype: torch.dtype) -> None:
         values = torch.ones(64, 64, dtype=dtype, device=device)
         (values @ values).sum().item()  # waits for the GPU
     except RuntimeError as error:
+        if ran_out_of_memory(error):
+            raise OutOfResources(
+                f"{gpu} has no memory left{memory_of(device)}; end what else uses it (see nvidia-smi), or give "
+                "another --device"
+            ) from error
         reason = str(error).splitlines()[0]
         raise InputError(
             f"{gpu} cannot compute with {wheel} ({reason}); see in nvidia-smi whether other processes hold "
