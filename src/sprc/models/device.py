@@ -181,8 +181,8 @@ def try_gpu(device: torch.device, dtype: torch.dtype) -> None:
     except RuntimeError as error:
         if ran_out_of_memory(error):
             raise OutOfResources(
-                f"{gpu} has no memory left{memory_of(device)}; end what else uses it (see nvidia-smi), or give "
-                "another --device"
+                f"{gpu} has no memory left{memory_of(device)}; end what else uses it (see nvidia-smi), or "
+                "give another --device"
             ) from error
         reason = str(error).splitlines()[0]
         raise InputError(
