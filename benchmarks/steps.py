@@ -37,9 +37,9 @@ from sprc.data.datasets import load_image
 from sprc.data.transforms import make_transform
 from sprc.feature_cache import FeatureCache
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
-from sprc.models.factory import place
+from sprc.models.device import place, precision
 from sprc.models.tokenizer import make_vocabulary, tokenizer_from_vocabulary
-from sprc.training import make_optimizer, precision
+from sprc.training import make_optimizer
 
 SMALL = {
     "image_size": 28,

@@ -17,6 +17,13 @@ from sprc.models.qformer import Layout, QFormer
 from sprc.models.tokenizer import tokenizer_from_vocabulary
 from sprc.models.vision import ClipViT, EvaViT
 
+
+def pytest_configure(config):
+    """Hide the GPUs from all tests but those of them (-m gpu). torch looks when it first needs one."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # runner.py has set it
 
 WORDS = "make the small red circle blue and remove square in top left add a green star"

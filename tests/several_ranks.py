@@ -32,6 +32,7 @@ from sprc.evaluation import run_submission
 from sprc.feature_cache import FeatureCache
 from sprc.fusion_log import FusionLog
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
+from sprc.models.device import memory_explained
 from sprc.models.factory import _fetch, create_model
 from sprc.models.tokenizer import tokenizer_from_vocabulary
 from sprc.training import Trainer, TrainingConfig
@@ -202,6 +203,13 @@ def stuck(folder):
     torch.distributed.all_reduce(torch.zeros(1))
 
 
+def out_of_memory(folder):
+    if rank() == 1:
+        with memory_explained(torch.device("cpu"), 64, ["a smaller --batch-size"]):
+            torch.empty(2**60)
+    torch.distributed.barrier()
+
+
 def bug(folder):
     if rank() == 1:
         raise ZeroDivisionError("a bug")
@@ -312,6 +320,7 @@ def main(out, data, checkpoint):
     on_ranks(2, out / "not_a_number", not_a_number)
     on_ranks(4, out / "bad_input_of_all", bad_input, (0, 1, 2, 3))
     on_ranks(4, out / "bad_input_of_one", bad_input, (2,))
+    on_ranks(2, out / "out_of_memory", out_of_memory)
     on_ranks(2, out / "bug", bug)
     on_ranks(4, out / "killed", killed)
     on_ranks(2, out / "stuck", stuck, timeout=3)

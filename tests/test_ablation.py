@@ -155,7 +155,7 @@ def test_a_bad_file_or_device_is_named(tmp_path):
         assert f"--config {path}" in str(caught.value)
     with pytest.raises(InputError, match="this machine has"):
         sprc.ablation.check_devices(["cpu", "cuda:97"])
-    with pytest.raises(InputError, match="'abacus' is no device"):
+    with pytest.raises(InputError, match="--devices 'abacus' cannot be used"):
         sprc.ablation.check_devices(["abacus"])
 
 

@@ -13,7 +13,7 @@ from sprc.checkpoint import STATE, load_checkpoint, save_checkpoint
 from sprc.config import ModelConfig, read_backbone
 from sprc.data.scenes import caption_words
 from sprc.errors import InputError
-from sprc.models import factory
+from sprc.models import device, factory
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.factory import create_model
 from sprc.models.switches import SWITCHES
@@ -295,7 +295,7 @@ def test_a_published_vit_l_checkpoint_loads(tmp_path, monkeypatch, depth, switch
 
 def test_half_precision_of_the_vit_is_the_same_backbone(backbone, tokenizer, tmp_path):
     model, path = frozen_model(tokenizer, backbone), tmp_path / "ours.pt"
-    factory.halve_frozen_vit(model)  # as on a GPU
+    device.halve_frozen_vit(model)  # as on a GPU
     save_checkpoint(path, model, 1, {**HYPERPARAMETERS, "backbone": "pretrain"})
     load_checkpoint(path)
 

@@ -10,8 +10,9 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from sprc.errors import InputError
+from sprc.models.device import precision
 from sprc.run_folder import create_run_folder, write_atomically, write_csv, write_json
-from sprc.training import Trainer, TrainingConfig, make_optimizer, make_schedule, precision
+from sprc.training import Trainer, TrainingConfig, make_optimizer, make_schedule
 
 
 class Numbers(Dataset):

@@ -33,6 +33,7 @@ from sprc.data.cirr import edits_of_test1
 from sprc.errors import InputError, Interrupted
 from sprc.fine_tuning import HYPERPARAMETERS
 from sprc.flags import ROOT
+from sprc.models.device import default_device, parse_device
 from sprc.models.gated_fusion import FUSION_STRATEGIES, fusion_class
 from sprc.run_folder import write_json
 from sprc.training import stop_signals
@@ -227,16 +228,16 @@ def switches_of(strategy: str) -> tuple[bool, bool]:
 def check_devices(names: list[str] | None) -> list[str]:
     """The devices, one running cell each: by default every GPU, or the CPU. One may be given more than once.
 
-    Raises :class:`InputError` for one that this machine does not have. No GPU is touched here.
+    Raises :class:`InputError` for one that this machine does not have, and where none is given and torch does
+    not reach its GPU. No GPU is touched here.
     """
+    if names is None and default_device() == "cpu":
+        return ["cpu"]
     count = torch.cuda.device_count()
     if names is None:
-        return [f"cuda:{index}" for index in range(count)] or ["cpu"]
+        return [f"cuda:{index}" for index in range(count)]
     for name in names:
-        try:
-            device = torch.device(name)
-        except RuntimeError as error:
-            raise InputError(f"--devices {name!r} is no device; give cpu or cuda:0 cuda:1 ...") from error
+        device = parse_device(name, "--devices")
         if device.type == "cuda" and (device.index or 0) >= count:
             raise InputError(f"--devices {name!r}: this machine has {count} GPUs; give others, or cpu")
     return names

@@ -17,7 +17,7 @@ VIT_KINDS = ("eva", "clip")
 POOLS = ("masked", "all")
 FUSION_STARTS = ("random", "identity")
 FUSION_TEXTS = ("embeddings", "contextual")
-AMP = ("auto", "off", "fp16", "bf16")  # mixed precision, see sprc.training.precision
+AMP = ("auto", "off", "fp16", "bf16")  # mixed precision, see sprc.models.device.precision
 GALLERY_DTYPES = ("float32", "float16")
 CACHE_DTYPES = ("float16", "bfloat16", "float32")
 

@@ -1,9 +1,12 @@
 """Score a checkpoint: on a split with targets (``blip_validate.py``), or for CIRR's server."""
 
 import argparse
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from sprc.benchmark import Benchmark
 from sprc.checkpoint import Checkpoint, load_checkpoint
@@ -13,7 +16,7 @@ from sprc.data.transforms import make_transform
 from sprc.distributed import from_main
 from sprc.errors import InputError
 from sprc.feature_cache import open_images
-from sprc.models.factory import choose_device, place
+from sprc.models.device import SCORING_HELPS, memory_explained, place, start_device
 from sprc.ranking import Ranking
 from sprc.run_folder import compact_json, write_atomically, write_csv
 from sprc.validation import LARGEST_BATCH, EncodedSplit, Split, encode_split, rank_split
@@ -51,7 +54,7 @@ class Scorer:
         *,
         blip_model_name: str | None = None,
         backbone: str | None = None,
-        device: str | None = None,
+        device: torch.device,
         feature_cache: Path | None = None,
         **given: Any,
     ) -> "Scorer":
@@ -68,23 +71,32 @@ class Scorer:
                     f"triplets of {title} out",
                     flush=True,
                 )
-        place(checkpoint.model, choose_device(device))
+        place(checkpoint.model, device)
         own = {name: checkpoint.hyperparameters.get(name, value) for name, value in PUBLISHED.items()}
         own["batch_size"] = min(own["batch_size"], LARGEST_BATCH)
         given = {name: value for name, value in given.items() if value is not None and value is not False}
         return cls(checkpoint, {**own, **given, "feature_cache": feature_cache})
 
     @classmethod
-    def from_flags(cls, arguments: argparse.Namespace) -> "Scorer":
+    def from_flags(cls, arguments: argparse.Namespace, device: torch.device) -> "Scorer":
         """The same from the command line of :func:`sprc.flags.add_scoring_flags`."""
-        names = ("blip_model_name", "backbone", "device", "feature_cache", *PUBLISHED)
-        return cls.load(arguments.model_path, **{name: getattr(arguments, name) for name in names})
+        names = ("blip_model_name", "backbone", "feature_cache", *PUBLISHED)
+        flags = {name: getattr(arguments, name) for name in names}
+        return cls.load(arguments.model_path, device=device, **flags)
 
     @property
     def transform(self) -> Transform:
         """The preprocessing, for pictures to be looked at."""
         size = self.checkpoint.model.config.image_size
         return make_transform(self.settings["transform"], size, self.settings["target_ratio"])
+
+    def memory_explained(self) -> AbstractContextManager[None]:
+        """The context in which this scores; see :func:`sprc.models.device.memory_explained`."""
+        settings = self.settings
+        in_use = {"--save-memory": settings["save_memory"]}
+        in_use["--gallery-dtype float16"] = settings["gallery_dtype"] == "float16"
+        helps = [flag for flag in SCORING_HELPS if not in_use.get(flag)]
+        return memory_explained(self.checkpoint.model.device, settings["batch_size"], helps)
 
     def encode(self, splits: list[Split]) -> list[EncodedSplit]:
         """The splits as vectors, all their images looked at before the first is encoded."""
@@ -95,8 +107,9 @@ class Scorer:
             [path for split in splits for path in split.image_paths.values()],
             **{n: settings[n] for n in ("feature_cache", "cache_dtype", "batch_size", "num_workers")},
         )
-        encoding = ("batch_size", "num_workers", "save_memory", "gallery_dtype")
-        return [encode_split(model, split, load, **{n: settings[n] for n in encoding}) for split in splits]
+        encoding = {n: settings[n] for n in ("batch_size", "num_workers", "save_memory", "gallery_dtype")}
+        with self.memory_explained():
+            return [encode_split(model, split, load, **encoding) for split in splits]
 
 
 def run_validation(arguments: argparse.Namespace) -> dict[str, float | str]:
@@ -105,6 +118,7 @@ def run_validation(arguments: argparse.Namespace) -> dict[str, float | str]:
     With ``save_rankings`` write each query's top 50, with ``save_ranks`` its target's ranks. With the
     settings of its training, the default, the figures of "val" are those that training wrote.
     """
+    device = start_device(arguments.device)
     benchmark = Benchmark.load(
         arguments.dataset,
         arguments.data_path,
@@ -112,8 +126,10 @@ def run_validation(arguments: argparse.Namespace) -> dict[str, float | str]:
         arguments.split,
         missing_images=arguments.missing_images,
     )
-    encoded = Scorer.from_flags(arguments).encode(benchmark.splits)
-    return from_main(lambda: report_scores(arguments, benchmark, encoded))
+    scorer = Scorer.from_flags(arguments, device)
+    with scorer.memory_explained():
+        encoded = scorer.encode(benchmark.splits)
+        return from_main(lambda: report_scores(arguments, benchmark, encoded))
 
 
 def report_scores(
@@ -174,9 +190,12 @@ def run_submission(arguments: argparse.Namespace) -> tuple[Path, Path]:
             "--missing-images skip: CIRR's server wants every query of test1, ranked over all its images; "
             "restore the files and leave the flag out"
         )
+    device = start_device(arguments.device)
     split = load_cirr(arguments.data_path, "test1")
-    (encoded,) = Scorer.from_flags(arguments).encode([split])
-    return from_main(lambda: write_submission(arguments, split, encoded))
+    scorer = Scorer.from_flags(arguments, device)
+    with scorer.memory_explained():
+        (encoded,) = scorer.encode([split])
+        return from_main(lambda: write_submission(arguments, split, encoded))
 
 
 def write_submission(

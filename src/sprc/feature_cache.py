@@ -45,10 +45,12 @@ from sprc.data.datasets import (
     image_loader,
     leave_signals_to_parent,
 )
+from sprc.data.shared_memory import check_shared_memory
 from sprc.data.transforms import make_transform
 from sprc.distributed import from_main, objects_of_all_ranks, rank, wait_for_all, world_size
 from sprc.errors import InputError
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
+from sprc.models.device import memory_explained
 from sprc.run_folder import compact_json, write_atomically, write_json
 
 FORMAT = 1
@@ -65,6 +67,7 @@ def open_images(
     cache_dtype: str,
     batch_size: int,
     num_workers: int,
+    read_at_once: int | None = None,
 ) -> Loader:
     """What reads the images at ``paths``, all looked at before: pixels, or tokens from a filled cache.
 
@@ -76,9 +79,12 @@ def open_images(
         cache_dtype: see :class:`FeatureCache`.
         batch_size: images at once, where they have to be computed.
         num_workers: processes that read them.
+        read_at_once: images in a batch that this rank then reads through what is returned; by default
+            ``batch_size``.
 
     Raises:
-        InputError: an image cannot be used, or the cache cannot; see :class:`FeatureCache`.
+        InputError: an image cannot be used, or the cache cannot; see :class:`FeatureCache`. Or the shared
+            memory is too small for ``num_workers``, see :func:`check_shared_memory`.
     """
     for name, value, least in (("batch-size", batch_size, 1), ("num-workers", num_workers, 0)):
         if value < least:
@@ -86,13 +92,22 @@ def open_images(
     transform = make_transform(
         preprocessing["transform"], model.config.image_size, preprocessing["target_ratio"]
     )
+    read_at_once = batch_size if read_at_once is None else read_at_once
     if feature_cache is None:
+        check_shared_memory(read_at_once * pixel_bytes(model), num_workers)
         check_images({path: path for path in paths}, paths)
         return image_loader(transform)
     cache = FeatureCache(feature_cache, model, preprocessing, cache_dtype)
-    computed = cache.fill(paths, model, transform, batch_size=batch_size, num_workers=num_workers)
+    check_shared_memory(read_at_once * cache.record_bytes, num_workers)
+    with memory_explained(model.device, batch_size, ["a smaller --batch-size"]):
+        computed = cache.fill(paths, model, transform, batch_size=batch_size, num_workers=num_workers)
     print(f"feature cache {cache.folder}: {len(cache.records)} images, {computed} of them new", flush=True)
     return cache
+
+
+def pixel_bytes(model: Blip2QformerCirAlignPrompt) -> int:
+    """What the model's input of one image takes: float32, (3, S, S)."""
+    return 3 * 4 * model.config.image_size**2
 
 
 class FeatureCache:
@@ -210,6 +225,7 @@ class FeatureCache:
 
         A batch is computed by the rank whose turn it is; rank 0 takes them in their order and writes.
         """
+        check_shared_memory(batch_size * pixel_bytes(model), num_workers)
         digests, paths = list(missing), list(missing.values())
         names = [str(path) for path in paths]
         images = ImageDataset(names, dict(zip(names, paths, strict=True)), image_loader(transform))

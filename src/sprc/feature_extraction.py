@@ -11,7 +11,7 @@ from sprc.data.fashioniq import load_fashioniq
 from sprc.data.missing import tell_left_out
 from sprc.feature_cache import open_images
 from sprc.fine_tuning import start_model
-from sprc.models.factory import choose_device, place
+from sprc.models.device import place, start_device
 
 
 def extract_features(arguments: argparse.Namespace) -> None:
@@ -19,8 +19,8 @@ def extract_features(arguments: argparse.Namespace) -> None:
 
     Raises :class:`InputError`, see :class:`sprc.feature_cache.FeatureCache`.
     """
+    device = start_device(arguments.device)
     paths = image_paths(arguments)
-    device = choose_device(arguments.device)
     torch.manual_seed(arguments.seed)
     # Its captions only make a vocabulary, which comes after the vision transformer and does not touch it.
     model = place(start_model(arguments, captions=[]), device)
@@ -32,6 +32,7 @@ def extract_features(arguments: argparse.Namespace) -> None:
         cache_dtype=arguments.cache_dtype,
         batch_size=arguments.batch_size,
         num_workers=arguments.num_workers,
+        read_at_once=0,
     )
 
 

@@ -19,7 +19,8 @@ from sprc.distributed import from_main, rank, world_size
 from sprc.errors import InputError, Interrupted
 from sprc.feature_cache import open_images
 from sprc.fusion_log import FusionLog
-from sprc.models.factory import choose_device, create_model, model_class, place
+from sprc.models.device import memory_explained, place, start_device, training_helps
+from sprc.models.factory import create_model, model_class
 from sprc.run_folder import create_run_folder, write_json
 from sprc.training import Trainer, TrainingConfig
 from sprc.validation import LARGEST_BATCH, encode_split, rank_split
@@ -62,6 +63,7 @@ def fine_tune(arguments: argparse.Namespace) -> Path:
     for name, weight in LOSS_WEIGHTS[arguments.dataset].items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, weight)
+    device = start_device(arguments.device, arguments.amp)
     missing_images = arguments.missing_images
     benchmark = Benchmark.load(
         arguments.dataset, arguments.data_path, arguments.fiq_protocol, missing_images=missing_images
@@ -80,7 +82,6 @@ def fine_tune(arguments: argparse.Namespace) -> Path:
         amp=arguments.amp,
         other_rates={} if arguments.fusion_lr is None else {"gated_fusion.": arguments.fusion_lr},
     )
-    device = choose_device(arguments.device)
     train_splits = benchmark.train_splits(arguments.data_path, missing_images=missing_images)
     triplets, paths = triplets_of(train_splits)
     left_out = names_left_out([*train_splits, *benchmark.splits])
@@ -109,6 +110,7 @@ def fine_tune(arguments: argparse.Namespace) -> Path:
         cache_dtype=arguments.cache_dtype,
         batch_size=min(config.batch_size, LARGEST_BATCH),
         num_workers=config.num_workers,
+        read_at_once=max(2 * config.batch_size // world_size(), min(config.batch_size, LARGEST_BATCH)),
     )
     if resume is None:
         name = arguments.blip_model_name
@@ -162,8 +164,14 @@ def fine_tune(arguments: argparse.Namespace) -> Path:
         step = trainer.progress.epoch * trainer.steps_per_epoch + trainer.progress.step
         log = FusionLog(model.gated_fusion, run_folder, arguments.log_fusion_every, step, scalars)
         trainer.after_backward = log.after_backward
+    helps = training_helps(
+        config.grad_cache,
+        has_cache=arguments.feature_cache is not None,
+        frozen_vit=model.config.freeze_vit,
+    )
     try:
-        trainer.train(score, keep)
+        with memory_explained(device, config.batch_size, helps):
+            trainer.train(score, keep)
     except Interrupted as stop:
         launcher = "python" if world_size() == 1 else "torchrun ..."
         print(

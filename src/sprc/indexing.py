@@ -29,9 +29,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from sprc.data.datasets import Transform, image_loader
+from sprc.data.shared_memory import check_shared_memory
 from sprc.errors import InputError
 from sprc.evaluation import Scorer
-from sprc.feature_cache import SETTLED_NS, cut_torn_line
+from sprc.feature_cache import SETTLED_NS, cut_torn_line, pixel_bytes
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.picture_index import (
     FORMAT,
@@ -375,6 +376,7 @@ class _Store:
             if settings[name] < least:
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag} {settings[name]} is too small; the least is {least}")
+        check_shared_memory(settings["batch_size"] * pixel_bytes(model), settings["num_workers"])
         pictures = PictureDataset({d: folder / name for d, name in missing.items()}, scorer.transform)
         loader = DataLoader(
             pictures, settings["batch_size"], num_workers=settings["num_workers"], collate_fn=list

@@ -32,7 +32,8 @@ from sprc.config import BACKBONES, MODEL_DIR, read_backbone, switches_from_envir
 from sprc.data.scenes import caption_words
 from sprc.errors import InputError
 from sprc.models import blip2_qformer_cir_align_prompt as model_file
-from sprc.models.factory import create_model, halve_frozen_vit
+from sprc.models.device import halve_frozen_vit
+from sprc.models.factory import create_model
 from sprc.models.switches import FUSION, VIT, differences, mismatches, read_switches, vocabulary_digest
 
 NAME = "blip2_cir_align_prompt"

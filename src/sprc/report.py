@@ -11,6 +11,7 @@ from sprc.errors import InputError
 from sprc.evaluation import Scorer
 from sprc.figures import plt, save_figure
 from sprc.gate_maps import draw_sheet, picture_of, view_queries
+from sprc.models.device import start_device
 from sprc.run_folder import write_atomically
 from sprc.validation import modality_table
 
@@ -20,11 +21,12 @@ def report_run(run_folder: Path, *, queries: int = 8, seed: int = 0, device: str
 
     Raises :class:`InputError` if the run has no CSV files, no checkpoint, or its data is gone.
     """
+    on = start_device(device)
     plot_curves(run_folder)
     checkpoint_file = run_folder / "saved_models" / "tuned_clip_arithmetic.pt"
     if not checkpoint_file.exists():
         raise InputError(f"{checkpoint_file} is missing; train with --save-training --save-best")
-    scorer = Scorer.load(checkpoint_file, device=device)
+    scorer = Scorer.load(checkpoint_file, device=on)
     checkpoint = scorer.checkpoint
     told = checkpoint.hyperparameters
     if told["dataset"] != "cirr":

@@ -20,6 +20,7 @@ from sprc.fusion_probe import probe
 from sprc.gate_maps import draw_sheet, picture_of, view_queries
 from sprc.gate_page import write_page
 from sprc.localisation import as_text, localise, read_edits, require_squares
+from sprc.models.device import start_device
 from sprc.run_folder import write_csv
 from sprc.validation import Split
 
@@ -39,6 +40,7 @@ def run_visualisation(arguments: argparse.Namespace) -> None:
     With ``localisation`` also measure where the edits are, with ``probe`` what recall owes to them.
     Raises :class:`InputError` before any long work.
     """
+    device = start_device(arguments.device)
     split = load_split(arguments)
     if arguments.missing_images == "skip":
         tell_left_out([split])
@@ -46,13 +48,13 @@ def run_visualisation(arguments: argparse.Namespace) -> None:
     groups = choose(split, arguments)
     if arguments.probe and any(triplet.target is None for triplet in split.triplets):
         raise InputError(f"--probe: the split {split.name} keeps its targets secret; give --split val")
-    scorer = Scorer.from_flags(arguments)
+    scorer = Scorer.from_flags(arguments, device)
     if scorer.checkpoint.model.gated_fusion is None:
         raise InputError(
             f"{arguments.model_path} holds plain SPRC: without fusion there is no gate and no change to "
             "draw; give a checkpoint with fusion (plain SPRC goes to --off-model-path, with --localisation)"
         )
-    off = load_off(arguments)
+    off = load_off(arguments, device)
     check_images(split.image_paths, split.image_paths)
     if edits is not None:
         require_squares(split)
@@ -96,12 +98,12 @@ def load_split(arguments: argparse.Namespace) -> Split:
     )
 
 
-def load_off(arguments: argparse.Namespace) -> Scorer | None:
+def load_off(arguments: argparse.Namespace, device: torch.device) -> Scorer | None:
     """The plain SPRC model of ``--off-model-path``; None where there is no such flag."""
     if arguments.off_model_path is None:
         return None
     given = argparse.Namespace(**{**vars(arguments), "model_path": arguments.off_model_path})
-    scorer = Scorer.from_flags(given)
+    scorer = Scorer.from_flags(given, device)
     if scorer.checkpoint.model.gated_fusion is not None:
         raise InputError(
             f"--off-model-path {arguments.off_model_path} holds a fusion; give a checkpoint of plain SPRC, "

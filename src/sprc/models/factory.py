@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sprc.config import ModelConfig, read_backbone
-from sprc.distributed import local_main_first, local_rank, rank, world_size
+from sprc.distributed import local_main_first, rank
 from sprc.errors import InputError
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.tokenizer import bert_tokenizer, make_vocabulary, tokenizer_from_vocabulary
@@ -54,47 +54,6 @@ def create_model(
         arguments["vocab_size"] = len(tokenizer)
         model = cls(ModelConfig.from_dict(arguments, f"backbone {backbone}"), tokenizer)
     return model
-
-
-def choose_device(name: str | None) -> torch.device:
-    """``--device``, by default a GPU if there is one; one that cannot be used raises :class:`InputError`.
-
-    Of several ranks each takes the GPU of its own number on its machine.
-    """
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if world_size() > 1 and name.startswith("cuda"):
-        if name != "cuda":
-            raise InputError(
-                f"--device {name!r} would be that of all ranks; give cuda, and each takes its own"
-            )
-        if local_rank() >= torch.cuda.device_count():
-            raise InputError(
-                f"local rank {local_rank()} has no GPU: this machine has {torch.cuda.device_count()}; give "
-                "torchrun --nproc-per-node as many, or --device cpu"
-            )
-        name = f"cuda:{local_rank()}"
-        torch.cuda.set_device(name)
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {name!r} cannot be used ({reason}); try cpu or cuda") from error
-
-
-def place(model: nn.Module, device: torch.device) -> nn.Module:
-    """Move to ``device``; on a GPU a frozen ViT keeps its large weights in float16, at half the memory."""
-    if device.type == "cuda":
-        halve_frozen_vit(model)
-    return model.to(device)
-
-
-def halve_frozen_vit(model: nn.Module) -> None:
-    """Keep the matrices of a frozen ViT in float16, as LAVIS does; encode_image runs it under autocast."""
-    if model.config.freeze_vit:
-        for module in model.visual_encoder.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                module.half()
 
 
 def load_backbone(model: Blip2QformerCirAlignPrompt, weights: dict[str, str]) -> None:
