@@ -18,9 +18,8 @@ import torch
 from conftest import small_config
 from runner import ENVIRONMENT, ROOT, read_csv, run
 from test_validation import NAMES
-from torch.utils.data import DataLoader
 
-from sprc.data.datasets import leave_signals_to_parent
+from sprc.data.datasets import SteadyLoader
 from sprc.distributed import process_group
 from sprc.errors import InputError
 from sprc.fine_tuning import chunk_of
@@ -159,6 +158,34 @@ def test_a_signal_to_one_rank_stops_all_and_two_resumed_ranks_end_as_if_never_st
     assert ended["losses"] == whole["losses"][6:]
     for name, weight in whole["weights"].items():
         assert torch.equal(ended["weights"][name], weight), name
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_signal_in_validation_stops_all_ranks_there_and_no_step_is_repeated(out, number):
+    folder = out / f"validating_{number}"
+    for rank in (0, 1):
+        assert (folder / f"stopped_{rank}.txt").read_text() == "SIGTERM"
+    assert codes(folder) == [0, 0]
+    for name in ("train_metrics.csv", "validation_metrics.csv"):
+        assert (folder / name).read_bytes() == (out / "whole" / name).read_bytes()
+    ended, whole = load(folder / "found.pt"), load(out / "whole" / "found.pt")
+    assert ended["losses"] == whole["losses"][8:]
+    for name, weight in whole["weights"].items():
+        assert torch.equal(ended["weights"][name], weight), name
+
+
+def test_another_number_of_ranks_goes_on_with_a_validation(out):
+    found = load(out / "validating_alone" / "found.pt")
+    assert found["note"] == "; 2 ranks saved it and 1 go on"
+    assert len(found["losses"]) == 4
+    rows, theirs = (read_csv(out / name / "train_metrics.csv") for name in ("validating_alone", "whole"))
+    assert rows[:2] == theirs[:2]
+    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+
+
+def test_control_c_is_one_line_of_all_ranks(out):
+    assert codes(out / "control_c") == [130, 130]
+    assert joined(said(out / "control_c")) == ["stopped by SIGINT"]
 
 
 def test_another_number_of_ranks_begins_the_epoch_again_and_says_so(out):
@@ -315,11 +342,11 @@ def test_rank_0_alone_writes(monkeypatch, tmp_path):
 
 
 def test_a_reader_outlives_a_signal_that_its_parent_did_not_send():
-    loader = DataLoader(range(40), num_workers=1, worker_init_fn=leave_signals_to_parent, prefetch_factor=1)
+    loader = SteadyLoader(range(40), num_workers=1, prefetch_factor=1)
     items = iter(loader)
     found = [next(items).item()]
     (worker,) = items._workers
-    for signum in (signal.SIGTERM, signal.SIGINT):
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         subprocess.run(["kill", f"-{int(signum)}", str(worker.pid)], check=True)
     found += [item.item() for item in items]
     assert found == list(range(40))

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -210,6 +211,7 @@ def moments(models):
         "during a save": (exists("*/saved_models/.training_state.pt.*"), 0.0),
         "during validation": (exists(rows), 0.02),
         "at a random step": (exists(state), rng.uniform(0.1, 1.0)),
+        "while keeping": (exists("*/saved_models/.tuned_clip_arithmetic.pt.*"), 0.0),
         "after an epoch": (exists("*/saved_models/tuned*"), rng.uniform(0.0, 0.5)),
     }
 
@@ -228,10 +230,17 @@ def test_a_killed_run_resumes_to_the_end_of_one_never_killed(data, never_killed,
     assert_same_end(folder, never_killed)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_the_state_and_says_how_to_go_on(data, never_killed, tmp_path, signum):
+@pytest.mark.parametrize(
+    ("signum", "file"),
+    [
+        (signal.SIGTERM, "saved_models/training_state.pt"),
+        (signal.SIGINT, "saved_models/training_state.pt"),
+        (signal.SIGHUP, "train_metrics.csv"),  # which is written before the validation
+    ],
+)
+def test_a_signal_saves_the_state_and_says_how_to_go_on(data, never_killed, tmp_path, signum, file):
     process = start(data, tmp_path)
-    wait_until(process, lambda: any(tmp_path.glob("*/saved_models/training_state.pt")))
+    wait_until(process, lambda: any(tmp_path.glob(f"*/{file}")))
     process.send_signal(signum)
     output, _ = process.communicate(timeout=120)
     (folder,) = tmp_path.iterdir()
@@ -260,6 +269,41 @@ def test_a_full_disk_is_one_clear_line_and_leaves_whole_files(data, tmp_path):
     (folder,) = tmp_path.iterdir()
     assert list((folder / "saved_models").iterdir()) == []
     assert json.loads((folder / "training_hyperparameters.json").read_text())["seed"] == 0
+
+
+def test_fashioniq_s_schedule_refuses_another_number_of_epochs(trained_on_fashioniq):
+    given = ("--resume", trained_on_fashioniq, "--num-epochs", 5)
+    _, stderr = run("blip_fine_tune_2.py", *given, code=2)
+    assert_one_clear_line(
+        stderr,
+        f"--num-epochs 5: {trained_on_fashioniq} was started with --num-epochs 2, and FashionIQ's learning "
+        "rate schedule spans all epochs of a run",
+    )
+
+
+def test_control_c_while_it_starts_or_fills_a_cache_is_one_line(data, tmp_path):
+    flags = ("--dataset", "CIRR", "--backbone", "tiny", "--freeze-vit", "--data-path", data)
+    flags += ("--feature-cache", tmp_path / "cache", "--batch-size", 1, "--num-workers", 2)
+    command = [sys.executable, ROOT / "src" / "extract_features.py", *flags]
+
+    def stopped_when(happened):
+        process = subprocess.Popen(
+            [*map(str, command)],
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        wait_until(process, lambda: happened(process))
+        os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the readers of images, too
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode == 130, stderr
+        lines = [line for line in stderr.splitlines() if line.strip() and "image" not in line]
+        assert lines == ["stopped by SIGINT"], stderr
+
+    stopped_when(lambda process: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text())
+    stopped_when(lambda _: any((tmp_path / "cache").glob("*/tokens.bin")))
 
 
 def test_resume_refuses_what_is_no_run_or_another(never_killed, tmp_path):

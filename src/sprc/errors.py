@@ -103,12 +103,19 @@ def run_script(main: Callable[[], None]) -> None:
 
     Exit code 2 for an :class:`InputError`; 1 for a ``FloatingPointError`` (a loss or a score that is not
     finite), an ``OSError`` (a full disk) and an :class:`OutOfResources`; 128 and the signal's number for
-    :class:`Interrupted`. Anything else is a bug and keeps its traceback.
+    Ctrl-C and :class:`Interrupted`. Anything else is a bug and keeps its traceback. Of several ranks 0 alone
+    speaks of Ctrl-C, which all of them are sent.
     """
-    if "WORLD_SIZE" in os.environ and os.environ.get("RANK", "0") != "0":
+    is_first = "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
+    if not is_first:
         os.environ["TQDM_DISABLE"] = "1"  # tqdm looks when it is imported; rank 0 alone draws bars
     try:
         main()
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the clean-up, without a traceback
+        if is_first:
+            print("stopped by SIGINT", file=sys.stderr, flush=True)
+        sys.exit(128 + signal.SIGINT)
     except Interrupted as stop:
         sys.exit(128 + stop.signum)
     except Exception as error:

@@ -34,16 +34,15 @@ import torch
 import torch.distributed as dist
 from PIL.Image import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from sprc.data.datasets import (
     ImageDataset,
     Loader,
+    SteadyLoader,
     batches_of_rank,
     check_images,
     image_loader,
-    leave_signals_to_parent,
 )
 from sprc.data.shared_memory import check_shared_memory
 from sprc.data.transforms import make_transform
@@ -229,13 +228,12 @@ class FeatureCache:
         digests, paths = list(missing), list(missing.values())
         names = [str(path) for path in paths]
         images = ImageDataset(names, dict(zip(names, paths, strict=True)), image_loader(transform))
-        loader = DataLoader(
+        loader = SteadyLoader(
             # A generator of its own: filled or not, the cache leaves a training's random numbers alone.
             images,
             batch_sampler=batches_of_rank(len(paths), batch_size),
             num_workers=num_workers,
             generator=torch.Generator(),
-            worker_init_fn=leave_signals_to_parent,
         )
         first = from_main(lambda: 1 + max((record for _, record, _ in self._index()), default=-1))
         records = {digest: first + number for number, digest in enumerate(digests)}

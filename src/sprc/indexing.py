@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from sprc.data.datasets import Transform, image_loader
+from sprc.data.datasets import SteadyLoader, Transform, image_loader
 from sprc.data.shared_memory import check_shared_memory
 from sprc.errors import InputError
 from sprc.evaluation import Scorer
@@ -378,8 +378,11 @@ class _Store:
                 raise InputError(f"--{flag} {settings[name]} is too small; the least is {least}")
         check_shared_memory(settings["batch_size"] * pixel_bytes(model), settings["num_workers"])
         pictures = PictureDataset({d: folder / name for d, name in missing.items()}, scorer.transform)
-        loader = DataLoader(
-            pictures, settings["batch_size"], num_workers=settings["num_workers"], collate_fn=list
+        loader = SteadyLoader(
+            pictures,
+            settings["batch_size"],
+            num_workers=settings["num_workers"],
+            collate_fn=list,
         )
         record = 1 + max((record for record, _ in self.new.values()), default=-1)
         failed: dict[str, str] = {}

@@ -6,19 +6,20 @@ module, which is imported once, so that what it keeps is kept.
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 
 import torch
 
-from sprc.errors import InputError
+from sprc.errors import InputError, Interrupted
 from sprc.flags import INDEX
 from sprc.models.device import start_device
 from sprc.search import index_pictures, load_model, require_engine
 
 
 def run_app(arguments: argparse.Namespace) -> None:
-    """Serve the page until it is stopped.
+    """Serve the page until it is stopped, which raises :class:`Interrupted`.
 
     An index of the built-in data, with the newest model of ``make demo``, is made where there is no index.
 
@@ -63,7 +64,12 @@ def run_app(arguments: argparse.Namespace) -> None:
         "client.showErrorDetails": "none",  # a traceback tells of this machine's folders
     }
     flags = [f"--{name}={value}" for name, value in options.items()]
-    cli.main(["run", __file__, *flags, "--", json.dumps({"samples": samples, **settings})])
+    try:
+        cli.main(["run", __file__, *flags, "--", json.dumps({"samples": samples, **settings})])
+    except SystemExit as end:
+        if end.code:
+            raise
+        raise Interrupted(signal.SIGINT) from None  # without an error it ends when it is told to stop
 
 
 def index_demo(pictures: Path, models: Path, path: Path, device: torch.device) -> None:

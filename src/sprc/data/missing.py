@@ -8,7 +8,7 @@ queries and a smaller gallery than published ones, so the numbers stand beside e
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from sprc.data.datasets import Triplet, quote
 from sprc.distributed import objects_of_all_ranks
@@ -107,3 +107,11 @@ def left_out_columns(splits: Iterable[ImageSplit]) -> dict[str, int]:
 def left_out_text(splits: Iterable[ImageSplit]) -> str:
     """The same to put after a line."""
     return "".join(f", {name} {value:,}" for name, value in left_out_columns(splits).items())
+
+
+def names_left_out(splits: list[ImageSplit]) -> dict[str, dict[str, Any]]:
+    """What each split was left without, by its title: the names of images, the number of triplets."""
+    return {
+        split.title: {"images": list(split.left_out.images), "triplets": split.left_out.triplets}
+        for split in splits
+    }
