@@ -297,7 +297,7 @@ def test_float32_is_float64_but_for_rounding(tokenizer, changes: dict) -> None:
     expected = model({name: x.double() if isinstance(x, Tensor) else x for name, x in samples.items()})
     for name, loss in model.float()(samples).items():
         assert loss.dtype == torch.float32
-        # A rounding is 6e-8; these few layers and 1 / temp make some 1e-6 of it. A hundred times that passes.
+        # A rounding is 6e-8; these few layers and 1 / temp make some 1e-6 of it.
         torch.testing.assert_close(loss.double(), expected[name], rtol=1e-4, atol=1e-4)
 
 
