@@ -17,7 +17,7 @@ from pathlib import Path
 from sprc.config import AMP, BACKBONES, FUSION_STARTS, FUSION_TEXTS, GALLERY_DTYPES, POOLS
 from sprc.data import PROTOCOLS, TRANSFORMS
 from sprc.errors import run_script
-from sprc.flags import ROOT, add_cache_flags, add_timeout_flag
+from sprc.flags import ROOT, add_cache_flags, add_timeout_flag, add_vocab_flag
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -32,6 +32,7 @@ def parse_arguments() -> argparse.Namespace:
         "--backbone", default="pretrain", metavar="NAME", help=f"{', '.join(BACKBONES)}; default: %(default)s"
     )
     add("--model-path", type=Path, default=None, metavar="FILE", help="start from this checkpoint's weights")
+    add_vocab_flag(parser)
     add(
         "--resume", type=Path, default=None, metavar="RUN_FOLDER", help="go on with a run, with its own flags"
     )

@@ -5,7 +5,6 @@ Ours leave out a frozen vision transformer, which the backbone provides, and hol
 """
 
 import hashlib
-import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,11 +13,17 @@ import torch
 from torch import Tensor
 from transformers import BertTokenizer
 
+from sprc.archive import verify_archive
 from sprc.config import ModelConfig, read_backbone
 from sprc.errors import InputError
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.factory import backbone_weights, model_class
-from sprc.models.tokenizer import SPECIAL_TOKENS, bert_tokenizer, tokenizer_from_vocabulary
+from sprc.models.tokenizer import (
+    SPECIAL_TOKENS,
+    bert_tokenizer,
+    read_bert_vocabulary,
+    tokenizer_from_vocabulary,
+)
 from sprc.run_folder import write_atomically
 
 STATE = Blip2QformerCirAlignPrompt.__name__
@@ -67,7 +72,12 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, *, model_name: str | None = None, backbone: str | None = None, switches: dict | None = None
+    path: Path,
+    *,
+    model_name: str | None = None,
+    backbone: str | None = None,
+    vocab: Path | None = None,
+    switches: dict | None = None,
 ) -> Checkpoint:
     """Rebuild the model of a checkpoint, ours or a published one.
 
@@ -75,6 +85,8 @@ def load_checkpoint(
         path: the file.
         model_name: what the user says it holds; checked against a file of ours.
         backbone: likewise; a published file needs it.
+        vocab: BERT's `vocab.txt` for a published file, see :func:`sprc.models.tokenizer.bert_tokenizer`. A
+            file of ours carries its vocabulary, and this must be the same.
         switches: None to score the model as it is. To start a training: fields of :class:`ModelConfig`
             that the user sets; a fusion that the file does not hold is newly started.
 
@@ -93,10 +105,12 @@ def load_checkpoint(
     if "model_config" in contents:
         backbone = hyperparameters["backbone"]
         values, tokenizer = contents["model_config"], read_vocabulary(contents["vocabulary"], path)
+        if vocab is not None and read_bert_vocabulary(vocab) != contents["vocabulary"]:
+            raise InputError(f"--vocab {vocab}: {path} carries another vocabulary; leave the flag out")
     elif backbone is None:
         raise InputError(f"{path} does not say which backbone it was trained on; pass --backbone")
     else:
-        values, tokenizer = read_backbone(backbone)["model"], bert_tokenizer()
+        values, tokenizer = read_backbone(backbone)["model"], bert_tokenizer(vocab)
 
     state = contents[STATE]
     has_fusion = any(key.startswith(FUSION) for key in state)
@@ -174,21 +188,6 @@ def read_contents(path: Path) -> dict[str, Any]:
         ):
             raise InputError(f"{path} is not a checkpoint of this model: it has a wrong left_out")
     return contents
-
-
-def verify_archive(path: Path) -> None:
-    """Check the checksums of a torch file, which torch itself does not; raises ``BadZipFile``.
-
-    A flipped bit in a weight would else be a wrong number in a table.
-    """
-    with path.open("rb") as file:
-        is_archive = file.read(2) == b"PK"
-    if is_archive:  # torch's format before 2020 is none, and has no checksums
-        with zipfile.ZipFile(path) as archive:
-            # A tensor marked as a folder would be skipped by the check, and read as noise by torch.
-            folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 0x10]
-            if damaged := archive.testzip() or "".join(folders[:1]):
-                raise zipfile.BadZipFile(f"{damaged} is damaged")
 
 
 def fill(

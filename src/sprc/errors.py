@@ -42,15 +42,24 @@ def print_error(error: Exception) -> int:
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's ``main``; what a user can act on ends it with one line on stderr, no traceback.
 
-    Exit code 2 for an :class:`InputError`; 1 for a ``FloatingPointError`` (a loss or a score that is not
-    finite) and an ``OSError`` (a full disk); 128 and the signal's number for :class:`Interrupted`. Anything
-    else is a bug and keeps its traceback.
+    Exit code 2 for an :class:`InputError`, and for a name that the system's encoding lacks; 1 for a
+    ``FloatingPointError`` (a loss or a score that is not finite) and an ``OSError`` (a full disk); 128 and
+    the signal's number for :class:`Interrupted`. Anything else is a bug and keeps its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal may lack a letter of a path or a caption: it is shown by its number then.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     if "WORLD_SIZE" in os.environ and os.environ.get("RANK", "0") != "0":
         os.environ["TQDM_DISABLE"] = "1"  # tqdm looks when it is imported; rank 0 alone draws bars
     try:
         main()
     except Interrupted as stop:
         sys.exit(128 + stop.signum)
+    except UnicodeEncodeError as error:
+        if error.encoding.replace("-", "").lower() == "utf8":
+            raise
+        told = f"the name {error.object!a} has letters that this system's encoding ({error.encoding}) lacks"
+        sys.exit(print_error(InputError(f"{told}; set PYTHONUTF8=1 in the environment")))
     except EXPECTED as error:
         sys.exit(print_error(error))

@@ -47,6 +47,7 @@ class Scorer:
         *,
         blip_model_name: str | None = None,
         backbone: str | None = None,
+        vocab: Path | None = None,
         device: str | None = None,
         feature_cache: Path | None = None,
         **given: Any,
@@ -55,7 +56,7 @@ class Scorer:
 
         Raises :class:`InputError`, see :func:`sprc.checkpoint.load_checkpoint`.
         """
-        checkpoint = load_checkpoint(path, model_name=blip_model_name, backbone=backbone)
+        checkpoint = load_checkpoint(path, model_name=blip_model_name, backbone=backbone, vocab=vocab)
         print(checkpoint.found, flush=True)
         place(checkpoint.model, choose_device(device))
         own = {name: checkpoint.hyperparameters.get(name, value) for name, value in PUBLISHED.items()}
@@ -66,7 +67,7 @@ class Scorer:
     @classmethod
     def from_flags(cls, arguments: argparse.Namespace) -> "Scorer":
         """The same from the command line of :func:`sprc.flags.add_scoring_flags`."""
-        names = ("blip_model_name", "backbone", "device", "feature_cache", *PUBLISHED)
+        names = ("blip_model_name", "backbone", "vocab", "device", "feature_cache", *PUBLISHED)
         return cls.load(arguments.model_path, **{name: getattr(arguments, name) for name in names})
 
     @property

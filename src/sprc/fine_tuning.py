@@ -11,6 +11,7 @@ import torch
 
 from sprc.benchmark import Benchmark
 from sprc.checkpoint import load_checkpoint, save_checkpoint
+from sprc.compilation import require_compiler, told_compile_errors
 from sprc.config import ModelConfig, switches_from_environment
 from sprc.data.captions import process_caption
 from sprc.data.datasets import TripletDataset
@@ -76,6 +77,8 @@ def fine_tune(arguments: argparse.Namespace) -> Path:
         other_rates={} if arguments.fusion_lr is None else {"gated_fusion.": arguments.fusion_lr},
     )
     device = choose_device(arguments.device)
+    if arguments.compile:
+        require_compiler(device)
     triplets, paths = benchmark.train_triplets(arguments.data_path)
     config.check_fits(len(triplets))
 
@@ -147,7 +150,8 @@ def fine_tune(arguments: argparse.Namespace) -> Path:
         log = FusionLog(model.gated_fusion, run_folder, arguments.log_fusion_every, step, scalars)
         trainer.after_backward = log.after_backward
     try:
-        trainer.train(score, keep)
+        with told_compile_errors():
+            trainer.train(score, keep)
     except Interrupted as stop:
         launcher = "python" if world_size() == 1 else "torchrun ..."
         print(
@@ -186,21 +190,22 @@ def start_model(arguments: argparse.Namespace, captions: list[str]) -> torch.nn.
             arguments.model_path,
             model_name=arguments.blip_model_name,
             backbone=arguments.backbone,
+            vocab=arguments.vocab,
             switches=switches,
         )
         print(checkpoint.found, flush=True)
         return checkpoint.model
     cls = model_class(arguments.blip_model_name)
     captions = [process_caption(caption) for caption in captions]
-    return create_model(cls, arguments.backbone, captions=captions, **switches)
+    return create_model(cls, arguments.backbone, captions=captions, vocab=arguments.vocab, **switches)
 
 
 def resumed_arguments(arguments: argparse.Namespace) -> argparse.Namespace:
     """The flags that the run to resume was started with; ``--device`` may be given anew."""
     path = arguments.resume / HYPERPARAMETERS
     try:
-        written = json.loads(path.read_text())
-        for name in ("data_path", "models_path", "model_path", "feature_cache"):
+        written = json.loads(path.read_text(encoding="utf-8"))
+        for name in ("data_path", "models_path", "model_path", "feature_cache", "vocab"):
             written[name] = None if written.get(name) is None else Path(written[name])
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing; give --resume the folder of a run") from error

@@ -30,6 +30,17 @@ def add_cache_flags(
     )
 
 
+def add_vocab_flag(parser: argparse._ActionsContainer) -> None:
+    """Where BERT's vocabulary is, for a machine that reaches no model hub."""
+    parser.add_argument(
+        "--vocab",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="vocab.txt of bert-base-uncased, where a model brings no vocabulary; default: the model hub's",
+    )
+
+
 def add_timeout_flag(parser: argparse._ActionsContainer) -> None:
     """How long the processes that torchrun started wait for each other."""
     parser.add_argument(
@@ -47,6 +58,7 @@ def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
     add("--model-path", type=Path, required=True, metavar="FILE", help="the checkpoint")
     add("--blip-model-name", default=None, metavar="NAME", help="default: what the checkpoint says")
     add("--backbone", default=None, metavar="NAME", help="default: what the checkpoint says")
+    add_vocab_flag(parser)
     add(
         "--data-path",
         type=Path,
