@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sprc.data import TRANSFORMS
 from sprc.errors import run_script
-from sprc.flags import INDEX, add_engine_flags, add_vocab_flag
+from sprc.flags import INDEX, add_engine_flags, add_vocab_flag, text
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def add_query_command(parser: argparse.ArgumentParser) -> None:
     """The flags of `query`."""
     add = parser.add_argument
     add("--image", required=True, metavar="PICTURE", help="the reference: a file, or a name in the index")
-    add("--text", required=True, help="what to change, such as 'make it red'")
+    add("--text", type=text, required=True, help="what to change, such as 'make it red'")
     add("--top", type=int, default=10, metavar="N", help="how many pictures to print; default: %(default)s")
     add("--keep-reference", action="store_true", help="let the reference, and copies of it, be results too")
     add("--sheet", type=Path, default=None, metavar="FILE", help="PNG: the reference, the text, the results")

@@ -37,5 +37,6 @@ def told_compile_errors() -> Iterator[None]:
         # Its classes are in modules that take long to import, and are imported if it was used.
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
+        reason = " ".join(lines[: 1 + lines[0].endswith(":")])
         raise InputError(f"--compile: torch.compile failed ({reason}); leave the flag out") from error

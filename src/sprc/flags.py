@@ -1,6 +1,8 @@
 """Flags that scripts share. Imports nothing slow, so that `--help` is quick."""
 
 import argparse
+import os
+from contextlib import suppress
 from pathlib import Path
 
 from sprc.config import CACHE_DTYPES, GALLERY_DTYPES
@@ -8,6 +10,16 @@ from sprc.data import TRANSFORMS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 INDEX = ROOT / "picture_index"  # of `search.py index`
+
+
+def text(value: str) -> str:
+    """The type of a flag that takes words; they come as bytes where the system's encoding lacks a letter."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        with suppress(UnicodeError):
+            return os.fsencode(value).decode()
+    return value
 
 
 def add_cache_flags(

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from sprc.errors import InputError
 
@@ -46,25 +47,30 @@ def hold_lock(
     except OSError as error:
         raise InputError(f"{path.parent} cannot be written ({error.strerror}); {unwritable}") from error
     with file:
-        told = False
-        while not stop:
-            try:
-                if fcntl is None:
-                    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not told:
-                    print(waiting, flush=True)
-                    told = True
-                time.sleep(POLL_SECONDS)
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    raise
-                with _hold_file(path.with_name(f"{path.name}.held"), waiting, stop):
-                    yield None
-                return
-        yield file.fileno()
+        if fcntl is not None and _take(file, waiting, stop):
+            yield file.fileno()
+        else:
+            with _hold_file(path.with_name(f"{path.name}.held"), waiting, stop):
+                yield None
+
+
+def _take(file: IO[str], waiting: str, stop: Sequence[object]) -> bool:
+    """Lock ``file``, or wait until ``stop`` says so; False on a disk that has no locks."""
+    told = False
+    while not stop:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if not told:
+                print(waiting, flush=True)
+                told = True
+            time.sleep(POLL_SECONDS)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            return False
+    return True
 
 
 @contextmanager

@@ -143,7 +143,12 @@ def _verified(path: Path, again: str) -> dict[str, Any]:
     record = _record_of(path)
     before = _read_record(record)
     status = path.stat()
-    looks = {"size": status.st_size, "modified_ns": status.st_mtime_ns, "inode": status.st_ino}
+    looks = {
+        "size": status.st_size,
+        "modified_ns": status.st_mtime_ns,
+        "changed_ns": status.st_ctime_ns,
+        "inode": status.st_ino,
+    }
     if zipfile.is_zipfile(path) and before and looks == {key: before[key] for key in looks}:
         return before
     if not before or before["size"] == looks["size"]:
@@ -164,7 +169,7 @@ def _read_record(record: Path) -> dict[str, Any] | None:
     try:
         before = json.loads(record.read_text(encoding="utf-8"))
         return {
-            **{key: int(before[key]) for key in ("size", "modified_ns", "inode")},
+            **{key: int(before[key]) for key in ("size", "modified_ns", "changed_ns", "inode")},
             "sha256": str(before["sha256"]),
         }
     except FileNotFoundError:
