@@ -16,7 +16,7 @@ import torch
 from conftest import small_config
 from packaging.requirements import Requirement
 from PIL import Image
-from runner import ENVIRONMENT, ROOT, assert_one_clear_line, train
+from runner import ENVIRONMENT, ROOT, assert_one_clear_line, run, train
 from searching import make_index, query
 
 from sprc import compilation, errors, feature_cache, locks
@@ -271,6 +271,19 @@ def test_a_failed_write_is_told_with_what_helps(tmp_path, monkeypatch, number):
     assert ("free some space" in str(caught.value)) == (FAILURES[number] == "free some space")
     assert caught.value.errno == number
     assert json.loads((tmp_path / "a.json").read_text()) == [1]
+
+
+def test_where_results_go_is_looked_at_before_the_work(data, checkpoint, tmp_path):
+    (tmp_path / "file").touch()
+    scoring = ("--model-path", checkpoint, "--data-path", data)
+    _, stderr = run("cirr_test_submission.py", *scoring, "--out", tmp_path / "file" / "out", code=2)
+    assert_one_clear_line(stderr, "cannot be made (Not a directory); give another folder")
+    assert "encode" not in stderr
+    for flag in ("--save-ranks", "--save-rankings"):
+        flags = ("--dataset", "CIRR", *scoring, flag, tmp_path / "gone" / "a")
+        _, stderr = run("blip_validate.py", *flags, code=2)
+        assert_one_clear_line(stderr, f"{flag} {tmp_path / 'gone' / 'a'}: its folder does not exist")
+        assert "encode" not in stderr
 
 
 def test_a_folder_that_is_gone_or_read_only_is_told_as_that(tmp_path, read_only):

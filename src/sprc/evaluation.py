@@ -95,6 +95,11 @@ def run_validation(arguments: argparse.Namespace) -> dict[str, float | str]:
     With ``save_rankings`` write each query's top 50, with ``save_ranks`` its target's ranks. With the
     settings of its training, the default, the figures of "val" are those that training wrote.
     """
+    for flag in ("save_ranks", "save_rankings"):
+        file = getattr(arguments, flag)
+        if file is not None and not file.absolute().parent.is_dir():
+            name = f"--{flag.replace('_', '-')} {file}"
+            raise InputError(f"{name}: its folder does not exist; make it, or give another")
     benchmark = Benchmark.load(
         arguments.dataset, arguments.data_path, arguments.fiq_protocol, arguments.split
     )
@@ -155,6 +160,12 @@ def run_submission(arguments: argparse.Namespace) -> tuple[Path, Path]:
     Both are checked first, so that a file exists only if it is right.
     """
     split = load_cirr(arguments.data_path, "test1")
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--out {arguments.out} cannot be made ({error.strerror}); give another folder"
+        ) from error
     (encoded,) = Scorer.from_flags(arguments).encode([split])
     return from_main(lambda: write_submission(arguments, split, encoded))
 
@@ -173,7 +184,6 @@ def write_submission(
         files.append(
             ({"version": "rc2", "metric": metric, **ranked}, f"{metric}_submission_{arguments.name}.json")
         )
-    arguments.out.mkdir(parents=True, exist_ok=True)
     for contents, file_name in files:
         write_json(arguments.out / file_name, contents)
         print(f"wrote {arguments.out / file_name}")

@@ -35,7 +35,7 @@ def write_failure(path: Path, error: Exception, after: str) -> OSError:
     # torch.save makes a RuntimeError of a failed write.
     cause = error if isinstance(error, OSError) else error.__context__
     number = cause.errno if isinstance(cause, OSError) else None
-    reason = " ".join(str(error).split())
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
     failure = OSError(f"cannot write {path} ({reason}); {ADVICE.get(number, 'free some space')}. {after}")
     failure.errno = number
     return failure
