@@ -65,7 +65,11 @@ class Step(NamedTuple):
 
 @lru_cache(maxsize=1)
 def open_searcher(
-    changed: int, index: str, model_path: str | None, vocab: str | None, **settings: str | int | None
+    changed: int,
+    index: str,
+    model_path: str | None,
+    vocab: str | None = None,
+    **settings: str | int | None,
 ) -> Searcher:
     """The index with its model, once for all who look at the page, and again when it has ``changed``."""
     paths = {"model_path": model_path and Path(model_path), "vocab": vocab and Path(vocab)}
