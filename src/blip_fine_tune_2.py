@@ -21,7 +21,7 @@ from typing import Any
 from sprc.config import AMP, BACKBONES, FUSION_STARTS, FUSION_TEXTS, GALLERY_DTYPES, POOLS
 from sprc.data import PROTOCOLS, TRANSFORMS
 from sprc.errors import run_script
-from sprc.flags import ROOT, add_cache_flags, add_missing_flag, add_timeout_flag
+from sprc.flags import ROOT, add_cache_flags, add_missing_flag, add_timeout_flag, add_vocab_flag
 
 
 def parse_arguments() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -39,6 +39,7 @@ def parse_arguments() -> tuple[dict[str, Any], dict[str, Any]]:
         "--backbone", default="pretrain", metavar="NAME", help=f"{', '.join(BACKBONES)}; default: %(default)s"
     )
     add("--model-path", type=Path, default=None, metavar="FILE", help="start from this checkpoint's weights")
+    add_vocab_flag(parser)
     add(
         "--resume",
         type=Path,

@@ -35,8 +35,6 @@ def main() -> None:
     findings = check_dataset(
         arguments.dataset, arguments.data_path, arguments.decode, arguments.missing_images
     )
-    # A file may be named in bytes that the terminal's encoding does not have.
-    sys.stdout.reconfigure(errors="backslashreplace")
     looked = "decoded" if arguments.decode else "looked at without decoding (--decode decodes them)"
     for line in findings.counts:
         print(line)

@@ -1,8 +1,10 @@
 """Small models, captions and images that several test files share."""
 
+import errno
 import math
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -133,6 +135,29 @@ def randomise(module: nn.Module, seed: int = 0) -> None:
 def random_images(count: int, config: ModelConfig, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, 3, config.image_size, config.image_size, generator=generator)
+
+
+@pytest.fixture
+def read_only(monkeypatch):
+    """Call it with a folder: from then on it is as on a read-only disk, for root as well."""
+
+    def lock(folder):
+        def guard(name, writes):
+            plain = getattr(Path, name)
+
+            def guarded(self, *arguments, **named):
+                if self.is_relative_to(folder) and writes(self, *arguments, **named):
+                    raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+                return plain(self, *arguments, **named)
+
+            monkeypatch.setattr(Path, name, guarded)
+
+        guard("open", lambda path, mode="r", *_, **__: set(mode) & set("wax+"))
+        guard("mkdir", lambda path, *_, **__: not path.exists())
+        for name in ("unlink", "replace", "rename"):
+            guard(name, lambda *_, **__: True)
+
+    return lock
 
 
 @pytest.fixture(scope="session")

@@ -313,15 +313,14 @@ def submit(folder, data, checkpoint):
 def fetch(folder):
     """A backbone's file: the first rank of the machine has it on the disk before the second asks."""
 
-    def fake(url, **_):
-        begun = (folder / "fetched").exists()
-        time.sleep(0.5 if rank() == 0 else 0)
-        (folder / "fetched").touch()
-        (folder / f"begun_{rank()}").write_text(str(begun))
-        return {}
+    def fake(url, path, **_):
+        (folder / f"fetched_{rank()}").touch()
+        time.sleep(0.5)
+        torch.save({"weight": torch.ones(2)}, path)
 
-    torch.hub.load_state_dict_from_url = fake
-    _fetch("https://example.org/weights.pth")
+    torch.hub.set_dir(str(folder / "hub"))
+    torch.hub.download_url_to_file = fake
+    assert list(_fetch("https://example.org/weights.pth")) == ["weight"]
 
 
 def make_images(folder):

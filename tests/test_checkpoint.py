@@ -144,7 +144,7 @@ def backbone(tokenizer, monkeypatch):
     recipe = {"model": values, "weights": YAML}
     monkeypatch.setattr(factory, "_fetch", lambda url: files[url])
     monkeypatch.setattr(checkpoint, "read_backbone", lambda name: recipe)
-    monkeypatch.setattr(checkpoint, "bert_tokenizer", lambda: tokenizer)
+    monkeypatch.setattr(checkpoint, "bert_tokenizer", lambda vocab: tokenizer)
     return files
 
 

@@ -76,7 +76,7 @@ class CellResult:
 def read_cell(folder: Path, cell: Cell) -> CellResult:
     """Read a finished cell's files."""
     run = find_run(folder)
-    settings = json.loads((run / HYPERPARAMETERS).read_text())
+    settings = json.loads((run / HYPERPARAMETERS).read_text(encoding="utf-8"))
     return CellResult(
         cell=cell,
         dataset=settings["dataset"],

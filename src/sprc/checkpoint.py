@@ -6,7 +6,6 @@ Ours leave out a frozen vision transformer, which the backbone provides, and hol
 """
 
 import hashlib
-import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import BertTokenizer
 
+from sprc.archive import verify_archive
 from sprc.config import ModelConfig, read_backbone
 from sprc.data.scenes import caption_words
 from sprc.errors import InputError
@@ -33,6 +33,7 @@ from sprc.models.tokenizer import (
     SPECIAL_TOKENS,
     bert_tokenizer,
     make_vocabulary,
+    read_bert_vocabulary,
     tokenizer_from_vocabulary,
 )
 from sprc.run_folder import write_atomically
@@ -81,7 +82,12 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, *, model_name: str | None = None, backbone: str | None = None, switches: dict | None = None
+    path: Path,
+    *,
+    model_name: str | None = None,
+    backbone: str | None = None,
+    vocab: Path | None = None,
+    switches: dict | None = None,
 ) -> Checkpoint:
     """Rebuild the model of a checkpoint, ours or a published one.
 
@@ -89,6 +95,8 @@ def load_checkpoint(
         path: the file.
         model_name: what the user says it holds; checked against a file of ours.
         backbone: likewise; a published file needs it.
+        vocab: BERT's `vocab.txt` for a published file, see :func:`sprc.models.tokenizer.bert_tokenizer`. A
+            file of ours carries its vocabulary, and this must be the same.
         switches: None to score the model as it is. To start a training: fields of :class:`ModelConfig`
             that the user sets; a fusion that the file does not hold is newly started.
 
@@ -107,10 +115,12 @@ def load_checkpoint(
     if "model_config" in contents:
         backbone = hyperparameters["backbone"]
         values, tokenizer = contents["model_config"], read_vocabulary(contents["vocabulary"], path)
+        if vocab is not None and read_bert_vocabulary(vocab) != contents["vocabulary"]:
+            raise InputError(f"--vocab {vocab}: {path} carries another vocabulary; leave the flag out")
     elif backbone is None:
         raise InputError(f"{path} does not say which backbone it was trained on; pass --backbone")
     else:
-        values, tokenizer = described_by_state(contents[STATE], backbone, path)
+        values, tokenizer = described_by_state(contents[STATE], backbone, path, vocab)
 
     state = contents[STATE]
     usual = read_backbone(backbone)["model"].get("vit_depth", ModelConfig.vit_depth)
@@ -149,7 +159,7 @@ def load_checkpoint(
 
 
 def described_by_state(
-    state: dict[str, Tensor], backbone: str, path: Path
+    state: dict[str, Tensor], backbone: str, path: Path, vocab: Path | None
 ) -> tuple[dict[str, Any], BertTokenizer]:
     """Config and tokenizer of a file that holds a state dict alone.
 
@@ -160,7 +170,7 @@ def described_by_state(
     told, words = read_switches(state)
     values = {**recipe["model"], **sizes_of(state), **told}
     if "weights" in recipe:
-        return values, bert_tokenizer()
+        return values, bert_tokenizer(vocab)
     tokenizer = tokenizer_from_vocabulary(make_vocabulary(caption_words()))
     if values.get("vocab_size") != len(tokenizer) or words not in (None, vocabulary_digest(tokenizer)):
         raise InputError(
@@ -219,21 +229,6 @@ def read_contents(path: Path) -> dict[str, Any]:
         ):
             raise InputError(f"{path} is not a checkpoint of this model: it has a wrong left_out")
     return contents
-
-
-def verify_archive(path: Path) -> None:
-    """Check the checksums of a torch file, which torch itself does not; raises ``BadZipFile``.
-
-    A flipped bit in a weight would else be a wrong number in a table.
-    """
-    with path.open("rb") as file:
-        is_archive = file.read(2) == b"PK"
-    if is_archive:  # torch's format before 2020 is none, and has no checksums
-        with zipfile.ZipFile(path) as archive:
-            # A tensor marked as a folder would be skipped by the check, and read as noise by torch.
-            folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 0x10]
-            if damaged := archive.testzip() or "".join(folders[:1]):
-                raise zipfile.BadZipFile(f"{damaged} is damaged")
 
 
 def fill(

@@ -134,7 +134,7 @@ def read_backbone(name: str) -> dict[str, Any]:
     Raises :class:`InputError` for a name that is not in ``BACKBONES``.
     """
     _one_of("--backbone", name, BACKBONES)
-    return yaml.safe_load((MODEL_DIR / f"{name}.yaml").read_text())
+    return yaml.safe_load((MODEL_DIR / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 def switches_from_environment() -> dict[str, Any]:
@@ -147,7 +147,7 @@ def switches_from_environment() -> dict[str, Any]:
     if not path:
         return {}
     try:
-        values = yaml.safe_load(Path(path).read_text()) or {}
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"SPRC_SWITCHES={path} cannot be read ({reason}); give a YAML file") from error

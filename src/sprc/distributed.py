@@ -143,7 +143,10 @@ def process_group(timeout: int) -> Iterator[None]:
     thread = Thread(target=answer_roll_call, args=(answering, here, ended), daemon=True)
     thread.start()
     try:
-        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere) if here else nullcontext():
+        with (
+            Path(os.devnull).open("w", encoding="utf-8") as nowhere,
+            redirect_stdout(nowhere) if here else nullcontext(),
+        ):
             yield
     except Exception as error:
         end_all_ranks(calls, error, timeout)

@@ -101,11 +101,15 @@ def print_error(error: Exception) -> int:
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's ``main``; what a user can act on ends it with one line on stderr, no traceback.
 
-    Exit code 2 for an :class:`InputError`; 1 for a ``FloatingPointError`` (a loss or a score that is not
-    finite), an ``OSError`` (a full disk) and an :class:`OutOfResources`; 128 and the signal's number for
-    Ctrl-C and :class:`Interrupted`. Anything else is a bug and keeps its traceback. Of several ranks 0 alone
-    speaks of Ctrl-C, which all of them are sent.
+    Exit code 2 for an :class:`InputError`, and for a name that the system's encoding lacks; 1 for a
+    ``FloatingPointError`` (a loss or a score that is not finite), an ``OSError`` (a full disk) and an
+    :class:`OutOfResources`; 128 and the signal's number for Ctrl-C and :class:`Interrupted`. Anything else is
+    a bug and keeps its traceback. Of several ranks 0 alone speaks of Ctrl-C, which all of them are sent.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal may lack a letter of a path or a caption: it is shown by its number then.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     is_first = "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
     if not is_first:
         os.environ["TQDM_DISABLE"] = "1"  # tqdm looks when it is imported; rank 0 alone draws bars
@@ -118,6 +122,11 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(128 + signal.SIGINT)
     except Interrupted as stop:
         sys.exit(128 + stop.signum)
+    except UnicodeEncodeError as error:
+        if error.encoding.replace("-", "").lower() == "utf8":
+            raise
+        told = f"the name {error.object!a} has letters that this system's encoding ({error.encoding}) lacks"
+        sys.exit(print_error(InputError(f"{told}; set PYTHONUTF8=1 in the environment")))
     except Exception as error:
         error = explained(error)
         if not isinstance(error, EXPECTED):

@@ -54,6 +54,7 @@ class Scorer:
         *,
         blip_model_name: str | None = None,
         backbone: str | None = None,
+        vocab: Path | None = None,
         device: torch.device,
         feature_cache: Path | None = None,
         **given: Any,
@@ -62,7 +63,7 @@ class Scorer:
 
         Raises :class:`InputError`, see :func:`sprc.checkpoint.load_checkpoint`.
         """
-        checkpoint = load_checkpoint(path, model_name=blip_model_name, backbone=backbone)
+        checkpoint = load_checkpoint(path, model_name=blip_model_name, backbone=backbone, vocab=vocab)
         print(checkpoint.found, flush=True)
         for title, found in checkpoint.hyperparameters.get("left_out", {}).items():
             if title.startswith("train") and found["images"]:
@@ -80,7 +81,7 @@ class Scorer:
     @classmethod
     def from_flags(cls, arguments: argparse.Namespace, device: torch.device) -> "Scorer":
         """The same from the command line of :func:`sprc.flags.add_scoring_flags`."""
-        names = ("blip_model_name", "backbone", "feature_cache", *PUBLISHED)
+        names = ("blip_model_name", "backbone", "vocab", "feature_cache", *PUBLISHED)
         flags = {name: getattr(arguments, name) for name in names}
         return cls.load(arguments.model_path, device=device, **flags)
 
@@ -119,6 +120,11 @@ def run_validation(arguments: argparse.Namespace) -> dict[str, float | str]:
     settings of its training, the default, the figures of "val" are those that training wrote.
     """
     device = start_device(arguments.device)
+    for flag in ("save_ranks", "save_rankings"):
+        file = getattr(arguments, flag)
+        if file is not None and not file.absolute().parent.is_dir():
+            name = f"--{flag.replace('_', '-')} {file}"
+            raise InputError(f"{name}: its folder does not exist; make it, or give another")
     benchmark = Benchmark.load(
         arguments.dataset,
         arguments.data_path,
@@ -192,6 +198,12 @@ def run_submission(arguments: argparse.Namespace) -> tuple[Path, Path]:
         )
     device = start_device(arguments.device)
     split = load_cirr(arguments.data_path, "test1")
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--out {arguments.out} cannot be made ({error.strerror}); give another folder"
+        ) from error
     scorer = Scorer.from_flags(arguments, device)
     with scorer.memory_explained():
         (encoded,) = scorer.encode([split])
@@ -217,7 +229,6 @@ def write_submission(
                 "test1: correct --data-path"
             )
         files.append((arguments.out / f"{metric}_submission_{arguments.name}.json", text))
-    arguments.out.mkdir(parents=True, exist_ok=True)
     for path, text in files:
         write_atomically(path, lambda file, text=text: file.write(text))
         print(f"wrote {path} ({len(text):,} bytes)")

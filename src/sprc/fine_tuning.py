@@ -11,6 +11,7 @@ import torch
 
 from sprc.benchmark import Benchmark, triplets_of
 from sprc.checkpoint import load_checkpoint, save_checkpoint
+from sprc.compilation import require_compiler, told_compile_errors
 from sprc.config import ModelConfig, switches_from_environment
 from sprc.data.captions import process_caption
 from sprc.data.datasets import TripletDataset
@@ -21,6 +22,7 @@ from sprc.feature_cache import open_images
 from sprc.fusion_log import FusionLog
 from sprc.models.device import memory_explained, place, start_device, training_helps
 from sprc.models.factory import create_model, model_class
+from sprc.models.switches import vocabulary_digest
 from sprc.resume import (
     HYPERPARAMETERS,
     MISSING_IMAGES,
@@ -87,6 +89,8 @@ def fine_tune(defaults: dict[str, Any], given: dict[str, Any]) -> Path:
         arguments.dataset, arguments.data_path, arguments.fiq_protocol, missing_images=missing_images
     )
     config = training_config(arguments, benchmark)
+    if arguments.compile:
+        require_compiler(device)
     train_splits = benchmark.train_splits(arguments.data_path, missing_images=missing_images)
     triplets, paths = triplets_of(train_splits)
     left_out = names_left_out([*train_splits, *benchmark.splits])
@@ -101,6 +105,7 @@ def fine_tune(defaults: dict[str, Any], given: dict[str, Any]) -> Path:
     digests = {
         "data_path": digest_of_data(benchmark, triplets),
         "model_path": digest_of_file(arguments.model_path),
+        "vocab": vocabulary_digest(model.tokenizer),
     }
     if resume is not None:
         check_same(flags.get("digests", {}), digests, flags)
@@ -168,7 +173,7 @@ def fine_tune(defaults: dict[str, Any], given: dict[str, Any]) -> Path:
         frozen_vit=model.config.freeze_vit,
     )
     try:
-        with memory_explained(device, config.batch_size, helps):
+        with memory_explained(device, config.batch_size, helps), told_compile_errors():
             trainer.train(score, keep)
     except Interrupted as stop:
         launcher = "python" if world_size() == 1 else "torchrun ..."
@@ -259,10 +264,11 @@ def start_model(arguments: argparse.Namespace, captions: list[str]) -> torch.nn.
             arguments.model_path,
             model_name=arguments.blip_model_name,
             backbone=arguments.backbone,
+            vocab=arguments.vocab,
             switches=switches,
         )
         print(checkpoint.found, flush=True)
         return checkpoint.model
     cls = model_class(arguments.blip_model_name)
     captions = [process_caption(caption) for caption in captions]
-    return create_model(cls, arguments.backbone, captions=captions, **switches)
+    return create_model(cls, arguments.backbone, captions=captions, vocab=arguments.vocab, **switches)

@@ -1,6 +1,8 @@
 """Flags that scripts share. Imports nothing slow, so that `--help` is quick."""
 
 import argparse
+import os
+from contextlib import suppress
 from pathlib import Path
 
 from sprc.config import CACHE_DTYPES, GALLERY_DTYPES
@@ -8,6 +10,16 @@ from sprc.data import MISSING_IMAGES, TRANSFORMS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 INDEX = ROOT / "picture_index"  # of `search.py index`
+
+
+def text(value: str) -> str:
+    """The type of a flag that takes words; they come as bytes where the system's encoding lacks a letter."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        with suppress(UnicodeError):
+            return os.fsencode(value).decode()
+    return value
 
 
 def add_cache_flags(
@@ -41,6 +53,17 @@ def add_missing_flag(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_vocab_flag(parser: argparse._ActionsContainer) -> None:
+    """Where BERT's vocabulary is, for a machine that reaches no model hub."""
+    parser.add_argument(
+        "--vocab",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="vocab.txt of bert-base-uncased, where a model brings no vocabulary; default: the model hub's",
+    )
+
+
 def add_timeout_flag(parser: argparse._ActionsContainer) -> None:
     """How long the processes that torchrun started wait for each other."""
     parser.add_argument(
@@ -58,6 +81,7 @@ def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
     add("--model-path", type=Path, required=True, metavar="FILE", help="the checkpoint")
     add("--blip-model-name", default=None, metavar="NAME", help="default: what the checkpoint says")
     add("--backbone", default=None, metavar="NAME", help="default: what the checkpoint says")
+    add_vocab_flag(parser)
     add(
         "--data-path",
         type=Path,

@@ -49,7 +49,7 @@ class FusionLog:
         self.parts: list[tuple[int, dict[str, Tensor]]] = []  # samples seen at once, and what was seen
         self.warned: set[str] = set()
         if self.file.exists() and rank() == 0:
-            with self.file.open() as file:
+            with self.file.open(encoding="utf-8") as file:
                 kept = [row for row in csv.DictReader(file) if int(row["step"]) < step]
             if kept:
                 write_csv(self.file, kept)

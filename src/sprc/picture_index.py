@@ -54,7 +54,7 @@ class PictureIndex:
     path: Path  # the index
     folder: Path  # the pictures
     identity: Identity
-    scored_as: dict[str, Any]  # model_path, blip_model_name, backbone: how the model is loaded
+    scored_as: dict[str, Any]  # model_path, blip_model_name, backbone, vocab: how the model is loaded
     shape: tuple[int, int]  # (Q, E)
     pictures: list[Picture]
     left_out: dict[str, str]  # name to reason

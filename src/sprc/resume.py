@@ -14,7 +14,7 @@ from sprc.training import saved_progress, schedule_span
 
 HYPERPARAMETERS = "training_hyperparameters.json"
 MISSING_IMAGES = "missing_images.json"  # what --missing-images skip left out
-PATHS = ("data_path", "models_path", "model_path", "feature_cache")
+PATHS = ("data_path", "models_path", "model_path", "feature_cache", "vocab")
 
 # What a run may be resumed with, because it cannot change what the run learns, or the user wants the change.
 # Every other flag has to be the run's own.
@@ -22,6 +22,7 @@ MAY_DIFFER = frozenset(
     {
         "data_path",  # the same data at another place: digests are compared
         "model_path",  # the same file at another place, likewise
+        "vocab",  # the same words from another file, likewise
         "feature_cache",  # the same tokens; turned on or off where the stored type rounds nothing
         "num_epochs",  # while the schedule stays, and not fewer than are trained
         "grad_cache",  # the same gradients, in parts of another size

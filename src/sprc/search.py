@@ -62,6 +62,7 @@ class Searcher:
         path: Path,
         *,
         model_path: Path | None = None,
+        vocab: Path | None = None,
         device: str | None = None,
         engine: str = "exact",
         candidates: int = CANDIDATES,
@@ -71,6 +72,7 @@ class Searcher:
         Args:
             path: of the index.
             model_path: where the model is now, if not where it was.
+            vocab: where the vocabulary is that it was indexed with, likewise.
             device: by default a GPU, if there is one. The features stay in main memory.
             engine: "exact" compares the query with every picture. "faiss" takes ``candidates`` pictures by
                 their mean features first and compares it with those alone, which may miss some.
@@ -93,6 +95,7 @@ class Searcher:
             model_path or Path(told["model_path"]),
             blip_model_name=told["blip_model_name"],
             backbone=told["backbone"],
+            vocab=vocab or (Path(told["vocab"]) if told.get("vocab") else None),
             transform=index.identity.transform,
             target_ratio=index.identity.target_ratio,
         )
@@ -308,11 +311,13 @@ def run_index(arguments: argparse.Namespace) -> None:
     device = start_device(arguments.device)
     folder = arguments.folder
     check_folder(folder)
-    names = ("blip_model_name", "backbone", "transform", "target_ratio", "batch_size", "num_workers")
+    names = ("blip_model_name", "backbone", "transform", "target_ratio", "batch_size", "num_workers", "vocab")
     scorer = load_model(arguments.model_path, **{name: getattr(arguments, name) for name in names})
     # A published checkpoint does not say what it is: remember what it was called.
     scored_as = {name: getattr(arguments, name) for name in ("blip_model_name", "backbone")}
     scored_as["model_path"] = str(arguments.model_path.resolve())
+    if arguments.vocab is not None:
+        scored_as["vocab"] = str(arguments.vocab.resolve())
     index_pictures(arguments.index, folder, scorer, device, scored_as, rebuild=arguments.rebuild)
 
 
@@ -358,6 +363,7 @@ def run_query(arguments: argparse.Namespace) -> None:
     searcher = Searcher.open(
         arguments.index,
         model_path=arguments.model_path,
+        vocab=arguments.vocab,
         device=str(device),
         engine=arguments.engine,
         candidates=arguments.candidates,

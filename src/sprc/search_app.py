@@ -45,6 +45,7 @@ def run_app(arguments: argparse.Namespace) -> None:
     settings = {
         "index": str(index.resolve()),
         "model_path": given and str(given.resolve()),
+        "vocab": arguments.vocab and str(arguments.vocab.resolve()),
         "engine": arguments.engine,
         "candidates": arguments.candidates,
         "device": str(device),
