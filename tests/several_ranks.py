@@ -31,8 +31,9 @@ from sprc.errors import InputError, Interrupted, run_script
 from sprc.evaluation import run_submission
 from sprc.feature_cache import FeatureCache
 from sprc.fusion_log import FusionLog
+from sprc.models import factory
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
-from sprc.models.factory import _fetch, create_model
+from sprc.models.factory import create_model
 from sprc.models.tokenizer import tokenizer_from_vocabulary
 from sprc.training import Trainer, TrainingConfig
 from sprc.validation import encode_split
@@ -269,8 +270,8 @@ def fetch(folder):
         (folder / f"begun_{rank()}").write_text(str(begun))
         return {}
 
-    torch.hub.load_state_dict_from_url = fake
-    _fetch("https://example.org/weights.pth")
+    factory._fetch_now = fake
+    factory._fetch("https://example.org/weights.pth")
 
 
 def make_images(folder):

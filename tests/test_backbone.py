@@ -87,7 +87,7 @@ def test_weights_that_cannot_be_fetched_say_where_to_put_them(monkeypatch):
     def refuse(*_, **__):
         raise OSError("no network")
 
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
     with pytest.raises(InputError, match=r"cannot fetch https://weights.example/vit.pth \(no network\)"):
         factory._fetch(WEIGHTS["vit"])
 

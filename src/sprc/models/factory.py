@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -149,9 +150,11 @@ def _fetch(url: str) -> dict[str, Any]:
 
 def _fetch_now(url: str) -> dict[str, Any]:
     try:
-        return torch.hub.load_state_dict_from_url(
-            url, map_location="cpu", weights_only=True, progress=rank() == 0
-        )
+        path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1])
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), progress=rank() == 0)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError) as error:
         raise InputError(
             f"cannot fetch {url} ({error}); download it by hand into {torch.hub.get_dir()}/checkpoints"
