@@ -120,6 +120,7 @@ def test_another_model_s_state_dict_is_refused_and_changes_nothing(model_of):
     model = model_of(pool="masked")
     own, before = model.state_dict(), snapshot(model)
     unsaid = {key: value for key, value in own.items() if key != SWITCHES}
+    plain = {key: value for key, value in own.items() if not key.startswith("gated_fusion.")}
     without = {key: value for key, value in own.items() if key != "vision_proj.bias"}
     cases = (
         (
@@ -133,6 +134,7 @@ def test_another_model_s_state_dict_is_refused_and_changes_nothing(model_of):
             "`vit_depth: 4` into",
         ),
         (additive, "write `fusion_strategy: additive`, `norm_eps: 1.0e-09` into"),
+        (plain, "is plain SPRC, and not as this model is; write `use_gated_fusion: false` into"),
         (own | {"extra.weight": torch.ones(1)}, "another model than this one (1 unexpected: extra.weight)"),
         (without, "(1 missing: vision_proj.bias)"),
         (own | {"temp": torch.ones(3)}, "(1 of another shape: temp)"),
