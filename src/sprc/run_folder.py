@@ -3,6 +3,8 @@
 Of several ranks (torchrun) rank 0 alone writes; the others' calls do nothing.
 """
 
+from __future__ import annotations
+
 import csv
 import errno
 import io
