@@ -1,11 +1,14 @@
 """Train SPRC, with gated fusion or without, on CIRR or FashionIQ.
 
-CIRR, as published, with fusion:
+CIRR with fusion, the short way, ten epochs of batch 64:
     python src/blip_fine_tune_2.py --dataset CIRR --blip-model-name blip2_cir_align_prompt \\
         --backbone pretrain --num-epochs 10 --batch-size 64 --learning-rate 1e-5 --loss-align 0.4 \\
         --loss-rtc 0.4 --validation-frequency 1 --save-training --save-best --target-ratio 1.25 \\
         --transform targetpad
-Plain SPRC: the same with --no-use-gated-fusion.
+Plain SPRC: the same with --no-use-gated-fusion. As published it trains longer, in float16; on FashionIQ with
+--num-epochs 30 --learning-rate 2e-5:
+    python src/blip_fine_tune_2.py --dataset CIRR --no-use-gated-fusion --amp fp16 --num-epochs 50 \\
+        --batch-size 128 --learning-rate 1e-5 --save-training --save-best
 After a crash or Ctrl-C:
     python src/blip_fine_tune_2.py --resume RUN_FOLDER
 On N GPUs: torchrun --nproc-per-node N in place of python.
@@ -18,7 +21,7 @@ from typing import Any
 from sprc.config import AMP, BACKBONES, FUSION_STARTS, FUSION_TEXTS, GALLERY_DTYPES, POOLS
 from sprc.data import PROTOCOLS, TRANSFORMS
 from sprc.errors import run_script
-from sprc.flags import ROOT, add_cache_flags, add_timeout_flag
+from sprc.flags import ROOT, add_cache_flags, add_missing_flag, add_timeout_flag, add_vocab_flag
 
 
 def parse_arguments() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -36,6 +39,7 @@ def parse_arguments() -> tuple[dict[str, Any], dict[str, Any]]:
         "--backbone", default="pretrain", metavar="NAME", help=f"{', '.join(BACKBONES)}; default: %(default)s"
     )
     add("--model-path", type=Path, default=None, metavar="FILE", help="start from this checkpoint's weights")
+    add_vocab_flag(parser)
     add(
         "--resume",
         type=Path,
@@ -55,6 +59,7 @@ def parse_arguments() -> tuple[dict[str, Any], dict[str, Any]]:
         default=ROOT / "models",
         help="where the run's folder goes; default: models/",
     )
+    add_missing_flag(parser)
     add("--num-epochs", type=int, default=10, help="default: %(default)s")
     add("--batch-size", type=int, default=64, help="triplets a step, of all GPUs; default: %(default)s")
     add("--learning-rate", type=float, default=1e-5, help="peak of the schedule; default: %(default)s")
@@ -124,7 +129,8 @@ def parse_arguments() -> tuple[dict[str, Any], dict[str, Any]]:
         "--amp",
         default="auto",
         choices=AMP,
-        help="mixed precision; auto (default): bf16 where the GPU has it, else fp16, off on a CPU",
+        help="mixed precision; auto (default): bf16 where the GPU has it, else fp16, off on a CPU; "
+        "fp16 is plain SPRC's",
     )
     speed.add_argument("--compile", action="store_true", help="torch.compile what is trained")
     speed.add_argument(

@@ -32,6 +32,7 @@ from sprc.evaluation import run_submission
 from sprc.feature_cache import FeatureCache
 from sprc.fusion_log import FusionLog
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
+from sprc.models.device import memory_explained
 from sprc.models.factory import _fetch, create_model
 from sprc.models.tokenizer import tokenizer_from_vocabulary
 from sprc.training import Trainer, TrainingConfig
@@ -239,6 +240,13 @@ def stuck(folder):
     torch.distributed.all_reduce(torch.zeros(1))
 
 
+def out_of_memory(folder):
+    if rank() == 1:
+        with memory_explained(torch.device("cpu"), 64, ["a smaller --batch-size"]):
+            torch.empty(2**60)
+    torch.distributed.barrier()
+
+
 def bug(folder):
     if rank() == 1:
         raise ZeroDivisionError("a bug")
@@ -287,7 +295,13 @@ def fill_cache(folder, images):
 
 def submit(folder, data, checkpoint):
     arguments = argparse.Namespace(
-        data_path=data, model_path=checkpoint, out=folder, name="test", batch_size=7, num_workers=1
+        data_path=data,
+        model_path=checkpoint,
+        out=folder,
+        name="test",
+        batch_size=7,
+        num_workers=1,
+        missing_images="error",
     )
     rest = ("blip_model_name", "backbone", "transform", "target_ratio", "gallery_dtype", "cache_dtype")
     for name in (*rest, "feature_cache", "save_memory", "device"):
@@ -299,15 +313,14 @@ def submit(folder, data, checkpoint):
 def fetch(folder):
     """A backbone's file: the first rank of the machine has it on the disk before the second asks."""
 
-    def fake(url, **_):
-        begun = (folder / "fetched").exists()
-        time.sleep(0.5 if rank() == 0 else 0)
-        (folder / "fetched").touch()
-        (folder / f"begun_{rank()}").write_text(str(begun))
-        return {}
+    def fake(url, path, **_):
+        (folder / f"fetched_{rank()}").touch()
+        time.sleep(0.5)
+        torch.save({"weight": torch.ones(2)}, path)
 
-    torch.hub.load_state_dict_from_url = fake
-    _fetch("https://example.org/weights.pth")
+    torch.hub.set_dir(str(folder / "hub"))
+    torch.hub.download_url_to_file = fake
+    assert list(_fetch("https://example.org/weights.pth")) == ["weight"]
 
 
 def make_images(folder):
@@ -350,6 +363,7 @@ def main(out, data, checkpoint):
     on_ranks(2, out / "not_a_number", not_a_number)
     on_ranks(4, out / "bad_input_of_all", bad_input, (0, 1, 2, 3))
     on_ranks(4, out / "bad_input_of_one", bad_input, (2,))
+    on_ranks(2, out / "out_of_memory", out_of_memory)
     on_ranks(2, out / "bug", bug)
     on_ranks(4, out / "killed", killed)
     on_ranks(2, out / "stuck", stuck, timeout=3)

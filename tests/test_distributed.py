@@ -144,7 +144,7 @@ def test_a_submission_of_two_ranks_is_that_of_one(out):
 
 def test_weights_are_fetched_by_one_rank_of_a_machine_first(out):
     assert codes(out / "fetch") == [0, 0]
-    assert [(out / "fetch" / f"begun_{number}").read_text() for number in (0, 1)] == ["False", "True"]
+    assert [path.name for path in (out / "fetch").glob("fetched_*")] == ["fetched_0"]
 
 
 def test_a_signal_to_one_rank_stops_all_and_two_resumed_ranks_end_as_if_never_stopped(out):
@@ -216,6 +216,13 @@ def test_bad_input_is_one_line_whoever_meets_it(out, case, wanted):
     folder = out / f"bad_input_of_{case}"
     assert codes(folder) == wanted
     assert joined(said(folder)) == ["error: --flag 1 is wrong; give another"]
+
+
+def test_a_rank_that_runs_out_of_memory_is_named_and_ends_all(out):
+    assert codes(out / "out_of_memory") == [1, 1]
+    (line,) = joined(said(out / "out_of_memory"))
+    assert line.startswith("error: rank 1 of 2: memory ran out on cpu with --batch-size 64 (")
+    assert line.endswith("what helps, best first: a smaller --batch-size. What was saved stays")
 
 
 def test_a_bug_keeps_its_traceback_and_the_others_are_silent(out):
@@ -408,6 +415,8 @@ def test_two_agents_train_as_one_process_a_killed_rank_is_named_and_one_process_
     assert f"process {victim}) has died" in line
     assert f"pid: {victim}" in outputs[1][1]  # torchrun's own report
     assert sum("run folder: " in output for output, _ in outputs) == 1
+    lines = [line for output, _ in outputs for line in output.splitlines() if line.startswith("device: ")]
+    assert lines == ["device: cpu, 1 thread, float32, 2 ranks (CUDA_VISIBLE_DEVICES hides all GPUs)"]
     assert sum("epoch 0: R@1" in output for output, _ in outputs) == 1
 
     (folder,) = (tmp_path / "two").iterdir()

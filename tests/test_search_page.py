@@ -269,7 +269,9 @@ def test_it_starts_after_the_demo_on_loopback_alone(data, checkpoint, tmp_path, 
     assert options["client.showErrorDetails"] == "none"
     assert settings["index"] == str(demo / "picture_index")
     assert settings["samples"] == str(demo)
-    assert "36 pictures (36 new" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "36 pictures (36 new" in printed
+    assert printed.count("device: cpu") == 2  # a line a start
     # A newer run's model takes the place of the old one, and its pictures are indexed again.
     newer = models / "clip_finetuned_on_cirr_tiny_0/saved_models"
     newer.mkdir(parents=True)

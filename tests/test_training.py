@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from sprc.errors import InputError, Interrupted, run_script
+from sprc.models.device import precision
 from sprc.run_folder import create_run_folder, write_atomically, write_csv, write_json
 from sprc.training import (
     STOP_SIGNALS,
@@ -22,7 +23,6 @@ from sprc.training import (
     TrainingConfig,
     make_optimizer,
     make_schedule,
-    precision,
     stop_signals,
 )
 

@@ -9,19 +9,25 @@ from typing import Any
 
 import torch
 
-from sprc.benchmark import Benchmark
+from sprc.benchmark import Benchmark, triplets_of
 from sprc.checkpoint import load_checkpoint, save_checkpoint
+from sprc.compilation import require_compiler, told_compile_errors
 from sprc.config import ModelConfig, switches_from_environment
 from sprc.data.captions import process_caption
 from sprc.data.datasets import TripletDataset
+from sprc.data.missing import names_left_out
 from sprc.distributed import from_main, rank, world_size
 from sprc.errors import InputError, Interrupted
 from sprc.feature_cache import open_images
 from sprc.fusion_log import FusionLog
-from sprc.models.factory import choose_device, create_model, model_class, place
+from sprc.models.device import memory_explained, place, start_device, training_helps
+from sprc.models.factory import create_model, model_class
+from sprc.models.switches import vocabulary_digest
 from sprc.resume import (
     HYPERPARAMETERS,
+    MISSING_IMAGES,
     absolute_paths,
+    check_left_out,
     check_same,
     digest_of_data,
     digest_of_file,
@@ -77,10 +83,19 @@ def fine_tune(defaults: dict[str, Any], given: dict[str, Any]) -> Path:
     for name, weight in LOSS_WEIGHTS[arguments.dataset].items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, weight)
-    benchmark = Benchmark.load(arguments.dataset, arguments.data_path, arguments.fiq_protocol)
+    device = start_device(arguments.device, arguments.amp)
+    missing_images = arguments.missing_images
+    benchmark = Benchmark.load(
+        arguments.dataset, arguments.data_path, arguments.fiq_protocol, missing_images=missing_images
+    )
     config = training_config(arguments, benchmark)
-    device = choose_device(arguments.device)
-    triplets, paths = benchmark.train_triplets(arguments.data_path)
+    if arguments.compile:
+        require_compiler(device)
+    train_splits = benchmark.train_splits(arguments.data_path, missing_images=missing_images)
+    triplets, paths = triplets_of(train_splits)
+    left_out = names_left_out([*train_splits, *benchmark.splits])
+    if resume is not None and missing_images == "skip":
+        check_left_out(resume / MISSING_IMAGES, left_out)
     config.check_fits(len(triplets))
 
     torch.manual_seed(config.seed)
@@ -90,6 +105,7 @@ def fine_tune(defaults: dict[str, Any], given: dict[str, Any]) -> Path:
     digests = {
         "data_path": digest_of_data(benchmark, triplets),
         "model_path": digest_of_file(arguments.model_path),
+        "vocab": vocabulary_digest(model.tokenizer),
     }
     if resume is not None:
         check_same(flags.get("digests", {}), digests, flags)
@@ -105,6 +121,7 @@ def fine_tune(defaults: dict[str, Any], given: dict[str, Any]) -> Path:
         cache_dtype=arguments.cache_dtype,
         batch_size=min(config.batch_size, LARGEST_BATCH),
         num_workers=config.num_workers,
+        read_at_once=max(2 * config.batch_size // world_size(), min(config.batch_size, LARGEST_BATCH)),
     )
     if resume is None:
         name = arguments.blip_model_name
@@ -113,6 +130,13 @@ def fine_tune(defaults: dict[str, Any], given: dict[str, Any]) -> Path:
     else:
         run_folder = resume
     hyperparameters = {**describe_run(arguments, model), "digests": digests}
+    if missing_images == "skip":
+        hyperparameters["left_out"] = {
+            title: {"images": len(found["images"]), "triplets": found["triplets"]}
+            for title, found in left_out.items()
+        }
+        if resume is None:
+            write_json(run_folder / MISSING_IMAGES, left_out)
     if arguments.compile:
         # The method and not the model, so that parameters keep their names.
         model.embed_tokens = torch.compile(model.embed_tokens, dynamic=True)
@@ -143,8 +167,14 @@ def fine_tune(defaults: dict[str, Any], given: dict[str, Any]) -> Path:
             path = run_folder / "saved_models" / f"{name}.pt"
             save_checkpoint(path, model, epoch, hyperparameters, full=arguments.save_full)
 
+    helps = training_helps(
+        config.grad_cache,
+        has_cache=arguments.feature_cache is not None,
+        frozen_vit=model.config.freeze_vit,
+    )
     try:
-        trainer.train(score, keep)
+        with memory_explained(device, config.batch_size, helps), told_compile_errors():
+            trainer.train(score, keep)
     except Interrupted as stop:
         launcher = "python" if world_size() == 1 else "torchrun ..."
         with suppress(OSError):  # the terminal may be gone, which SIGHUP tells of
@@ -226,15 +256,19 @@ def start_model(arguments: argparse.Namespace, captions: list[str]) -> torch.nn.
     flags = {name: getattr(arguments, name, None) for name in MODEL_SWITCHES}
     switches = {name: value for name, value in flags.items() if value is not None}
     switches = {"use_gated_fusion": True} | switches_from_environment() | switches  # the command line wins
+    # A run keeps the depth that it was started with, whatever the backbone builds for a new one.
+    recorded = getattr(arguments, "model_config", {})
+    switches |= {name: recorded[name] for name in ("vit_depth",) if name in recorded}
     if arguments.model_path is not None:
         checkpoint = load_checkpoint(
             arguments.model_path,
             model_name=arguments.blip_model_name,
             backbone=arguments.backbone,
+            vocab=arguments.vocab,
             switches=switches,
         )
         print(checkpoint.found, flush=True)
         return checkpoint.model
     cls = model_class(arguments.blip_model_name)
     captions = [process_caption(caption) for caption in captions]
-    return create_model(cls, arguments.backbone, captions=captions, **switches)
+    return create_model(cls, arguments.backbone, captions=captions, vocab=arguments.vocab, **switches)

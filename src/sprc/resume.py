@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from sprc.benchmark import Benchmark
-from sprc.data.datasets import Triplet
+from sprc.data.datasets import Triplet, quote, read_json
 from sprc.distributed import world_size
 from sprc.errors import InputError
 from sprc.training import saved_progress, schedule_span
 
 HYPERPARAMETERS = "training_hyperparameters.json"
-PATHS = ("data_path", "models_path", "model_path", "feature_cache")
+MISSING_IMAGES = "missing_images.json"  # what --missing-images skip left out
+PATHS = ("data_path", "models_path", "model_path", "feature_cache", "vocab")
 
 # What a run may be resumed with, because it cannot change what the run learns, or the user wants the change.
 # Every other flag has to be the run's own.
@@ -21,6 +22,7 @@ MAY_DIFFER = frozenset(
     {
         "data_path",  # the same data at another place: digests are compared
         "model_path",  # the same file at another place, likewise
+        "vocab",  # the same words from another file, likewise
         "feature_cache",  # the same tokens; turned on or off where the stored type rounds nothing
         "num_epochs",  # while the schedule stays, and not fewer than are trained
         "grad_cache",  # the same gradients, in parts of another size
@@ -200,3 +202,22 @@ def check_same(before: dict[str, Any], now: dict[str, str | None], flags: dict[s
                 f"{flag(name, flags[name])} holds something else than when {flags['resume']} was started; "
                 f"point {flag(name, True)} at the same data again, or start a new run"
             )
+
+
+def check_left_out(file: Path, left_out: dict[str, dict[str, Any]]) -> None:
+    """Raise :class:`InputError` unless a run that goes on misses the images that it missed at its start."""
+    if not file.exists():
+        raise InputError(f"{file} is missing; restore it, or start a new run with --missing-images skip")
+    before = read_json(file)
+    try:
+        then, now = (
+            {f"{name} ({title})" for title, one in found.items() for name in one["images"]}
+            for found in (before, left_out)
+        )
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{file} is broken; restore it from a copy") from error
+    if then != now:
+        raise InputError(
+            f"{file}: the run began without {len(then):,} images, and now {len(now):,} have no file; first "
+            f"that differs: {quote(min(then ^ now))}; put the files back as they were, or start a new run"
+        )

@@ -33,6 +33,7 @@ from sprc.data.datasets import SteadyLoader, TripletDataset
 from sprc.distributed import from_main, of_all_ranks, rank, seed_rank, wait_for_all, world_size
 from sprc.errors import InputError, Interrupted
 from sprc.grad_cache import Embedder, GradCache
+from sprc.models.device import precision
 from sprc.run_folder import write_atomically, write_csv
 
 if TYPE_CHECKING:
@@ -108,16 +109,6 @@ class TrainingConfig:
                 f"--grad-cache {self.grad_cache} saves nothing: a rank's batch is {self.batch_size // ranks} "
                 "triplets; give fewer than that, or leave the flag out"
             )
-
-
-def precision(amp: str, device: torch.device) -> torch.dtype | None:
-    """The type that mixed precision computes in: ``--amp`` on ``device``; None is float32 throughout.
-
-    "auto" is bfloat16 on a GPU that has it, float16 on another, and off on a CPU.
-    """
-    if amp == "auto" and device.type == "cuda":
-        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
 
 
 def make_optimizer(

@@ -286,7 +286,7 @@ def _problem(path: Path, error: Exception) -> str:
         remedy += ", or correct --data-path"
     elif isinstance(error, IsADirectoryError):
         reason = "is a folder, not an image"
-    elif isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
+    elif isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
         reason = f"has more than {Image.MAX_IMAGE_PIXELS} pixels or more than {_LONGEST_SIDE} on a side"
         remedy = "replace it with a smaller copy"
     elif isinstance(error, UnidentifiedImageError):
