@@ -6,6 +6,7 @@ from conftest import CAPTIONS, TOO_LONG, random_images, small_config
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sprc.fusion_log import FusionLog
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.tokenizer import CaptionIds
 
@@ -39,8 +40,10 @@ def test_image_tokens_are_cast_once_for_all_layers(tokenizer, fusion) -> None:
 
 
 @ON_AND_OFF
-def test_compiling_gives_one_graph(tokenizer, fusion) -> None:
+def test_compiling_gives_one_graph(tokenizer, tmp_path, fusion) -> None:
     model = Blip2QformerCirAlignPrompt(small_config(use_gated_fusion=fusion), tokenizer)
+    if fusion:
+        FusionLog(model.gated_fusion, tmp_path, every=2, step=1)  # of a step that is not due
     compiled = torch.compile(model.embed_tokens, dynamic=True, backend="eager", fullgraph=True)
     tokens = model.vit_tokens(random_images(2 * len(CAPTIONS), model.config))
     compiled(tokens, model.tokenize(CAPTIONS))  # a break in the graph would raise
