@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 from sprc.ablation import OFF, SWITCHES, Cell, checkpoint_of, find_run, split_to_score
-from sprc.checkpoint import FUSION, STATE
+from sprc.checkpoint import FUSION, STATE, SWITCHES
 from sprc.errors import InputError
 from sprc.fine_tuning import HYPERPARAMETERS
 from sprc.ranking import cirr_metrics, fashioniq_metrics
@@ -183,7 +183,8 @@ def table(
 def fusion_parameters(checkpoint: Path) -> int:
     """How many parameters the fusion of a checkpoint has."""
     state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)[STATE]
-    return sum(value.numel() for name, value in state.items() if name.startswith(FUSION))
+    names = (name for name in state if name.startswith(FUSION) and name != SWITCHES)
+    return sum(state[name].numel() for name in names)
 
 
 def epochs_to_reach(one: CellResult, baseline: CellResult) -> int | None:
