@@ -17,9 +17,10 @@ import pandas as pd
 import torch
 
 from sprc.ablation import OFF, SWITCHES, Cell, checkpoint_of, find_run, split_to_score
-from sprc.checkpoint import FUSION, STATE, SWITCHES
+from sprc.checkpoint import FUSION, STATE
 from sprc.errors import InputError
 from sprc.fine_tuning import HYPERPARAMETERS
+from sprc.models.switches import SWITCHES as STATE_SWITCHES
 from sprc.ranking import cirr_metrics, fashioniq_metrics
 from sprc.run_folder import write_atomically, write_csv
 
@@ -183,7 +184,7 @@ def table(
 def fusion_parameters(checkpoint: Path) -> int:
     """How many parameters the fusion of a checkpoint has."""
     state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)[STATE]
-    names = (name for name in state if name.startswith(FUSION) and name != SWITCHES)
+    names = (name for name in state if name.startswith(FUSION) and name != STATE_SWITCHES)
     return sum(state[name].numel() for name in names)
 
 
