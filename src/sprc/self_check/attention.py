@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,8 +42,7 @@ def line_of(setting: Setting, name: str, seen: dict[str, str]) -> Line:
             NOTE,
             name,
             figures,
-            "slow and large, the numbers are right; train with --amp bf16 or fp16, on a card and a PyTorch that "
-            "have a fused kernel for it",
+            "slow and large, though the numbers are right; give --amp bf16 or fp16, or a newer PyTorch",
         )
     return Line(OK, name, figures)
 
@@ -56,10 +54,12 @@ class Kernels(TorchDispatchMode):
         super().__init__()
         self.chosen = MATH
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204 (torch's own)
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.removeprefix("aten::")
         if name.startswith("_scaled_dot_product_"):
-            self.chosen = name.removeprefix("_scaled_dot_product_").removesuffix("_attention").replace("_", " ")
+            self.chosen = (
+                name.removeprefix("_scaled_dot_product_").replace("_attention", "").replace("_", " ")
+            )
         return func(*args, **(kwargs or {}))
 
 
@@ -69,7 +69,9 @@ def watched_attention() -> Iterator[dict[str, str]]:
     seen: dict[str, str] = {}
     compute = F.scaled_dot_product_attention
 
-    def watched(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options) -> Tensor:
+    def watched(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: float
+    ) -> Tensor:
         with Kernels() as kernels:
             result = compute(query, key, value, attn_mask=attn_mask, **options)
         what = f"{query.shape[1]} heads of {query.shape[3]}, {query.shape[2]} x {key.shape[2]}"

@@ -10,7 +10,16 @@ import torch
 
 from sprc.data.shared_memory import SHARED_MEMORY, check_shared_memory
 from sprc.errors import InputError
-from sprc.models.device import default_device, find_driver, gpus_are_hidden, start_device, why_no_gpu
+from sprc.models.device import (
+    SHORT,
+    default_device,
+    find_driver,
+    gpus_are_hidden,
+    precision,
+    sees_gpu,
+    start_device,
+    why_no_gpu,
+)
 from sprc.self_check.report import FAIL, NOTE, OK, Line
 from sprc.self_check.setting import Setting
 
@@ -34,11 +43,12 @@ def find_device(name: str | None) -> tuple[torch.device, Line | None]:
     except InputError as error:
         if name is not None and not name.startswith("cuda"):
             raise
-        if gpus_are_hidden() or why_no_gpu() is None:
-            reason = "CUDA_VISIBLE_DEVICES hides all GPUs" if gpus_are_hidden() else "no NVIDIA GPU is to be seen"
-            return torch.device("cpu"), Line(NOTE, "device", f"{reason}: what follows was done on the CPU")
-        told = f"{error} (what follows was done on the CPU)"
-        return torch.device("cpu"), Line(FAIL, "device", told)
+        cpu, what_follows = torch.device("cpu"), "what follows is done on the CPU"
+        if gpus_are_hidden():
+            return cpu, Line(NOTE, "device", f"CUDA_VISIBLE_DEVICES hides all GPUs; {what_follows}")
+        if not sees_gpu() and why_no_gpu() is None:
+            return cpu, Line(NOTE, "device", f"no NVIDIA GPU is to be seen on this machine; {what_follows}")
+        return cpu, Line(FAIL, "device", f"{error} ({what_follows})")
 
 
 def check_machine(setting: Setting) -> Iterator[Line]:
@@ -46,30 +56,38 @@ def check_machine(setting: Setting) -> Iterator[Line]:
     if setting.on_gpu:
         yield from check_card(setting.device)
     yield check_shm()
-    cores, all_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0, os.cpu_count()
-    figures = f"{cores or all_cores} of {all_cores} cores are given to this process"
-    if setting.on_gpu and cores and cores < 4:
-        yield Line(NOTE, "machine, cores", figures, "reading pictures will hold the GPU up; ask for 8, or use a cache")
+    figures = f"{own_cores()} of {os.cpu_count()} cores are given to this process"
+    if setting.on_gpu and own_cores() < 4:
+        remedy = "reading pictures will hold the GPU up; ask for 8 cores, or give --feature-cache DIR"
+        yield Line(NOTE, "machine, cores", figures, remedy)
     else:
         yield Line(OK, "machine, cores", figures)
     free = shutil.disk_usage(Path.cwd()).free
     figures = f"{free / 1e9:.0f} GB free here; a run keeps up to {RUN_BYTES / 1e9:.0f}, {CACHE}"
     remedy = "free some, or give --models-path a folder on another disk"
-    yield Line(OK, "machine, disk", figures) if free > RUN_BYTES else Line(FAIL, "machine, disk", figures, remedy)
+    if free > RUN_BYTES:
+        yield Line(OK, "machine, disk", figures)
+    else:
+        yield Line(FAIL, "machine, disk", figures, remedy)
+
+
+def own_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_card(device: torch.device) -> Iterator[Line]:
     """The card, what the wheel holds for it, and its free memory."""
     driver = find_driver()
     major, minor = torch.cuda.get_device_capability(device)
-    architectures = " ".join(torch.cuda.get_arch_list()) or "not told"
-    half = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16 (no bfloat16)"
+    wheel = f"torch {torch.__version__} for CUDA {torch.version.cuda}"
+    kernels = " ".join(torch.cuda.get_arch_list()) or "not told"
     yield Line(
         OK,
         "machine, card",
-        f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}, --amp auto is {half}; driver "
-        f"{(driver and driver.version) or 'not told'}; torch {torch.__version__} for CUDA {torch.version.cuda}, kernels "
-        f"{architectures}",
+        f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}, --amp auto is "
+        f"{SHORT[precision('auto', device)]}; driver {(driver and driver.version) or 'not told'}; "
+        f"{wheel}, kernels {kernels}",
     )
     try:
         free, total = torch.cuda.mem_get_info(device)
@@ -78,7 +96,9 @@ def check_card(device: torch.device) -> Iterator[Line]:
         return
     figures = f"{free / 1e9:.1f} of {total / 1e9:.1f} GB are free"
     if free < LEAST_GPU_BYTES:
-        remedy = "end what else uses the card (nvidia-smi); with so little, --feature-cache DIR and --grad-cache 8"
+        remedy = (
+            "end what else uses it (nvidia-smi); for so little give --feature-cache DIR and --grad-cache 8"
+        )
         yield Line(NOTE, "machine, memory", figures, remedy)
     else:
         yield Line(OK, "machine, memory", figures)
@@ -90,7 +110,7 @@ def check_shm() -> Line:
     if not SHARED_MEMORY.is_dir():
         return Line(OK, name, f"{platform.system()} keeps it without a limit of its own")
     free = shutil.disk_usage(SHARED_MEMORY).free
-    figures = f"{free / 1e9:.2f} GB free in {SHARED_MEMORY}; {LEAST_WORKERS} workers with batches of 64 are tried"
+    figures = f"{free / 1e9:.2f} GB free in {SHARED_MEMORY}, enough for {LEAST_WORKERS} workers at batch 64"
     try:
         check_shared_memory(BATCH_BYTES, LEAST_WORKERS)
     except InputError as error:
@@ -101,7 +121,8 @@ def check_shm() -> Line:
 def facts(setting: Setting) -> dict[str, str]:
     """What a report is headed with."""
     driver = find_driver() if setting.on_gpu else None
-    told = {"torch": f"{torch.__version__}, Python {platform.python_version()}", "shapes": setting.shapes.told}
+    versions = f"{torch.__version__}, Python {platform.python_version()}"
+    told = {"torch": versions, "shapes": setting.shapes.told}
     if setting.on_gpu:
         name = torch.cuda.get_device_name(setting.device)
         return {"card": f"{name}, driver {(driver and driver.version) or 'not told'}", **told}

@@ -35,9 +35,7 @@ def summary(lines: Sequence[Line], seconds: float) -> str:
 
 def markdown(title: str, facts: dict[str, str], lines: Sequence[Line], seconds: float) -> str:
     """The report as a document: what it was made on, a table, the summary."""
-    rows = [
-        f"| {line.status} | {line.name} | {cell(line.figures)} | {cell(line.remedy)} |" for line in lines
-    ]
+    rows = [f"| {line.status} | {line.name} | {cell(line.figures)} | {cell(line.remedy)} |" for line in lines]
     return "\n".join(
         [
             f"# {title}",

@@ -1,4 +1,4 @@
-"""The checks in their order, and the run of all of them or some. A check that fails or breaks stops no other."""
+"""The checks in their order, and their run. One that fails or breaks stops no other."""
 
 import tempfile
 import time

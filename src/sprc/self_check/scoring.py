@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from sprc.data.cirr import CirrSplit
@@ -26,11 +25,15 @@ def check_scoring(setting: Setting) -> Iterator[Line]:
     triplets = MadeTriplets(model.config, IMAGES)
     names = [str(number) for number in range(IMAGES)]
     split = CirrSplit("val", made_queries(names), {name: Path(name) for name in names})
+
+    def load(path: Path) -> Tensor:
+        return triplets[int(path.name)]["image"]
+
     for dtype in ("float32", "float16"):
         encoded = []
         for one in (model, setting.placed(model)):
             arguments = {"batch_size": 10, "num_workers": 0, "gallery_dtype": dtype}
-            encoded.append(encode_split(one, split, lambda path: triplets[int(path.name)]["image"], **arguments))
+            encoded.append(encode_split(one, split, load, **arguments))
         yield compare(split, *encoded, dtype)
 
 
@@ -54,8 +57,8 @@ def compare(split: CirrSplit, wanted: EncodedSplit, found: EncodedSplit, dtype: 
     values = [metrics([split], [ranking]) for ranking in rankings]
     difference = max(abs(values[0][name] - values[1][name]) for name in values[0])
     figures = (
-        f"similarities apart by {error:.1e}, bound {OFF_BY[dtype]:.1e}; {int((moved > 0).sum())} of {QUERIES} ranks "
-        f"moved, {wrong} of them with no tie; recall apart by {difference:.2f}"
+        f"similarities apart by {error:.1e}, bound {OFF_BY[dtype]:.1e}; {int((moved > 0).sum())} of "
+        f"{QUERIES} ranks moved, {wrong} of them without a tie; recall apart by {difference:.2f}"
     )
     name = f"scoring, gallery {dtype}"
     if error <= OFF_BY[dtype] and not wrong:
@@ -66,4 +69,4 @@ def compare(split: CirrSplit, wanted: EncodedSplit, found: EncodedSplit, dtype: 
 def level_with_target(scores: Tensor, targets: Tensor, tie: float) -> Tensor:
     """How many other candidates are within ``tie`` of each query's target: (T,)."""
     own = scores.gather(1, targets[:, None])
-    return (torch.abs(scores - own) <= tie).sum(dim=1) - 1
+    return ((scores - own).abs() <= tie).sum(dim=1) - 1

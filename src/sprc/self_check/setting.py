@@ -1,4 +1,4 @@
-"""What the checks run on: a device, shapes, and models, batches and pictures that are made and not fetched."""
+"""What the checks run on: a device, shapes, and models, batches and pictures that are made, not fetched."""
 
 import random
 from contextlib import AbstractContextManager
@@ -19,10 +19,11 @@ from sprc.models.device import place, precision
 from sprc.models.tokenizer import make_vocabulary, tokenizer_from_vocabulary
 
 LOSS_WEIGHTS = {"loss_itc": 1.0, "loss_rtc": 0.4, "loss_align": 0.4}  # CIRR's
-WORDS = (
+SENTENCE = (
     "make the a same dog with its mouth open and on grass instead of wood remove person add more two fewer "
     "show closer view from side is lying down white black background different angle of breed facing left"
-).split()
+)
+WORDS = SENTENCE.split()
 FEW_WORDS = 200  # a vocabulary where the size of the published one would only cost time
 
 Samples = dict[str, Tensor | list[str]]
@@ -46,7 +47,7 @@ QUARTER |= {"embed_dim": 64}
 SMALL = {"image_size": 28, "vit_width": 32, "vit_heads": 2, "hidden_size": 32, "num_heads": 2}
 SMALL |= {"intermediate_size": 48, "num_query_tokens": 4, "embed_dim": 8}
 SHAPES = {
-    "true": Shapes("true shapes (ViT-g, BLIP-2's Q-Former)", {}, {"vit_depth": 39}, 2, 8, 12, 64, (640, 480)),
+    "true": Shapes("true shapes (ViT-g, BLIP-2's Q-Former)", {}, {"vit_depth": 39}, 2, 4, 12, 64, (640, 480)),
     "quarter": Shapes(
         "a quarter of the true widths, 4 blocks of ViT-g",
         QUARTER,
@@ -54,7 +55,7 @@ SHAPES = {
         2,
         4,
         2,
-        8,
+        4,
         (640, 480),
     ),
     "small": Shapes("small shapes, whose figures say little", SMALL, {"vit_depth": 2}, 2, 4, 2, 8, (64, 48)),
