@@ -135,8 +135,9 @@ def errors_of(
         if scale <= 1 or all(value.isfinite().all() for value in found.values()):
             break
         scale /= 2  # as the scaler does
-    if missing := sorted(set(exact.gradients) ^ set(found)):
-        return {"parts": (math.inf, f": {missing[0]} has a gradient on one side alone")}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if missing := sorted(trained - set(exact.gradients) | trained - set(found)):
+        return {"parts": (math.inf, f": {missing[0]} gets no gradient")}
     parts: dict[str, dict[str, Tensor]] = {}
     for name, value in exact.gradients.items():
         part = name if value.dim() == 0 else name.split(".")[0]
