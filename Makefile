@@ -6,13 +6,15 @@
 # make test         sets up the same and runs all tests (LAVIS's included)
 # make test-browser  clicks on the page in Chromium, which must be there (apt-get install chromium)
 # make test-modern  runs the tests on a newer Python, without LAVIS, with today's torch and transformers
+# make test-gpu   runs the tests of a GPU, by the python3 that has torch: no network, no environment of its own
 # make bench        measures speed and memory, about half an hour: leave the machine alone meanwhile
 # make setup        only the virtual environment
 
 MODERN_PYTHON ?= 3.12
+PYTHON ?= python3
 UV := $(or $(shell command -v uv),.tools/bin/uv)
 
-.PHONY: setup demo demo-fashioniq ablation ablation-switches app test test-browser test-modern bench
+.PHONY: setup demo demo-fashioniq ablation ablation-switches app test test-browser test-modern test-gpu bench
 .DELETE_ON_ERROR:
 
 setup: .venv/ready
@@ -66,6 +68,10 @@ test-browser: .venv/ready
 
 test-modern: .venv-modern/ready
 	.venv-modern/bin/python -m pytest -n 2 --dist loadfile
+
+# It takes torch, transformers, pandas, matplotlib, pytest and hypothesis as they are installed, and nothing else.
+test-gpu:
+	$(PYTHON) -m pytest -m gpu tests/test_gpu.py
 
 bench: .venv/ready
 	.venv/bin/python benchmarks/run.py
