@@ -4,7 +4,9 @@
 # make ablation-switches   the same for gated fusion's switches, one at a time: about an hour
 # make app          a page to search pictures: an index of your own, or the demo's pictures
 # make test         sets up the same and runs all tests (LAVIS's included)
+# make test-numeric  runs the numeric tests as on other processors, and with two threads: about a minute
 # make test-browser  clicks on the page in Chromium, which must be there (apt-get install chromium)
+# make test-checkout  makes the calls of SPRC's scripts in SPRC's own environment (Python 3.9, torch 2.0.1)
 # make test-modern  runs the tests on a newer Python, without LAVIS, with today's torch and transformers
 # make test-gpu   runs the tests of a GPU, by the python3 that has torch: no network, no environment of its own
 # make bench        measures speed and memory, about half an hour: leave the machine alone meanwhile
@@ -12,9 +14,11 @@
 
 MODERN_PYTHON ?= 3.12
 PYTHON ?= python3
+CHECKOUT_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.9.*/bin/python) 3.9)
 UV := $(or $(shell command -v uv),.tools/bin/uv)
 
-.PHONY: setup demo demo-fashioniq ablation ablation-switches app test test-browser test-modern test-gpu bench
+.PHONY: setup demo demo-fashioniq ablation ablation-switches app test test-numeric test-browser test-checkout \
+	test-modern test-gpu bench
 .DELETE_ON_ERROR:
 
 setup: .venv/ready
@@ -31,6 +35,11 @@ setup: .venv/ready
 .venv-modern/ready: pyproject.toml | $(UV)
 	$(UV) venv --quiet --allow-existing --python $(MODERN_PYTHON) .venv-modern
 	$(UV) pip install --quiet --python .venv-modern/bin/python -e '.[dev]'
+	touch $@
+
+.venv-checkout/ready: tests/requirements-checkout.txt | $(UV)
+	$(UV) venv --quiet --allow-existing --python $(CHECKOUT_PYTHON) .venv-checkout
+	$(UV) pip install --quiet --python .venv-checkout/bin/python --no-deps -r tests/requirements-checkout.txt
 	touch $@
 
 demo: .venv/ready
@@ -63,8 +72,24 @@ app: .venv/ready
 test: .venv/ready
 	.venv/bin/python -m pytest -n 2 --dist loadfile
 
+# With ATen's kernels for processors without AVX-512 and without AVX2, and with a second thread (that does not spin: on
+# a busy machine it would for minutes). `test` has run the machine's own kernels with one thread. TorchDynamo is left
+# out ("compiled"): its import is slow, and what it makes runs the same kernels.
+NUMERIC := .venv/bin/python -m pytest -q -m numeric -k 'not compiled' tests/test_fusion.py tests/test_model_calls.py \
+	tests/test_losses.py tests/test_grad_cache.py tests/test_feature_cache.py
+test-numeric: .venv/ready
+	env OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default $(NUMERIC) tests/test_against_lavis.py
+	env OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 $(NUMERIC) tests/test_against_lavis.py
+	env -u ATEN_CPU_CAPABILITY OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(NUMERIC)
+
 test-browser: .venv/ready
 	.venv/bin/python -m pytest -m browser tests/test_browser.py
+
+# Skipped, and counted as that, where there is no Python 3.9.
+test-checkout: .venv/ready | $(UV)
+	@if $(UV) python find --no-project $(CHECKOUT_PYTHON) > /dev/null 2>&1; then $(MAKE) .venv-checkout/ready; \
+	else echo "no Python 3.9 here: fetch one with $(UV) python install 3.9, or give CHECKOUT_PYTHON=PATH"; fi
+	.venv/bin/python -m pytest tests/test_sprc_checkout.py -k theirs
 
 test-modern: .venv-modern/ready
 	.venv-modern/bin/python -m pytest -n 2 --dist loadfile

@@ -134,13 +134,18 @@ def test_the_written_formula():
 
 
 def test_fusion_off_is_plain_sprc():
-    """Off: no fusion parameter, the same other weights, and the losses of a fusion that changes nothing."""
+    """Off: no fusion parameter, the same other weights, and the losses of a fusion that changes nothing.
+
+    In float64, since on and off order their products differently: what is left is rounding, 1e-16 each.
+    """
     off, still = tiny_model(use_gated_fusion=False), tiny_model(fusion_start="identity")
     assert not [name for name, _ in off.named_parameters() if "fusion" in name]
     for name, parameter in off.state_dict().items():
         assert torch.equal(parameter, still.state_dict()[name]), name
-    losses, still_losses = off.eval()(batch(off)), still.eval()(batch(still))
-    assert losses == still_losses, (losses, still_losses)
+    samples = {name: x.double() if name != "text_input" else x for name, x in batch(off).items()}
+    losses, still_losses = off.double().eval()(samples), still.double().eval()(samples)
+    for name, loss in losses.items():
+        torch.testing.assert_close(still_losses[name], loss, rtol=1e-10, atol=1e-10, msg=name)
 
 
 def test_the_whole_tiny_model_forward_and_backward():
@@ -166,7 +171,7 @@ def main() -> int:
     for name, check in checks.items():
         try:
             check()
-            print(f"ok    {name.removeprefix('test_').replace('_', ' ')}: {check.__doc__}")
+            print(f"ok    {name.removeprefix('test_').replace('_', ' ')}: {check.__doc__.splitlines()[0]}")
         except Exception:
             failures += 1
             print(f"FAIL  {name}\n{traceback.format_exc()}")

@@ -9,7 +9,7 @@ from steps import LOSS_WEIGHTS, Samples, backward, make_config, make_model, make
 from torch import nn
 
 from sprc.grad_cache import Embedder, GradCache
-from sprc.training import precision
+from sprc.models.device import precision
 
 
 def cached_backward(model: nn.Module, device: str, chunk: int, samples: Samples) -> None:

@@ -28,7 +28,7 @@ from sprc.ranking import cirr_metrics, rank, score_blocks
 
 TOKENS, WIDTH, SET = 32, 256, 6
 CIRR_VAL = (4181, 2297)  # queries, gallery images
-CIRR_ALL = (4181, 21552)
+CIRR_ALL = (4181, 21551)
 
 
 def make_gallery(images: int, dtype: torch.dtype, device: str) -> Tensor:

@@ -40,14 +40,12 @@ def operations(fusion: bool) -> dict[str, float]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from sprc.models.blip2_qformer_cir_align_prompt import Text
-
     model, batch = model_on_paper(fusion), 2
     config = model.config
     tokens = torch.empty(2 * batch, config.num_patches**2 + 1, config.vit_width, device="meta")
     words = torch.empty(batch, WORDS, config.hidden_size, device="meta", requires_grad=True)
     with FlopCounterMode(display=False) as trained:
-        rows = model.embed_tokens(tokens, Text(words, torch.ones(batch, WORDS, dtype=torch.bool)))
+        rows = model.embed_tokens(tokens, model.lay_out(words, torch.ones(batch, WORDS, dtype=torch.bool)))
         sum(value.sum() for value in rows.values()).backward()
     pixels = torch.empty(2 * batch, 3, config.image_size, config.image_size, device="meta")
     with FlopCounterMode(display=False) as frozen, torch.no_grad():

@@ -37,9 +37,9 @@ from sprc.data.datasets import load_image
 from sprc.data.transforms import make_transform
 from sprc.feature_cache import FeatureCache
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
-from sprc.models.factory import place
+from sprc.models.device import place, precision
 from sprc.models.tokenizer import make_vocabulary, tokenizer_from_vocabulary
-from sprc.training import make_optimizer, precision
+from sprc.training import make_optimizer
 
 SMALL = {
     "image_size": 28,
@@ -56,8 +56,8 @@ SMALL = {
 }
 LOSS_WEIGHTS = {"loss_itc": 1.0, "loss_rtc": 0.4, "loss_align": 0.4}  # CIRR's
 TRIPLETS = 28_225  # of CIRR's training split
-IMAGES = 21_552  # of CIRR's
-BATCH = 64  # the published one
+IMAGES = 21_551  # of CIRR's
+BATCH = 64  # the default of --batch-size
 PREPROCESSING = {"transform": "targetpad", "target_ratio": 1.25}
 SENTENCES = (
     "make the a same dog with its mouth open and on grass instead of wood remove person add more two fewer "
@@ -148,7 +148,7 @@ def assert_equal(ours: nn.Module, theirs: nn.Module, samples: Samples) -> None:
 
 
 def step_batch(settings: Settings) -> int:
-    """Triplets a step: few on a CPU, the published number on a GPU."""
+    """Triplets a step: few on a CPU, the default batch on a GPU."""
     return 2 if settings.quick else 16 if settings.device == "cpu" else BATCH
 
 

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from sprc.errors import run_script
-from sprc.flags import INDEX, ROOT, add_engine_flags
+from sprc.flags import INDEX, ROOT, add_engine_flags, add_vocab_flag
 
 
 def main() -> None:
@@ -29,6 +29,7 @@ def main() -> None:
     )
     add("--models-path", type=Path, default=ROOT / "models", metavar="DIR", help="runs; default: %(default)s")
     add("--model-path", type=Path, default=None, metavar="FILE", help="default: where it was when indexed")
+    add_vocab_flag(parser)
     add_engine_flags(parser)
     add("--device", default=None, help="cpu, cuda, cuda:1, ...; default: cuda if there is one")
     add("--port", type=int, default=8501, help="default: %(default)s")

@@ -1,11 +1,14 @@
 """Train SPRC, with gated fusion or without, on CIRR or FashionIQ.
 
-CIRR, as published, with fusion:
+CIRR with fusion, the short way, ten epochs of batch 64:
     python src/blip_fine_tune_2.py --dataset CIRR --blip-model-name blip2_cir_align_prompt \\
         --backbone pretrain --num-epochs 10 --batch-size 64 --learning-rate 1e-5 --loss-align 0.4 \\
         --loss-rtc 0.4 --validation-frequency 1 --save-training --save-best --target-ratio 1.25 \\
         --transform targetpad
-Plain SPRC: the same with --no-use-gated-fusion.
+Plain SPRC: the same with --no-use-gated-fusion. As published it trains longer, in float16; on FashionIQ with
+--num-epochs 30 --learning-rate 2e-5:
+    python src/blip_fine_tune_2.py --dataset CIRR --no-use-gated-fusion --amp fp16 --num-epochs 50 \\
+        --batch-size 128 --learning-rate 1e-5 --save-training --save-best
 After a crash or Ctrl-C:
     python src/blip_fine_tune_2.py --resume RUN_FOLDER
 On N GPUs: torchrun --nproc-per-node N in place of python.
@@ -13,15 +16,19 @@ On N GPUs: torchrun --nproc-per-node N in place of python.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from sprc.config import AMP, BACKBONES, FUSION_STARTS, FUSION_TEXTS, GALLERY_DTYPES, POOLS
 from sprc.data import PROTOCOLS, TRANSFORMS
 from sprc.errors import run_script
-from sprc.flags import ROOT, add_cache_flags, add_timeout_flag
+from sprc.flags import ROOT, add_cache_flags, add_missing_flag, add_timeout_flag, add_vocab_flag
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line. Defaults of the model's switches are the backbone's own."""
+def parse_arguments() -> tuple[dict[str, Any], dict[str, Any]]:
+    """The defaults of all flags, and the flags that are given: a resumed run has flags of its own.
+
+    A default of None, for a switch of the model, is the backbone's own.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -32,8 +39,13 @@ def parse_arguments() -> argparse.Namespace:
         "--backbone", default="pretrain", metavar="NAME", help=f"{', '.join(BACKBONES)}; default: %(default)s"
     )
     add("--model-path", type=Path, default=None, metavar="FILE", help="start from this checkpoint's weights")
+    add_vocab_flag(parser)
     add(
-        "--resume", type=Path, default=None, metavar="RUN_FOLDER", help="go on with a run, with its own flags"
+        "--resume",
+        type=Path,
+        default=None,
+        metavar="RUN_FOLDER",
+        help="go on with a run, with its own flags; README.md says which may be given anew",
     )
     add(
         "--data-path",
@@ -47,6 +59,7 @@ def parse_arguments() -> argparse.Namespace:
         default=ROOT / "models",
         help="where the run's folder goes; default: models/",
     )
+    add_missing_flag(parser)
     add("--num-epochs", type=int, default=10, help="default: %(default)s")
     add("--batch-size", type=int, default=64, help="triplets a step, of all GPUs; default: %(default)s")
     add("--learning-rate", type=float, default=1e-5, help="peak of the schedule; default: %(default)s")
@@ -80,7 +93,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--save-training", action="store_true", help="save the model after each validation")
     add("--save-best", action="store_true", help="with --save-training: keep only the best one")
     add("--save-full", action="store_true", help="save the frozen vision transformer, too")
-    add("--save-memory", action="store_true", help="keep the gallery's features in main memory")
+    add(
+        "--save-memory",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="keep the gallery's features in main memory",
+    )
     add("--num-workers", type=int, default=2, help="processes a GPU that read images; default: %(default)s")
     add("--seed", type=int, default=0, help="of weights, data order and dropout; default: %(default)s")
     add("--device", default=None, help="cpu, cuda, cuda:1, ...; default: cuda if there is one")
@@ -101,10 +119,18 @@ def parse_arguments() -> argparse.Namespace:
     speed = parser.add_argument_group("speed and memory")
     add_cache_flags(speed)
     speed.add_argument(
+        "--no-feature-cache",
+        dest="feature_cache",
+        action="store_const",
+        const=None,
+        help="with --resume: read the images again",
+    )
+    speed.add_argument(
         "--amp",
         default="auto",
         choices=AMP,
-        help="mixed precision; auto (default): bf16 where the GPU has it, else fp16, off on a CPU",
+        help="mixed precision; auto (default): bf16 where the GPU has it, else fp16, off on a CPU; "
+        "fp16 is plain SPRC's",
     )
     speed.add_argument("--compile", action="store_true", help="torch.compile what is trained")
     speed.add_argument(
@@ -113,6 +139,13 @@ def parse_arguments() -> argparse.Namespace:
         default=None,
         metavar="CHUNK",
         help="larger batches than memory holds: embed CHUNK triplets at once, twice; the result is the same",
+    )
+    speed.add_argument(
+        "--no-grad-cache",
+        dest="grad_cache",
+        action="store_const",
+        const=None,
+        help="with --resume: embed whole batches again",
     )
     fusion = parser.add_argument_group("fusion of the text into the reference's image tokens")
     add = fusion.add_argument
@@ -157,21 +190,33 @@ def parse_arguments() -> argparse.Namespace:
         help="steps between rows of fusion_metrics.csv; 0: none; default: %(default)s",
     )
     add = parser.add_argument
-    add("--tensorboard", action="store_true", help="write what goes to CSV files for TensorBoard, too")
-    arguments = parser.parse_args()
-    if (arguments.dataset is None) == (arguments.resume is None):
-        parser.error("give --dataset to start a run, or --resume (without it) to go on with one")
-    return arguments
+    add(
+        "--tensorboard",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="write what goes to CSV files for TensorBoard, too",
+    )
+    defaults = vars(parser.parse_args([]))
+    absent = object()  # what argparse finds set already it does not set to the default
+    found = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(defaults, absent))))
+    given = {name: value for name, value in found.items() if value is not absent}
+    if "dataset" not in given and "resume" not in given:
+        parser.error("give --dataset to start a run, or --resume to go on with one")
+    return defaults, given
 
 
 def main() -> None:
     """Parse, then call the library (imported late, so that --help is quick)."""
-    arguments = parse_arguments()
+    defaults, given = parse_arguments()
     from sprc.distributed import process_group
     from sprc.fine_tuning import fine_tune
+    from sprc.resume import own_timeout
 
-    with process_group(arguments.timeout):
-        fine_tune(arguments)
+    timeout = given.get("timeout", defaults["timeout"])
+    if "resume" in given and "timeout" not in given:
+        timeout = own_timeout(given["resume"], timeout)
+    with process_group(timeout):
+        fine_tune(defaults, given)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from sprc.errors import run_script
-from sprc.flags import ROOT
+from sprc.flags import ROOT, add_missing_flag
 
 MOST_SHOWN = 20
 
@@ -27,13 +27,14 @@ def main() -> None:
         default=ROOT,
         help="folder of cirr_dataset/, fashionIQ_dataset/; default: here",
     )
+    add_missing_flag(parser)
     add("--decode", action="store_true", help="decode every image; by default only both ends are read")
     arguments = parser.parse_args()
     from sprc.data.check import check_dataset
 
-    findings = check_dataset(arguments.dataset, arguments.data_path, arguments.decode)
-    # A file may be named in bytes that the terminal's encoding does not have.
-    sys.stdout.reconfigure(errors="backslashreplace")
+    findings = check_dataset(
+        arguments.dataset, arguments.data_path, arguments.decode, arguments.missing_images
+    )
     looked = "decoded" if arguments.decode else "looked at without decoding (--decode decodes them)"
     for line in findings.counts:
         print(line)

@@ -1,4 +1,4 @@
-"""Write the two files that CIRR's evaluation server takes, for its test1 split.
+"""Write the two files that CIRR's evaluation server takes, for its test1 split, and say where to send them.
 
     python src/cirr_test_submission.py --model-path FILE
 A published SPRC checkpoint does not say what it is: add --backbone pretrain.

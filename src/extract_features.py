@@ -12,7 +12,7 @@ from pathlib import Path
 from sprc.config import BACKBONES
 from sprc.data import PROTOCOLS, TRANSFORMS
 from sprc.errors import run_script
-from sprc.flags import ROOT, add_cache_flags, add_timeout_flag
+from sprc.flags import ROOT, add_cache_flags, add_missing_flag, add_timeout_flag, add_vocab_flag
 
 SPLITS = ("train", "val", "test")
 
@@ -31,7 +31,9 @@ def main() -> None:
         "--backbone", default="pretrain", metavar="NAME", help=f"{', '.join(BACKBONES)}; default: %(default)s"
     )
     add("--model-path", type=Path, default=None, metavar="FILE", help="this checkpoint's vision transformer")
+    add_vocab_flag(parser)
     add("--data-path", type=Path, default=ROOT, help="the folder that holds the data set's; default: here")
+    add_missing_flag(parser)
     add(
         "--fiq-protocol",
         default="original",

@@ -36,12 +36,15 @@ def main() -> None:
         defaults = f"{default}" if default == fashioniq else f"{default}, FashionIQ {fashioniq}"
         flag = "--" + name.replace("_", "-")
         parser.add_argument(flag, type=int, metavar="N", help=f"{meaning}; default: {defaults}")
+    parser.add_argument(
+        "--png", action="store_true", help="FashionIQ: all images as PNG, for SPRC's own scripts; CIRR's are"
+    )
     arguments = parser.parse_args()
     sizes = {name: getattr(arguments, name) for name in SIZES if getattr(arguments, name) is not None}
     if arguments.dataset == "cirr":
         make_cirr(arguments.out, SyntheticConfig(**sizes))
     else:
-        make_fashioniq(arguments.out, FashionIQConfig(**sizes))
+        make_fashioniq(arguments.out, FashionIQConfig(**sizes, png=arguments.png))
 
 
 if __name__ == "__main__":

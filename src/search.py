@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sprc.data import TRANSFORMS
 from sprc.errors import run_script
-from sprc.flags import INDEX, add_engine_flags
+from sprc.flags import INDEX, add_engine_flags, add_vocab_flag, text
 
 
 def main() -> None:
@@ -36,6 +36,7 @@ def add_index_command(parser: argparse.ArgumentParser) -> None:
     add("--rebuild", action="store_true", help="replace an index of another folder or model")
     add("--blip-model-name", default=None, metavar="NAME", help="default: what the checkpoint says")
     add("--backbone", default=None, metavar="NAME", help="default: what the checkpoint says")
+    add_vocab_flag(parser)
     add("--transform", default=None, choices=TRANSFORMS, help="default: the training's own, else targetpad")
     add("--target-ratio", type=float, default=None, help="default: the training's own, else 1.25")
     add("--batch-size", type=int, default=None, help="default: the training's own, else 32")
@@ -47,13 +48,14 @@ def add_query_command(parser: argparse.ArgumentParser) -> None:
     """The flags of `query`."""
     add = parser.add_argument
     add("--image", required=True, metavar="PICTURE", help="the reference: a file, or a name in the index")
-    add("--text", required=True, help="what to change, such as 'make it red'")
+    add("--text", type=text, required=True, help="what to change, such as 'make it red'")
     add("--top", type=int, default=10, metavar="N", help="how many pictures to print; default: %(default)s")
     add("--keep-reference", action="store_true", help="let the reference, and copies of it, be results too")
     add("--sheet", type=Path, default=None, metavar="FILE", help="PNG: the reference, the text, the results")
     add("--json", action="store_true", help="print JSON: image, text, results (rank, score, path)")
     add("--index", type=Path, default=INDEX, metavar="DIR", help="where the index is; default: %(default)s")
     add("--model-path", type=Path, default=None, metavar="FILE", help="default: where it was when indexed")
+    add_vocab_flag(parser)
     add_engine_flags(parser)
     add("--device", default=None, help="cpu, cuda, cuda:1, ...; default: cuda if there is one")
 

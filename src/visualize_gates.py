@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sprc.data import PROTOCOLS, TYPES
 from sprc.errors import run_script
-from sprc.flags import add_scoring_flags
+from sprc.flags import add_scoring_flags, text
 
 
 def main() -> None:
@@ -50,6 +50,7 @@ def main() -> None:
     )
     add(
         "--captions",
+        type=text,
         nargs="+",
         default=None,
         metavar="TEXT",

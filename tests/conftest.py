@@ -1,7 +1,10 @@
 """Small models, captions and images that several test files share."""
 
+import errno
 import math
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +19,14 @@ from sprc.models.qformer import Layout, QFormer
 from sprc.models.tokenizer import tokenizer_from_vocabulary
 from sprc.models.vision import ClipViT, EvaViT
 
-# The tensors are tiny: a second thread only waits, and on a busy machine it waits for minutes.
-torch.set_num_threads(1)
+
+def pytest_configure(config):
+    """Hide the GPUs from all tests but those of them (-m gpu). torch looks when it first needs one."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # runner.py has set it
 
 WORDS = "make the small red circle blue and remove square in top left add a green star"
 VOCABULARY = [*SPECIAL_TOKENS, *WORDS.split()]
@@ -77,14 +86,14 @@ def call_bert(bert, ids=None, mask=None, queries=None, image=None, no_img=False,
     if ids is None:
         layout = Layout(len(queries), num_queries)
         return layout.pad(bert(bert.embeddings(queries).flatten(0, 1), layout, image))
-    if queries is None:
-        queries = torch.zeros(len(ids), 0, bert.embeddings.LayerNorm.normalized_shape[0])
     words = bert.embeddings.word_embeddings(ids)
+    if queries is None:
+        queries = words[:, :0]
     if no_img:
         embedded = bert.embeddings(queries, 1), bert.embeddings(words, 0, num_queries + 1)
     else:
         embedded = bert.embeddings(queries), bert.embeddings(words, 0)
-    layout = Layout.of(mask.bool(), num_queries, cls_first=image is None, device=torch.device("cpu"))
+    layout = Layout.of(mask.bool(), num_queries, cls_first=image is None, words=words)
     if wanted is not None:
         return bert(layout.rows(*embedded), layout, image, wanted)
     padded = layout.pad(bert(layout.rows(*embedded), layout, image))
@@ -126,6 +135,29 @@ def randomise(module: nn.Module, seed: int = 0) -> None:
 def random_images(count: int, config: ModelConfig, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, 3, config.image_size, config.image_size, generator=generator)
+
+
+@pytest.fixture
+def read_only(monkeypatch):
+    """Call it with a folder: from then on it is as on a read-only disk, for root as well."""
+
+    def lock(folder):
+        def guard(name, writes):
+            plain = getattr(Path, name)
+
+            def guarded(self, *arguments, **named):
+                if self.is_relative_to(folder) and writes(self, *arguments, **named):
+                    raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+                return plain(self, *arguments, **named)
+
+            monkeypatch.setattr(Path, name, guarded)
+
+        guard("open", lambda path, mode="r", *_, **__: set(mode) & set("wax+"))
+        guard("mkdir", lambda path, *_, **__: not path.exists())
+        for name in ("unlink", "replace", "rename"):
+            guard(name, lambda *_, **__: True)
+
+    return lock
 
 
 @pytest.fixture(scope="session")

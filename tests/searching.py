@@ -34,7 +34,7 @@ def save_model(path, data, seed, **switches):
 
 def make_index(path, folder, checkpoint, **flags):
     """As `search.py index` does, in this process."""
-    names = ("blip_model_name", "backbone", "transform", "target_ratio", "batch_size", "num_workers")
+    names = ("blip_model_name", "backbone", "vocab", "transform", "target_ratio", "batch_size", "num_workers")
     given = {**dict.fromkeys(names), "device": "cpu", "rebuild": False, **flags}
     run_index(argparse.Namespace(folder=folder, model_path=checkpoint, index=path, **given))
 
@@ -42,7 +42,14 @@ def make_index(path, folder, checkpoint, **flags):
 def query(index, **flags):
     """As `search.py query` does, in this process."""
     given = {"image": "a/dev-0-0-img0.png", "text": TEXT, "top": 5, "candidates": 1000, "engine": "exact"}
-    given |= {"sheet": None, "json": False, "keep_reference": False, "model_path": None, "device": "cpu"}
+    given |= {
+        "sheet": None,
+        "json": False,
+        "keep_reference": False,
+        "model_path": None,
+        "vocab": None,
+        "device": "cpu",
+    }
     run_query(argparse.Namespace(index=index, **{**given, **flags}))
 
 

@@ -32,6 +32,7 @@ from sprc.evaluation import run_submission
 from sprc.feature_cache import FeatureCache
 from sprc.fusion_log import FusionLog
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
+from sprc.models.device import memory_explained
 from sprc.models.factory import _fetch, create_model
 from sprc.models.tokenizer import tokenizer_from_vocabulary
 from sprc.training import Trainer, TrainingConfig
@@ -106,7 +107,11 @@ class Triplets(Dataset):
         return {"image": self.image[index], "target": self.target[index], "text_input": self.texts[index]}
 
 
-def train(folder, changes, triplets=Triplets, **settings):
+def no_validation(_stop_if_asked):
+    return {"recall": 0.0}
+
+
+def train(folder, changes, triplets=Triplets, validate=no_validation, **settings):
     """Twenty steps of `tiny`; the losses of each, the first step's gradients and the last weights."""
     folder.mkdir(exist_ok=True)
     (folder / "saved_models").mkdir(exist_ok=True)
@@ -132,7 +137,7 @@ def train(folder, changes, triplets=Triplets, **settings):
             log.after_backward()
 
     trainer.agree, trainer.after_backward = agree_and_note, after_backward
-    trainer.train(lambda: {"recall": 0.0}, lambda *_: None)
+    trainer.train(validate, lambda *_: None)
     if rank() == 0:
         found = {"losses": losses, "gradients": gradients, "weights": model.state_dict(), "note": note}
         torch.save(found, folder / "found.pt")
@@ -156,10 +161,39 @@ class Signalled(Triplets):
         return super().__getitem__(index)
 
 
-def with_dropout(folder, run=None, triplets=Triplets):
+class Validation:
+    """Encodes seven images one by one: rank 0 has a batch more than rank 1.
+
+    In the second epoch rank 1 is sent SIGTERM while it reads its image number ``signal_at``, from 1.
+    """
+
+    def __init__(self, signal_at=None):
+        self.signal_at, self.epoch, self.read = signal_at, 0, 0
+        self.config = small_config()
+        state = torch.get_rng_state()
+        self.model = Blip2QformerCirAlignPrompt(self.config, tokenizer_from_vocabulary(VOCABULARY))
+        torch.set_rng_state(state)
+        self.pixels = dict(zip(NAMES, random_images(len(NAMES), self.config), strict=True))
+
+    def load(self, path):
+        self.read += 1
+        if rank() == 1 and self.epoch == 2 and self.read == self.signal_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return self.pixels[path.name]
+
+    def __call__(self, stop_if_asked):
+        self.epoch, self.read = self.epoch + 1, 0
+        split = CirrSplit("val", TRIPLETS, {name: Path("folder") / name for name in NAMES})
+        options = {"batch_size": 1, "num_workers": 0, "on_batch": stop_if_asked}
+        encode_split(self.model, split, self.load, **options)
+        return {"recall": 0.0}
+
+
+def with_dropout(folder, run=None, triplets=Triplets, signal_at=None):
     """Twelve steps, from the state in the folder ``run`` if there is one; a signal is noted."""
+    changes = {"dropout": 0.1, "fusion_dropout": 0.1}
     try:
-        train(run or folder, {"dropout": 0.1, "fusion_dropout": 0.1}, triplets, num_epochs=3)
+        train(run or folder, changes, triplets, Validation(signal_at), num_epochs=3)
     except Interrupted as stop:
         (folder / f"stopped_{rank()}.txt").write_text(str(stop))
 
@@ -181,7 +215,11 @@ class OneWeight(nn.Module):
 def not_a_number(folder):
     (folder / "saved_models").mkdir(exist_ok=True)
     trainer = Trainer(OneWeight(), Triplets(4), TrainingConfig(**STEPS), folder)
-    trainer.train(lambda: {"recall": 0.0}, lambda *_: None)
+    trainer.train(no_validation, lambda *_: None)
+
+
+def control_c(folder):
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def bad_input(folder, guilty):
@@ -200,6 +238,13 @@ def stuck(folder):
     if rank() == 1:
         time.sleep(12)
     torch.distributed.all_reduce(torch.zeros(1))
+
+
+def out_of_memory(folder):
+    if rank() == 1:
+        with memory_explained(torch.device("cpu"), 64, ["a smaller --batch-size"]):
+            torch.empty(2**60)
+    torch.distributed.barrier()
 
 
 def bug(folder):
@@ -250,7 +295,13 @@ def fill_cache(folder, images):
 
 def submit(folder, data, checkpoint):
     arguments = argparse.Namespace(
-        data_path=data, model_path=checkpoint, out=folder, name="test", batch_size=7, num_workers=1
+        data_path=data,
+        model_path=checkpoint,
+        out=folder,
+        name="test",
+        batch_size=7,
+        num_workers=1,
+        missing_images="error",
     )
     rest = ("blip_model_name", "backbone", "transform", "target_ratio", "gallery_dtype", "cache_dtype")
     for name in (*rest, "feature_cache", "save_memory", "device"):
@@ -262,15 +313,14 @@ def submit(folder, data, checkpoint):
 def fetch(folder):
     """A backbone's file: the first rank of the machine has it on the disk before the second asks."""
 
-    def fake(url, **_):
-        begun = (folder / "fetched").exists()
-        time.sleep(0.5 if rank() == 0 else 0)
-        (folder / "fetched").touch()
-        (folder / f"begun_{rank()}").write_text(str(begun))
-        return {}
+    def fake(url, path, **_):
+        (folder / f"fetched_{rank()}").touch()
+        time.sleep(0.5)
+        torch.save({"weight": torch.ones(2)}, path)
 
-    torch.hub.load_state_dict_from_url = fake
-    _fetch("https://example.org/weights.pth")
+    torch.hub.set_dir(str(folder / "hub"))
+    torch.hub.download_url_to_file = fake
+    assert list(_fetch("https://example.org/weights.pth")) == ["weight"]
 
 
 def make_images(folder):
@@ -303,9 +353,17 @@ def main(out, data, checkpoint):
     shutil.copytree(out / "stopped", out / "stopped_too")
     on_ranks(2, out / "resumed", with_dropout, out / "stopped")
     on_ranks(1, out / "resumed_alone", with_dropout, out / "stopped_too")
+    for number in (1, 3):  # the third image is the last one of rank 1
+        on_ranks(2, out / f"validating_{number}", with_dropout, None, Triplets, number)
+    shutil.copytree(out / "validating_3", out / "validating_alone")
+    for number in (1, 3):
+        on_ranks(2, out / f"resumed_{number}", with_dropout, out / f"validating_{number}")
+    on_ranks(1, out / "resumed_validating_alone", with_dropout, out / "validating_alone")
+    on_ranks(2, out / "control_c", control_c)
     on_ranks(2, out / "not_a_number", not_a_number)
     on_ranks(4, out / "bad_input_of_all", bad_input, (0, 1, 2, 3))
     on_ranks(4, out / "bad_input_of_one", bad_input, (2,))
+    on_ranks(2, out / "out_of_memory", out_of_memory)
     on_ranks(2, out / "bug", bug)
     on_ranks(4, out / "killed", killed)
     on_ranks(2, out / "stuck", stuck, timeout=3)

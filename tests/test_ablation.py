@@ -155,7 +155,7 @@ def test_a_bad_file_or_device_is_named(tmp_path):
         assert f"--config {path}" in str(caught.value)
     with pytest.raises(InputError, match="this machine has"):
         sprc.ablation.check_devices(["cpu", "cuda:97"])
-    with pytest.raises(InputError, match="'abacus' is no device"):
+    with pytest.raises(InputError, match="--devices 'abacus' cannot be used"):
         sprc.ablation.check_devices(["abacus"])
 
 
@@ -478,6 +478,23 @@ def assert_latex_in_form(text):
         for line in [lines[1], *lines[3:-1]]:
             assert line.endswith(r" \\")
             assert len(re.findall(r"(?<!\\)&", line)) == len(columns) - 1
+
+
+def test_the_report_says_what_was_left_out(tmp_path):
+    cells = config(fusion=["off", "gated"]).cells()
+    results = results_of(tmp_path, "cirr", "arithmetic_mean")
+    for one in results:
+        one.validation["missing_images"], one.validation["dropped_triplets"] = 3, 5
+    write_cells(tmp_path, results)
+    left_out = {"train": {"images": 0, "triplets": 0}, "val": {"images": 3, "triplets": 5}}
+    for path in tmp_path.glob("cells/*/*/training_hyperparameters.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "left_out": left_out}))
+    (absent,) = set(cells) - {one.cell for one in results}
+    text = report_ablation(tmp_path, cells, {absent: "error: it failed"})
+    for written in (text, (tmp_path / "ablation.tex").read_text()):
+        assert " Left out, because image files are missing: 3 images, 5 triplets of val. " in written
+    for row in read_csv(tmp_path / "ablation.csv"):
+        assert (row["missing_images"], row["dropped_triplets"]) == ("3", "5")
 
 
 def test_the_report_s_files_agree_and_name_what_failed(tmp_path):

@@ -83,12 +83,13 @@ def test_a_parameter_that_is_missing_or_of_another_shape_is_named(monkeypatch, t
         load(monkeypatch, files, build(tokenizer, vit=source.config.vit))
 
 
-def test_weights_that_cannot_be_fetched_say_where_to_put_them(monkeypatch):
+def test_weights_that_cannot_be_fetched_say_where_to_put_them(monkeypatch, tmp_path):
     def refuse(*_, **__):
         raise OSError("no network")
 
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
-    with pytest.raises(InputError, match=r"cannot fetch https://weights.example/vit.pth \(no network\)"):
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(InputError, match=r"cannot fetch https://weights.example/vit.pth .*\(no network\)"):
         factory._fetch(WEIGHTS["vit"])
 
 

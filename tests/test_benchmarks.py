@@ -5,16 +5,20 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 from runner import ENVIRONMENT, ROOT
+
+from sprc.config import ModelConfig
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import fusion
 import grad_cache
 import measure
+import memory
 import run as bench
 import scaling
 import steps
@@ -96,6 +100,31 @@ def test_peak_memory_of_a_known_allocation() -> None:
     peak = measure.peak_memory(allocate, 200, 100, device="cpu")
     assert peak.extra == pytest.approx(200 * MEGABYTE, rel=0.05)
     assert peak.whole > peak.extra
+
+
+def test_what_lives_at_once_is_added_up() -> None:
+    with memory.Peak() as peak:
+        first = torch.empty(1024)  # 4,096 bytes
+        first.view(32, 32).add_(1)  # no new ones
+        second = first * 2
+        del first
+        third = second + 1
+        del second, third
+    assert (peak.now, peak.most) == (0, 8192)
+
+
+def test_the_estimate_of_fake_tensors_is_that_of_real_ones(monkeypatch) -> None:
+    config = ModelConfig(**{**steps.SMALL, "dropout": 0.0, "fusion_dropout": 0.0})
+    found = {}
+    for kind in ("fake", "real"):
+        found[kind] = [
+            memory.peak_of(config, batch, chunk, cached=cached)
+            for batch, chunk, cached in ((4, 0, True), (8, 0, False), (8, 2, False))
+        ]
+        monkeypatch.setattr(memory, "FakeTensorMode", lambda **_: nullcontext())
+    assert found["fake"] == pytest.approx(found["real"], rel=0.02)
+    _, whole, in_chunks = found["fake"]
+    assert in_chunks < whole
 
 
 def test_memory_that_runs_out_is_a_row_and_no_crash(capsys) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 from runner import run
 
 import check_dataset
+from sprc.data import check as check_module
 from sprc.data.cirr import load_cirr
 from sprc.data.datasets import load_image
 from sprc.data.fashioniq import load_fashioniq
@@ -111,11 +112,29 @@ def test_good_data_have_no_problem_and_their_sizes_are_notes(made, dataset, flag
             "train: 24 triplets; published are 28,225",
             "val: 36 triplets; published are 4,181",
             "test1: 36 triplets; published are 4,148",
-            "108 images; published are 21,552",
+            "108 images; published are 21,551",
         ]
     else:
-        assert lines["other"][4] == "val, shirt: 24 triplets, 36 images"
-        assert lines["note"] == ["324 images; published are 77,684"]
+        assert lines["other"][4] == "val, toptee: 24 triplets, 36 images"
+        assert lines["other"][9] == "in all: 324 entries in split files, of 324 different images"
+        assert lines["note"] == [
+            "324 entries in split files, of 324 different images; "
+            "published are 77,683 entries of 74,381 images"
+        ]
+
+
+def test_complete_data_have_no_note(fashioniq, cirr, monkeypatch):
+    for name, value in (("CIRR_TRIPLETS", {"train": 24, "val": 36, "test1": 36}), ("CIRR_IMAGES", 108)):
+        monkeypatch.setattr(check_module, name, value)
+    assert check("CIRR", cirr.data_path, code=0)["note"] == []
+    # An image of two types, as FashionIQ has three thousand: one entry more, and no image.
+    shared = json.loads((fashioniq.root / "image_splits/split.dress.val.json").read_text())[0]
+    fashioniq.edit("image_splits/split.shirt.val.json", lambda names: names.append(shared))
+    for name, value in (("FASHIONIQ_ENTRIES", 325), ("FASHIONIQ_IMAGES", 324)):
+        monkeypatch.setattr(check_module, name, value)
+    lines = check("FashionIQ", fashioniq.data_path, code=0)
+    assert lines["note"] == []
+    assert "in all: 325 entries in split files, of 324 different images" in lines["other"]
 
 
 def test_everything_that_is_wrong_with_cirr_is_listed(cirr):

@@ -18,9 +18,8 @@ import torch
 from conftest import small_config
 from runner import ENVIRONMENT, ROOT, read_csv, run
 from test_validation import NAMES
-from torch.utils.data import DataLoader
 
-from sprc.data.datasets import leave_signals_to_parent
+from sprc.data.datasets import SteadyLoader
 from sprc.distributed import process_group
 from sprc.errors import InputError
 from sprc.fine_tuning import chunk_of
@@ -145,7 +144,7 @@ def test_a_submission_of_two_ranks_is_that_of_one(out):
 
 def test_weights_are_fetched_by_one_rank_of_a_machine_first(out):
     assert codes(out / "fetch") == [0, 0]
-    assert [(out / "fetch" / f"begun_{number}").read_text() for number in (0, 1)] == ["False", "True"]
+    assert [path.name for path in (out / "fetch").glob("fetched_*")] == ["fetched_0"]
 
 
 def test_a_signal_to_one_rank_stops_all_and_two_resumed_ranks_end_as_if_never_stopped(out):
@@ -159,6 +158,34 @@ def test_a_signal_to_one_rank_stops_all_and_two_resumed_ranks_end_as_if_never_st
     assert ended["losses"] == whole["losses"][6:]
     for name, weight in whole["weights"].items():
         assert torch.equal(ended["weights"][name], weight), name
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_signal_in_validation_stops_all_ranks_there_and_no_step_is_repeated(out, number):
+    folder = out / f"validating_{number}"
+    for rank in (0, 1):
+        assert (folder / f"stopped_{rank}.txt").read_text() == "SIGTERM"
+    assert codes(folder) == [0, 0]
+    for name in ("train_metrics.csv", "validation_metrics.csv"):
+        assert (folder / name).read_bytes() == (out / "whole" / name).read_bytes()
+    ended, whole = load(folder / "found.pt"), load(out / "whole" / "found.pt")
+    assert ended["losses"] == whole["losses"][8:]
+    for name, weight in whole["weights"].items():
+        assert torch.equal(ended["weights"][name], weight), name
+
+
+def test_another_number_of_ranks_goes_on_with_a_validation(out):
+    found = load(out / "validating_alone" / "found.pt")
+    assert found["note"] == "; 2 ranks saved it and 1 go on"
+    assert len(found["losses"]) == 4
+    rows, theirs = (read_csv(out / name / "train_metrics.csv") for name in ("validating_alone", "whole"))
+    assert rows[:2] == theirs[:2]
+    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+
+
+def test_control_c_is_one_line_of_all_ranks(out):
+    assert codes(out / "control_c") == [130, 130]
+    assert joined(said(out / "control_c")) == ["stopped by SIGINT"]
 
 
 def test_another_number_of_ranks_begins_the_epoch_again_and_says_so(out):
@@ -189,6 +216,13 @@ def test_bad_input_is_one_line_whoever_meets_it(out, case, wanted):
     folder = out / f"bad_input_of_{case}"
     assert codes(folder) == wanted
     assert joined(said(folder)) == ["error: --flag 1 is wrong; give another"]
+
+
+def test_a_rank_that_runs_out_of_memory_is_named_and_ends_all(out):
+    assert codes(out / "out_of_memory") == [1, 1]
+    (line,) = joined(said(out / "out_of_memory"))
+    assert line.startswith("error: rank 1 of 2: memory ran out on cpu with --batch-size 64 (")
+    assert line.endswith("what helps, best first: a smaller --batch-size. What was saved stays")
 
 
 def test_a_bug_keeps_its_traceback_and_the_others_are_silent(out):
@@ -308,11 +342,11 @@ def test_rank_0_alone_writes(monkeypatch, tmp_path):
 
 
 def test_a_reader_outlives_a_signal_that_its_parent_did_not_send():
-    loader = DataLoader(range(40), num_workers=1, worker_init_fn=leave_signals_to_parent, prefetch_factor=1)
+    loader = SteadyLoader(range(40), num_workers=1, prefetch_factor=1)
     items = iter(loader)
     found = [next(items).item()]
     (worker,) = items._workers
-    for signum in (signal.SIGTERM, signal.SIGINT):
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         subprocess.run(["kill", f"-{int(signum)}", str(worker.pid)], check=True)
     found += [item.item() for item in items]
     assert found == list(range(40))
@@ -381,6 +415,8 @@ def test_two_agents_train_as_one_process_a_killed_rank_is_named_and_one_process_
     assert f"process {victim}) has died" in line
     assert f"pid: {victim}" in outputs[1][1]  # torchrun's own report
     assert sum("run folder: " in output for output, _ in outputs) == 1
+    lines = [line for output, _ in outputs for line in output.splitlines() if line.startswith("device: ")]
+    assert lines == ["device: cpu, 1 thread, float32, 2 ranks (CUDA_VISIBLE_DEVICES hides all GPUs)"]
     assert sum("epoch 0: R@1" in output for output, _ in outputs) == 1
 
     (folder,) = (tmp_path / "two").iterdir()

@@ -60,6 +60,7 @@ def fill(folder, model, paths, dtype="float32", **preprocessing):
     return cache, cache.fill(paths, model, transform, **SETTINGS)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_the_cache_gives_what_the_vision_transformer_gives_in_the_stored_type(model, images, tmp_path, dtype):
     cache, computed = fill(tmp_path / "cache", model, images, dtype)
@@ -248,6 +249,26 @@ def test_in_float16_losses_agree_to_float16(data, plain, tmp_path):
     ):
         for name, value in ours.items():
             assert float(value) == pytest.approx(float(theirs[name]), rel=5e-3)
+
+
+# With --amp off, float32 and float16 are above.
+@pytest.mark.parametrize(
+    ("dtype", "flags"),
+    [
+        ("float32", ("--amp", "bf16")),
+        ("float16", ("--amp", "bf16")),
+        ("float16", ("--amp", "bf16", "--grad-cache", 8)),
+        ("bfloat16", ("--amp", "bf16")),
+        ("bfloat16", ("--amp", "off")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(map(str, value)),
+)
+def test_every_type_of_cache_trains_in_every_precision(data, plain, tmp_path, dtype, flags):
+    cache = ("--feature-cache", tmp_path / "cache", "--cache-dtype", dtype)
+    found, _, _ = train(data, tmp_path, *FROZEN, *cache, *flags)
+    (row,), (expected,) = (read_csv(run_folder / "train_metrics.csv") for run_folder in (found, plain))
+    assert float(row["loss_itc"]) == pytest.approx(float(expected["loss_itc"]), rel=0.02)
+    assert (found / "validation_metrics.csv").exists()
 
 
 @pytest.mark.parametrize("dataset", ["CIRR", "FashionIQ"])

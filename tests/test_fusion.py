@@ -1,5 +1,7 @@
 """Each fusion strategy against its formula on expanded tensors, in float64; and what a start promises."""
 
+import math
+
 import plain_model as plain
 import pytest
 import torch
@@ -8,8 +10,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sprc.errors import InputError
-from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
+from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt, fusion_diagnostics
 from sprc.models.gated_fusion import FUSION_STRATEGIES, fusion_class
+
+pytestmark = pytest.mark.numeric
 
 BATCH, TOKENS, LENGTH, WIDTH = 3, 5, 7, 6
 # Every strategy that plain_model.fuse states.
@@ -118,6 +122,7 @@ def test_text_is_projected_only_where_widths_differ() -> None:
     + [("film", ["generator"]), ("tirg", ["gate_mlp.4", "res_mlp.4"])],
 )
 def test_identity_start_changes_nothing_but_can_learn(strategy: str, learning: list[str]) -> None:
+    """To the bit on every processor: what is added is zero, and what is multiplied by is a power of two."""
     module = build(strategy, start="identity")
     image, text, mask = random_inputs(dtype=torch.float32)
     output = module(image, text, mask)
@@ -223,3 +228,80 @@ def test_unknown_strategy_is_refused_by_name(tokenizer) -> None:
         with pytest.raises(InputError, match=r"nope.*gated") as caught:
             refused()
         assert "\n" not in str(caught.value)
+
+
+# --- mixed precision: bfloat16 has eight bits
+
+
+def constant(module: torch.nn.Module, layer: str, *values: float) -> None:
+    """Make the layer's output constant, each value for an equal share of its channels."""
+    linear = module.get_submodule(layer)
+    torch.nn.init.zeros_(linear.weight)
+    for part, value in zip(linear.bias.data.chunk(len(values)), values, strict=True):
+        part.fill_(value)
+
+
+ALPHA, SMALL_CHANGE = 0.501, 0.002  # in bfloat16 0.501 is 0.5, and 1 + 0.002 is 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("strategy", "set_up", "scale", "shift"),
+    [
+        ("gated", {"delta_mlp.4": [20.0], "gate_mlp.4": [20.0], "alpha": [ALPHA]}, 1, ALPHA),
+        ("additive", {"delta_mlp.4": [20.0], "alpha": [ALPHA]}, 1, ALPHA),
+        ("weighted", {"delta_mlp.4": [0.5], "gate_mlp.4": [20.0]}, 1, math.tanh(0.5)),
+        ("film", {"generator": [SMALL_CHANGE, 0.0]}, 1 + SMALL_CHANGE, 0),
+        ("tirg", {"res_mlp.4": [1.0], "gate_mlp.4": [20.0], "w_r": [ALPHA]}, 1, ALPHA),
+    ],
+)
+def test_small_terms_survive_mixed_precision(strategy, set_up, scale, shift) -> None:
+    module = build(strategy, dropout=0.0)
+    for name, values in set_up.items():
+        if name in dict(module.named_parameters()):
+            module.get_parameter(name).fill_(*values)
+        else:
+            constant(module, name, *values)
+    image, text, mask = random_inputs(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = module(image, text, mask)
+    assert output.fused.dtype == torch.float32
+    # film's change itself is rounded to eight bits, 0.2 % of it; the others' terms are not rounded at all.
+    slack = 0.004 * SMALL_CHANGE * image.abs().max().item() + 1e-6
+    torch.testing.assert_close(output.fused, scale * image + shift, rtol=0, atol=slack)
+
+
+@pytest.mark.parametrize("strategy", ["gated", "weighted", "tirg"])
+def test_mixed_precision_keeps_no_float32_copy_of_the_tokens(strategy) -> None:
+    """What the gradient needs of (B, N, D) values is half precision, but for the tokens that came in."""
+    module = build(strategy, dropout=0.0)
+    image, text, mask = random_inputs(dtype=torch.float32)
+    kept = []
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x),
+    ):
+        output = module(image, text, mask)
+    large = [x for x in kept if x.dtype == torch.float32 and x.shape == image.shape and x is not image]
+    assert output.gate.dtype == torch.bfloat16
+    # tirg's w_g scales gate * image, a product with the float32 tokens, and needs it for its own gradient.
+    assert len(large) == (1 if strategy == "tirg" else 0)
+
+
+def test_what_is_logged_of_half_precision_is_not_rounded() -> None:
+    module = build("gated", alpha_init=ALPHA)
+    image, text, mask = random_inputs(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = module(image, text, mask)
+        logged = fusion_diagnostics(output, image, module)
+    gate = output.gate.double()
+    expected = {
+        "gate_mean": gate.mean(),
+        "gate_std": gate.std(),
+        "alpha": torch.tensor(ALPHA),
+        "mean_change": (output.fused - image).double().abs().mean(),
+    }
+    assert set(logged) == set(expected)
+    for name, value in expected.items():
+        assert logged[name].dtype == torch.float32, name
+        assert logged[name].item() == pytest.approx(value.item(), rel=1e-5), name

@@ -87,6 +87,45 @@ def test_a_saturated_gate_and_a_missing_gradient_are_warned_of_once(tokenizer, t
     assert "no gradient" in warnings[1]
 
 
+def test_a_step_that_the_scaler_skips_has_no_gradient_to_tell_and_no_warning(tokenizer, tmp_path, capsys):
+    """float16's scaler finds its scale by steps that overflow; here it starts where float32 overflows."""
+    model = build(tokenizer)
+    scalars = Scalars()
+    log = FusionLog(model.gated_fusion, tmp_path, every=1, scalars=scalars)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=10**6)
+    samples = {"image": random_images(3, model.config, 1), "target": random_images(3, model.config, 2)}
+    skipped = []
+    while not skipped or skipped[-1]:
+        scale = scaler.get_scale()
+        model.zero_grad()
+        total = 1000 * sum(model({**samples, "text_input": CAPTIONS}).values())
+        scaler.scale(total).backward()
+        scaler.unscale_(optimizer)
+        log.after_backward()
+        scaler.step(optimizer)
+        scaler.update()
+        skipped.append(scaler.get_scale() < scale)
+    rows = read_csv(tmp_path / "fusion_metrics.csv")
+    assert rows[0]["gradient_norm"] == rows[0]["gradient_norm_gate_mlp"] == ""
+    assert float(rows[0]["gate_mean"]) > 0
+    assert float(rows[-1]["gradient_norm"]) > 0
+    found = [step for name, step in scalars.added if name == "fusion/gradient_norm"]
+    assert found == [step for step, row in enumerate(rows) if row["gradient_norm"]] != []
+    assert "warning" not in capsys.readouterr().err
+
+
+class Scalars:
+    """Keeps what a TensorBoard writer is given; infinity and what is no number would be drawn there."""
+
+    def __init__(self):
+        self.added = []
+
+    def add_scalar(self, name, value, step):
+        assert math.isfinite(value)
+        self.added.append((name, step))
+
+
 def test_a_healthy_module_and_validation_say_nothing(tokenizer, tmp_path, capsys):
     model = build(tokenizer)
     log = FusionLog(model.gated_fusion, tmp_path, every=1)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from sprc.losses import align_loss, contrastive_loss, similarity
 
+pytestmark = pytest.mark.numeric
+
 
 def leaf(*shape: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)

@@ -308,10 +308,10 @@ def test_recall_counts_targets_among_the_first_k_in_percent():
 def test_cirr_metrics_have_the_published_names_order_and_means():
     ranks, set_ranks = torch.tensor([0, 3, 7, 60]), torch.tensor([0, 0, 1, 2])
     metrics = cirr_metrics(ranks, set_ranks)
-    seven = [25.0, 50.0, 75.0, 75.0, 50.0, 75.0, 100.0]
+    seven = [50.0, 75.0, 100.0, 25.0, 50.0, 75.0, 75.0]
     assert list(metrics) == [
-        *("recall_at1", "recall_at5", "recall_at10", "recall_at50"),
         *("group_recall_at1", "group_recall_at2", "group_recall_at3"),
+        *("recall_at1", "recall_at5", "recall_at10", "recall_at50"),
         *("mean(R@5+R_s@1)", "arithmetic_mean", "harmonic_mean", "geometric_mean"),
     ]
     product = 1.0

@@ -13,7 +13,7 @@ from searching import TEXT, make_index, png_header, save_model
 import app
 from sprc import search_app
 from sprc.data.cirr import load_cirr
-from sprc.errors import InputError
+from sprc.errors import InputError, Interrupted
 from sprc.picture_index import open_index
 from sprc.search import Searcher
 
@@ -269,7 +269,9 @@ def test_it_starts_after_the_demo_on_loopback_alone(data, checkpoint, tmp_path, 
     assert options["client.showErrorDetails"] == "none"
     assert settings["index"] == str(demo / "picture_index")
     assert settings["samples"] == str(demo)
-    assert "36 pictures (36 new" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "36 pictures (36 new" in printed
+    assert printed.count("device: cpu") == 2  # a line a start
     # A newer run's model takes the place of the old one, and its pictures are indexed again.
     newer = models / "clip_finetuned_on_cirr_tiny_0/saved_models"
     newer.mkdir(parents=True)
@@ -295,3 +297,20 @@ def test_it_takes_an_index_of_its_own(picture_index, checkpoint, data, tmp_path,
     ):
         with pytest.raises(InputError, match=message):
             start(monkeypatch, tmp_path, *flags)
+
+
+def test_a_server_that_is_told_to_stop_ends_as_after_control_c(
+    picture_index, checkpoint, tmp_path, monkeypatch
+):
+    def ends(code):
+        def main(_):
+            raise SystemExit(code)
+
+        monkeypatch.setattr("streamlit.web.cli.main", main)
+        monkeypatch.setattr("sys.argv", ["app.py", "--index", str(picture_index), "--device", "cpu"])
+        app.main()
+
+    with pytest.raises(Interrupted, match="SIGINT"):
+        ends(0)
+    with pytest.raises(SystemExit):
+        ends(1)

@@ -150,6 +150,23 @@ def test_half_of_the_images_are_png_and_half_jpeg(made):
         assert part.formats == {("PNG", ".png"): half, ("JPEG", ".jpg"): half}
 
 
+def test_with_png_all_images_are_and_nothing_else_differs(tmp_path):
+    result = run_script(tmp_path, "--dataset", "FashionIQ", "--png", "--train-families", "1")
+    assert result.returncode == 0, result.stderr
+    make_fashioniq(tmp_path / "jpeg", SMALL)
+    png, jpeg = tmp_path / "fashionIQ_dataset", tmp_path / "jpeg" / "fashionIQ_dataset"
+    assert {path.name for path in (png / "images").iterdir()} == {
+        f"{path.stem}.png" for path in (jpeg / "images").iterdir()
+    }
+    assert {Image.open(path).format for path in (png / "images").iterdir()} == {"PNG"}
+    for path in [*jpeg.glob("*/*.json"), *jpeg.glob("edits.*.json")]:
+        assert (png / path.relative_to(jpeg)).read_bytes() == path.read_bytes()
+    for path in (jpeg / "images").glob("*.png"):
+        assert (png / "images" / path.name).read_bytes() == path.read_bytes()
+    with pytest.raises(InputError, match="was not made with these arguments"):
+        make_fashioniq(tmp_path, SMALL)
+
+
 def test_one_image_in_six_at_least_is_in_no_triplet(made):
     for part in made.values():
         used = {entry["candidate"] for entry in part.entries} | {edit["target"] for edit in part.edits}

@@ -3,15 +3,25 @@
 import csv
 import json
 import math
+import os
+import signal
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from sprc.errors import InputError
+from sprc.errors import InputError, Interrupted, run_script
+from sprc.models.device import precision
 from sprc.run_folder import create_run_folder, write_atomically, write_csv, write_json
-from sprc.training import Trainer, TrainingConfig, make_optimizer, make_schedule, precision
+from sprc.training import (
+    STOP_SIGNALS,
+    Trainer,
+    TrainingConfig,
+    make_optimizer,
+    make_schedule,
+    stop_signals,
+)
 
 
 class Numbers(Dataset):
@@ -49,12 +59,15 @@ class Recorder(nn.Module):
         return {"loss_first": first, "loss_second": self.weight.square()}
 
 
+SETTINGS = {"num_epochs": 3, "batch_size": 4, "num_workers": 0}
+
+
 def run(folder, model, **changes):
-    config = TrainingConfig(**{"num_epochs": 3, "batch_size": 4, "num_workers": 0, **changes})
+    config = TrainingConfig(**{**SETTINGS, **changes})
     (folder / "saved_models").mkdir(exist_ok=True)
     kept = []
 
-    def validate():
+    def validate(_stop_if_asked):
         return {"recall": float(len(kept))}
 
     def keep(epoch, metrics, earlier):
@@ -99,6 +112,174 @@ def test_validation_comes_at_its_frequency_and_after_the_last_epoch(tmp_path):
     kept = run(tmp_path, Recorder(), num_epochs=6, validation_frequency=2)
     assert kept == [(0, 0.0), (2, 1.0), (4, 2.0), (5, 3.0)]
     assert [row["epoch"] for row in read_csv(tmp_path / "validation_metrics.csv")] == ["0", "2", "4", "5"]
+
+
+class Dropped(Recorder):
+    """A loss that depends on random numbers, as with dropout."""
+
+    def forward(self, samples):
+        losses = super().forward(samples)
+        return {name: loss * torch.rand(()) for name, loss in losses.items()}
+
+
+class Broken(Exception):
+    pass
+
+
+MOMENTS = ["before validation", "in validation", "while keeping", "after keeping", "after the last step"]
+
+
+def go_on(folder, moment=None, epoch=1):
+    """Run from the state in the folder on; with a moment, fail at it in that epoch.
+
+    Returns the batches, what was kept, and the last weight. Validation draws random numbers, too.
+    """
+    (folder / "saved_models").mkdir(exist_ok=True)
+    torch.manual_seed(5)
+    trainer = Trainer(Dropped(), Numbers(10), TrainingConfig(**SETTINGS), folder)
+    trainer.load_state()
+    kept, write = [], trainer.write
+
+    def fail(here):
+        if (here, trainer.progress.epoch) == (moment, epoch):
+            raise Broken
+
+    def validate(stop_if_asked):
+        stop_if_asked()
+        fail("in validation")
+        return {"recall": torch.rand(()).item()}
+
+    def keep(epoch, metrics, earlier):
+        fail("while keeping")
+        if all(metrics["recall"] > row["recall"] for row in earlier):
+            kept.append((epoch, metrics["recall"]))
+
+    def fail_or_write(name, rows):
+        fail({"train_metrics": "before validation", "validation_metrics": "after keeping"}[name])
+        write(name, rows)
+
+    def after_backward():
+        if trainer.progress.step == 1:
+            fail("after the last step")
+
+    trainer.write, trainer.after_backward = fail_or_write, after_backward
+    if moment is None:
+        trainer.train(validate, keep)
+    else:
+        with pytest.raises(Broken):
+            trainer.train(validate, keep)
+    return trainer.model.batches, kept, trainer.model.weight.item()
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_what_fails_around_validation_goes_on_there_and_repeats_no_step(tmp_path, moment):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+    batches, kept, weight = go_on(whole)
+    first, kept_first, _ = go_on(broken, moment)
+    in_training = moment == "after the last step"
+    if in_training:
+        assert len(first) == 4
+    else:
+        assert first == batches[:4]
+        rows = read_csv(broken / "train_metrics.csv")
+        assert len(rows) == (1 if moment == "before validation" else 2)
+    second, kept_second, ended = go_on(broken)
+    # The state before the epoch is the last one that a failing step leaves.
+    assert second == batches[2 if in_training else 4 :]
+    assert ended == weight
+    assert dict(kept_first + kept_second) == dict(kept)
+    for name in ("train_metrics.csv", "validation_metrics.csv"):
+        assert (broken / name).read_bytes() == (whole / name).read_bytes()
+    assert [row["epoch"] for row in read_csv(broken / "step_times.csv")] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("signum", STOP_SIGNALS)
+def test_a_signal_in_validation_ends_it_at_its_next_look(tmp_path, signum):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    for folder in (whole, stopped):
+        (folder / "saved_models").mkdir(parents=True)
+    config = TrainingConfig(**SETTINGS)
+
+    def train(folder, signum=None):
+        torch.manual_seed(5)
+        trainer = Trainer(Dropped(), Numbers(10), config, folder)
+        trainer.load_state()
+
+        def validate(stop_if_asked):
+            stop_if_asked()
+            if signum is not None:
+                os.kill(os.getpid(), signum)
+            stop_if_asked()
+            return {"recall": 1.0}
+
+        trainer.train(validate, lambda *_: None)
+        return trainer.model
+
+    before = signal.getsignal(signum)
+    with pytest.raises(Interrupted, match=signum.name):
+        train(stopped, signum)
+    assert signal.getsignal(signum) is before
+    assert len(read_csv(stopped / "train_metrics.csv")) == 1
+    assert not (stopped / "validation_metrics.csv").exists()
+    expected, resumed = train(whole), train(stopped)
+    assert resumed.batches == expected.batches[2:]
+    assert torch.equal(resumed.weight, expected.weight)
+
+
+def test_a_hangup_that_nohup_has_ignored_stays_ignored_and_one_that_comes_twice_is_noted():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_signals() as received:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert received == []
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with stop_signals() as received:
+            for _ in range(2):  # from the shell and from the kernel
+                os.kill(os.getpid(), signal.SIGHUP)
+        assert received == [signal.SIGHUP] * 2
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_acts_at_once(signum):
+    acted = []
+    before = signal.signal(signum, lambda *_: acted.append(True))
+    try:
+        with stop_signals() as received:
+            os.kill(os.getpid(), signum)
+            assert (received, acted) == ([signum], [])
+            os.kill(os.getpid(), signum)
+            assert (received, acted) == ([signum], [True])
+    finally:
+        signal.signal(signum, before)
+
+
+def test_control_c_is_one_line_and_of_several_ranks_the_first_alone_says_it(monkeypatch, capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setenv("TQDM_DISABLE", "0")
+    for rank, expected in ((None, "stopped by SIGINT\n"), ("0", "stopped by SIGINT\n"), ("1", "")):
+        if rank is not None:
+            monkeypatch.setenv("WORLD_SIZE", "2")
+            monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as end:
+            run_script(main)
+        assert end.value.code == 130
+        assert capsys.readouterr() == ("", expected)
+
+
+def test_a_state_that_is_cut_short_is_one_clear_line(tmp_path):
+    go_on(tmp_path)
+    path = tmp_path / "saved_models" / "training_state.pt"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"training_state.pt cannot be read: it is cut short or damaged"):
+        go_on(tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):

@@ -1,6 +1,7 @@
 """Encoding a split: every image once, each query as `inference` would compose it."""
 
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,28 @@ def test_a_split_is_encoded_once_an_image_and_as_inference_does(tokenizer, fusio
     assert encoded.references.tolist() == REFERENCES
     assert encoded.targets.tolist() == [6] * len(REFERENCES)
     assert encoded.members.tolist() == [[reference, 6, 2] for reference in REFERENCES]
+
+
+def test_a_caller_can_end_it_after_any_batch(tokenizer):
+    model = Blip2QformerCirAlignPrompt(small_config(), tokenizer)
+    pixels = dict(zip(NAMES, random_images(len(NAMES), model.config), strict=True))
+    split = CirrSplit("val", TRIPLETS, {name: Path("folder") / name for name in NAMES})
+
+    def seen_at_batches(stop_at):
+        read, seen = [], []
+
+        def load(path):
+            read.append(path.name)
+            return pixels[path.name]
+
+        def on_batch():
+            seen.append(len(read))
+            if len(seen) == stop_at:
+                raise KeyError("stop")
+
+        with suppress(KeyError):
+            encode_split(model, split, load, batch_size=3, num_workers=0, on_batch=on_batch)
+        return seen
+
+    assert seen_at_batches(None) == [3, 6, 7]
+    assert seen_at_batches(2) == [3, 6]

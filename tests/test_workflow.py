@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,9 +59,9 @@ def test_fashioniq_trains_its_own_way_and_validates_to_the_last_digit(
     folder = trained_on_fashioniq
     assert folder.name.startswith("clip_finetuned_on_fiq_blip2_cir_align_prompt_")
     rows = read_csv(folder / "validation_metrics.csv")
-    types = [f"{kind}_recall_at{k}" for kind in ("dress", "shirt", "toptee") for k in (10, 50)]
+    types = [f"{kind}_recall_at{k}" for kind in ("dress", "toptee", "shirt") for k in (10, 50)]
     means = ["average_recall_at10", "average_recall_at50", "average_recall"]
-    assert list(rows[0]) == ["epoch", "protocol", *types, *means]
+    assert list(rows[0]) == ["epoch", *types, *means, "protocol"]  # SPRC's columns, then ours
     assert {row["protocol"] for row in rows} == {"val-split"}
     for row in read_csv(folder / "train_metrics.csv"):  # the unweighted sum
         total = sum(float(row[name]) for name in ("loss_itc", "loss_rtc", "loss_align"))
@@ -108,7 +109,15 @@ def test_the_submission_is_what_the_server_takes(data, trained, tmp_path):
     checkpoint = folder / "saved_models" / "tuned_clip_arithmetic.pt"
     flags = ("--model-path", checkpoint, "--data-path", data, "--out", tmp_path, "--name", "test")
     # 36 queries in batches of 35: the last one holds a single query.
-    run("cirr_test_submission.py", *flags, "--batch-size", 35)
+    stdout, _ = run("cirr_test_submission.py", *flags, "--batch-size", 35)
+    assert stdout.splitlines()[-1] == (
+        "send both to CIRR's evaluation server, https://cirr.cecs.anu.edu.au/test_process/"
+    )
+    for metric in ("recall", "recall_subset"):
+        text = (tmp_path / f"{metric}_submission_test.json").read_text()
+        assert text.startswith(f'{{"version":"rc2","metric":"{metric}","')
+        assert not any(space in text.rstrip("\n") for space in (" ", "\n"))  # no made name has one
+        assert f"{metric}_submission_test.json ({len(text):,} bytes)" in stdout
     captions = json.loads((data / "cirr_dataset/cirr/captions/cap.rc2.test1.json").read_text())
     names = set(json.loads((data / "cirr_dataset/cirr/image_splits/split.rc2.test1.json").read_text()))
     recall = json.loads((tmp_path / "recall_submission_test.json").read_text())
@@ -202,6 +211,7 @@ def moments(models):
         "during a save": (exists("*/saved_models/.training_state.pt.*"), 0.0),
         "during validation": (exists(rows), 0.02),
         "at a random step": (exists(state), rng.uniform(0.1, 1.0)),
+        "while keeping": (exists("*/saved_models/.tuned_clip_arithmetic.pt.*"), 0.0),
         "after an epoch": (exists("*/saved_models/tuned*"), rng.uniform(0.0, 0.5)),
     }
 
@@ -220,10 +230,17 @@ def test_a_killed_run_resumes_to_the_end_of_one_never_killed(data, never_killed,
     assert_same_end(folder, never_killed)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_the_state_and_says_how_to_go_on(data, never_killed, tmp_path, signum):
+@pytest.mark.parametrize(
+    ("signum", "file"),
+    [
+        (signal.SIGTERM, "saved_models/training_state.pt"),
+        (signal.SIGINT, "saved_models/training_state.pt"),
+        (signal.SIGHUP, "train_metrics.csv"),  # which is written before the validation
+    ],
+)
+def test_a_signal_saves_the_state_and_says_how_to_go_on(data, never_killed, tmp_path, signum, file):
     process = start(data, tmp_path)
-    wait_until(process, lambda: any(tmp_path.glob("*/saved_models/training_state.pt")))
+    wait_until(process, lambda: any(tmp_path.glob(f"*/{file}")))
     process.send_signal(signum)
     output, _ = process.communicate(timeout=120)
     (folder,) = tmp_path.iterdir()
@@ -254,6 +271,41 @@ def test_a_full_disk_is_one_clear_line_and_leaves_whole_files(data, tmp_path):
     assert json.loads((folder / "training_hyperparameters.json").read_text())["seed"] == 0
 
 
+def test_fashioniq_s_schedule_refuses_another_number_of_epochs(trained_on_fashioniq):
+    given = ("--resume", trained_on_fashioniq, "--num-epochs", 5)
+    _, stderr = run("blip_fine_tune_2.py", *given, code=2)
+    assert_one_clear_line(
+        stderr,
+        f"--num-epochs 5: {trained_on_fashioniq} was started with --num-epochs 2, and FashionIQ's learning "
+        "rate schedule spans all epochs of a run",
+    )
+
+
+def test_control_c_while_it_starts_or_fills_a_cache_is_one_line(data, tmp_path):
+    flags = ("--dataset", "CIRR", "--backbone", "tiny", "--freeze-vit", "--data-path", data)
+    flags += ("--feature-cache", tmp_path / "cache", "--batch-size", 1, "--num-workers", 2)
+    command = [sys.executable, ROOT / "src" / "extract_features.py", *flags]
+
+    def stopped_when(happened):
+        process = subprocess.Popen(
+            [*map(str, command)],
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        wait_until(process, lambda: happened(process))
+        os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the readers of images, too
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode == 130, stderr
+        lines = [line for line in stderr.splitlines() if line.strip() and "image" not in line]
+        assert lines == ["stopped by SIGINT"], stderr
+
+    stopped_when(lambda process: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text())
+    stopped_when(lambda _: any((tmp_path / "cache").glob("*/tokens.bin")))
+
+
 def test_resume_refuses_what_is_no_run_or_another(never_killed, tmp_path):
     _, stderr = run("blip_fine_tune_2.py", "--resume", tmp_path, code=2)
     assert_one_clear_line(
@@ -267,27 +319,6 @@ def test_resume_refuses_what_is_no_run_or_another(never_killed, tmp_path):
     (tmp_path / "training_hyperparameters.json").write_text("{")
     _, stderr = run("blip_fine_tune_2.py", "--resume", tmp_path, code=2)
     assert_one_clear_line(stderr, "training_hyperparameters.json is broken")
-
-
-def test_sprc_s_own_calls_work_after_one_import_line(tmp_path):
-    pytest.importorskip("lavis", reason="LAVIS is not installed")
-    switches = tmp_path / "switches.yaml"
-    switches.write_text("fusion_strategy: weighted\npool: all\n")
-    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT / "src"), "SPRC_SWITCHES": str(switches)}
-    for value, message in (
-        ("", "use_gated_fusion=True"),
-        ("use_gated_fusion: false\n", "use_gated_fusion=False"),
-    ):
-        switches.write_text(switches.read_text() + value)
-        command = [sys.executable, str(ROOT / "tests" / "sprc_calls.py"), str(tmp_path / "theirs.pt")]
-        result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-        assert result.returncode == 0, result.stderr
-        assert "blip2_cir_align_prompt was __main__.Theirs and is now SPRC with gated fusion" in result.stdout
-        assert message in result.stdout
-        contents = torch.load(tmp_path / "theirs.pt", weights_only=True)
-        state = contents["Blip2QformerCirAlignPrompt"]
-        assert any("gate_mlp" in key for key in state) == (not value)
-        assert "gated_fusion.alpha" not in state
 
 
 def test_the_command_line_wins_over_the_environment(data, tmp_path):

@@ -5,7 +5,6 @@ once the cell is done, `ranks.csv` with the rank of every query's target. :mod:`
 them.
 """
 
-import fcntl
 import json
 import math
 import os
@@ -22,7 +21,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import yaml
@@ -33,6 +32,8 @@ from sprc.data.cirr import edits_of_test1
 from sprc.errors import InputError, Interrupted
 from sprc.fine_tuning import HYPERPARAMETERS
 from sprc.flags import ROOT
+from sprc.locks import hold_lock
+from sprc.models.device import default_device, parse_device
 from sprc.models.gated_fusion import FUSION_STRATEGIES, fusion_class
 from sprc.run_folder import write_json
 from sprc.training import stop_signals
@@ -227,16 +228,16 @@ def switches_of(strategy: str) -> tuple[bool, bool]:
 def check_devices(names: list[str] | None) -> list[str]:
     """The devices, one running cell each: by default every GPU, or the CPU. One may be given more than once.
 
-    Raises :class:`InputError` for one that this machine does not have. No GPU is touched here.
+    Raises :class:`InputError` for one that this machine does not have, and where none is given and torch does
+    not reach its GPU. No GPU is touched here.
     """
+    if names is None and default_device() == "cpu":
+        return ["cpu"]
     count = torch.cuda.device_count()
     if names is None:
-        return [f"cuda:{index}" for index in range(count)] or ["cpu"]
+        return [f"cuda:{index}" for index in range(count)]
     for name in names:
-        try:
-            device = torch.device(name)
-        except RuntimeError as error:
-            raise InputError(f"--devices {name!r} is no device; give cpu or cuda:0 cuda:1 ...") from error
+        device = parse_device(name, "--devices")
         if device.type == "cuda" and (device.index or 0) >= count:
             raise InputError(f"--devices {name!r}: this machine has {count} GPUs; give others, or cpu")
     return names
@@ -297,7 +298,7 @@ def claim(out: Path, config: AblationConfig) -> None:
     path = out / "training_flags.json"
     try:
         if path.exists():
-            if json.loads(path.read_text()) != list(config.training):
+            if json.loads(path.read_text(encoding="utf-8")) != list(config.training):
                 raise InputError(
                     f"{path} says other training flags than now; give another --out, or delete it"
                 )
@@ -337,14 +338,17 @@ def run_cell(
     """
     ranks = folder / "ranks.csv"
     folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        wait_for_lock(lock, cell, stop)
+    # The cell's processes inherit the lock: a training outlives a killed ablation, and the next one waits
+    # here until it has ended, then goes on from it.
+    waiting = f"{cell.name}: waiting for a process of another ablation to end"
+    unwritable = "give --out a folder that can be written"
+    with hold_lock(folder / "lock", waiting=waiting, unwritable=unwritable, stop=stop) as lock:
         if stop or ranks.exists():
             return None
 
         def run(script: str, *flags: str | Path) -> str | None:
             command = [sys.executable, str(ROOT / "src" / script), *map(str, flags), "--device", device]
-            return run_process(command, folder / "log.txt", environment, lock.fileno(), stop)
+            return run_process(command, folder / "log.txt", environment, lock, stop)
 
         run_folder = find_run(folder)
         if run_folder is not None and not state_of(run_folder).exists():
@@ -358,11 +362,12 @@ def run_cell(
             run_folder = find_run(folder)
         if failure is not None or stop:
             return failure
-        settings = json.loads((run_folder / HYPERPARAMETERS).read_text())
+        settings = json.loads((run_folder / HYPERPARAMETERS).read_text(encoding="utf-8"))
         failure = run(
             "blip_validate.py",
             *("--dataset", settings["dataset"], "--data-path", settings["data_path"]),
             *("--fiq-protocol", settings["fiq_protocol"], "--split", split_to_score(settings)),
+            *("--missing-images", settings.get("missing_images", "error")),
             *("--model-path", checkpoint_of(run_folder), "--save-ranks", ranks),
         )
         if failure is None and not stop:
@@ -370,31 +375,15 @@ def run_cell(
         return failure
 
 
-def wait_for_lock(lock: IO[str], cell: Cell, stop: list[int]) -> None:
-    """Take the lock of a cell's folder, which the cell's processes inherit.
-
-    A training outlives a killed ablation; the next one waits here until it has ended, then goes on from it.
-    """
-    told = False
-    while not stop:
-        try:
-            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not told:
-                tqdm.write(f"{cell.name}: waiting for a process of another ablation to end")
-                told = True
-            time.sleep(0.5)
-
-
 def run_process(
-    command: list[str], log: Path, environment: dict[str, str], lock: int, stop: list[int]
+    command: list[str], log: Path, environment: dict[str, str], lock: int | None, stop: list[int]
 ) -> str | None:
     """Run ``command``, appending what it prints to ``log``; None, or the last line of a run that failed.
 
     Once ``stop`` holds a signal the process is asked to end, and is waited for.
     """
     with log.open("ab") as file:
-        file.write(f"$ {' '.join(command)}\n".encode())
+        file.write(f"$ {' '.join(command)}\n".encode(errors="backslashreplace"))
         file.flush()
         begin = file.tell()
         process = subprocess.Popen(
@@ -403,7 +392,7 @@ def run_process(
             stdout=file,
             stderr=subprocess.STDOUT,
             env=environment,
-            pass_fds=[lock],
+            pass_fds=[] if lock is None else [lock],
         )
         asked = False
         while process.poll() is None:

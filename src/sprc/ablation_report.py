@@ -6,7 +6,7 @@ Everything is worked out from the cells' files; metrics are those of the ranks i
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
@@ -37,6 +37,7 @@ PLOTTED = {
     "fashioniq": ["average_recall_at10", "average_recall_at50", "average_recall"],
 }
 
+LEFT_OUT = ("missing_images", "dropped_triplets")  # columns of validation_metrics.csv
 MEANS_OF_SEVEN = ("arithmetic_mean", "harmonic_mean", "geometric_mean")
 
 
@@ -53,6 +54,8 @@ class CellResult:
     validation: pd.DataFrame  # by epoch, those that were validated
     step_seconds: float  # median of the epochs' medians
     checkpoint: Path
+    # Images and triplets by split, where some were; see sprc.data.missing.
+    left_out: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def kept_validation(self) -> float:
@@ -73,7 +76,7 @@ class CellResult:
 def read_cell(folder: Path, cell: Cell) -> CellResult:
     """Read a finished cell's files."""
     run = find_run(folder)
-    settings = json.loads((run / HYPERPARAMETERS).read_text())
+    settings = json.loads((run / HYPERPARAMETERS).read_text(encoding="utf-8"))
     return CellResult(
         cell=cell,
         dataset=settings["dataset"],
@@ -84,6 +87,7 @@ def read_cell(folder: Path, cell: Cell) -> CellResult:
         validation=pd.read_csv(run / "validation_metrics.csv", index_col="epoch"),
         step_seconds=pd.read_csv(run / "step_times.csv")["median_step_seconds"].median(),
         checkpoint=checkpoint_of(run),
+        left_out={title: found for title, found in settings.get("left_out", {}).items() if found["images"]},
     )
 
 
@@ -132,6 +136,7 @@ def table(
     - `epochs_to_off_best`: after how many epochs a run's validation criterion first was at least the best
       that off with the same seed ever had; the mean over the `off_best_reached` seeds where it was.
     - `difference`, `_low`, `_high`, `_p`: see :func:`paired_bootstrap`, over the seeds that off has as well.
+    - `missing_images`, `dropped_triplets`: only where image files of the validation split were missing.
     """
     of_variant: dict[str, list[Cell]] = {}
     for cell in cells:
@@ -139,6 +144,8 @@ def table(
     by_cell = {one.cell: one for one in results}
     baseline = {one.cell.seed: one for one in results if one.cell.fusion == OFF}
     metric_names = list(results[0].metrics) if results else []
+    validation = results[0].validation if results else pd.DataFrame()
+    left_out = {name: int(validation[name].iloc[0]) for name in LEFT_OUT if name in validation}
     if results and results[0].split != "val":
         metric_names.append("validation")
     rows = []
@@ -169,7 +176,7 @@ def table(
         for name in ("difference", "low", "high", "p"):
             key = name if name == "difference" else f"difference_{name}"
             row[key] = None if test is None else getattr(test, name)
-        rows.append(row)
+        rows.append(row | left_out)
     return rows
 
 
@@ -296,9 +303,12 @@ def caption(results: list[CellResult]) -> str:
         )
     else:
         where = "validation split, on which each run's epoch was chosen as well: no test targets at hand"
+    parts = [f"{d['images']} images, {d['triplets']} triplets of {t}" for t, d in one.left_out.items()]
+    left_out = f" Left out, because image files are missing: {'; '.join(parts)}." if parts else ""
     return (
-        f"{name}{gallery}: {where}. Percent, mean and standard deviation over seeds. The difference is that "
-        f"of {HEADLINE[one.dataset]} to off, paired by query and seed, with its 95 % bootstrap interval."
+        f"{name}{gallery}: {where}.{left_out} Percent, mean and standard deviation over seeds. "
+        f"The difference is that of {HEADLINE[one.dataset]} to off, paired by query and seed, with its 95 % "
+        "bootstrap interval."
     )
 
 

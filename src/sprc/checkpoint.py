@@ -1,11 +1,11 @@
 """Checkpoints: SPRC's two entries, `epoch` and the state dict, and what is needed to rebuild the model.
 
-A published SPRC checkpoint has the two entries alone; it loads too, its backbone named on the command line.
+A published SPRC checkpoint has the two entries alone, and so has one that SPRC's own scripts save; they load
+too, their backbone named on the command line.
 Ours leave out a frozen vision transformer, which the backbone provides, and hold its fingerprint instead.
 """
 
 import hashlib
-import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,16 +14,31 @@ import torch
 from torch import Tensor
 from transformers import BertTokenizer
 
+from sprc.archive import verify_archive
 from sprc.config import ModelConfig, read_backbone
+from sprc.data.scenes import caption_words
 from sprc.errors import InputError
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.factory import backbone_weights, model_class
-from sprc.models.tokenizer import SPECIAL_TOKENS, bert_tokenizer, tokenizer_from_vocabulary
+from sprc.models.switches import (
+    FUSION,
+    SWITCHES,
+    VIT,
+    mismatches,
+    read_switches,
+    sizes_of,
+    vocabulary_digest,
+)
+from sprc.models.tokenizer import (
+    SPECIAL_TOKENS,
+    bert_tokenizer,
+    make_vocabulary,
+    read_bert_vocabulary,
+    tokenizer_from_vocabulary,
+)
 from sprc.run_folder import write_atomically
 
 STATE = Blip2QformerCirAlignPrompt.__name__
-VIT = "visual_encoder."
-FUSION = "gated_fusion."
 
 
 class Checkpoint(NamedTuple):
@@ -67,7 +82,12 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, *, model_name: str | None = None, backbone: str | None = None, switches: dict | None = None
+    path: Path,
+    *,
+    model_name: str | None = None,
+    backbone: str | None = None,
+    vocab: Path | None = None,
+    switches: dict | None = None,
 ) -> Checkpoint:
     """Rebuild the model of a checkpoint, ours or a published one.
 
@@ -75,6 +95,8 @@ def load_checkpoint(
         path: the file.
         model_name: what the user says it holds; checked against a file of ours.
         backbone: likewise; a published file needs it.
+        vocab: BERT's `vocab.txt` for a published file, see :func:`sprc.models.tokenizer.bert_tokenizer`. A
+            file of ours carries its vocabulary, and this must be the same.
         switches: None to score the model as it is. To start a training: fields of :class:`ModelConfig`
             that the user sets; a fusion that the file does not hold is newly started.
 
@@ -93,12 +115,15 @@ def load_checkpoint(
     if "model_config" in contents:
         backbone = hyperparameters["backbone"]
         values, tokenizer = contents["model_config"], read_vocabulary(contents["vocabulary"], path)
+        if vocab is not None and read_bert_vocabulary(vocab) != contents["vocabulary"]:
+            raise InputError(f"--vocab {vocab}: {path} carries another vocabulary; leave the flag out")
     elif backbone is None:
         raise InputError(f"{path} does not say which backbone it was trained on; pass --backbone")
     else:
-        values, tokenizer = read_backbone(backbone)["model"], bert_tokenizer()
+        values, tokenizer = described_by_state(contents[STATE], backbone, path, vocab)
 
     state = contents[STATE]
+    usual = read_backbone(backbone)["model"].get("vit_depth", ModelConfig.vit_depth)
     has_fusion = any(key.startswith(FUSION) for key in state)
     if switches is None:
         arguments = {**values, "use_gated_fusion": has_fusion}
@@ -123,7 +148,37 @@ def load_checkpoint(
             found += "; fusion is off for scoring"
         else:
             found += "; gated fusion is newly started" if config.use_gated_fusion else "; fusion is off"
+    elif "model_config" not in contents and SWITCHES not in state:
+        found += (
+            f"; it does not say its fusion's switches: taken are pool={config.pool} and "
+            f"fusion_text={config.fusion_text}"
+        )
+    if config.vit_depth != usual:
+        found += f"; its vision transformer has {config.vit_depth} blocks, that of {backbone} has {usual}"
     return Checkpoint(model.eval(), contents["epoch"], hyperparameters, found)
+
+
+def described_by_state(
+    state: dict[str, Tensor], backbone: str, path: Path, vocab: Path | None
+) -> tuple[dict[str, Any], BertTokenizer]:
+    """Config and tokenizer of a file that holds a state dict alone.
+
+    The backbone's values, over them what the shapes say, and over these the switches that a fusion's state
+    dict carries. `tiny`, which has no vocabulary of its own, took that of ``sprc.lavis_registration``.
+    """
+    recipe = read_backbone(backbone)
+    told, words = read_switches(state)
+    values = {**recipe["model"], **sizes_of(state), **told}
+    if "weights" in recipe:
+        return values, bert_tokenizer(vocab)
+    tokenizer = tokenizer_from_vocabulary(make_vocabulary(caption_words()))
+    if values.get("vocab_size") != len(tokenizer) or words not in (None, vocabulary_digest(tokenizer)):
+        raise InputError(
+            f"{path} has {values.get('vocab_size')} words and does not hold them, and they are not the "
+            f"{len(tokenizer)} that --backbone {backbone} has in SPRC's own scripts; give its backbone, or "
+            "train with this project's script, whose checkpoints hold their words"
+        )
+    return values, tokenizer
 
 
 def read_vocabulary(words: list[str], path: Path) -> BertTokenizer:
@@ -176,39 +231,19 @@ def read_contents(path: Path) -> dict[str, Any]:
     return contents
 
 
-def verify_archive(path: Path) -> None:
-    """Check the checksums of a torch file, which torch itself does not; raises ``BadZipFile``.
-
-    A flipped bit in a weight would else be a wrong number in a table.
-    """
-    with path.open("rb") as file:
-        is_archive = file.read(2) == b"PK"
-    if is_archive:  # torch's format before 2020 is none, and has no checksums
-        with zipfile.ZipFile(path) as archive:
-            # A tensor marked as a folder would be skipped by the check, and read as noise by torch.
-            folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 0x10]
-            if damaged := archive.testzip() or "".join(folders[:1]):
-                raise zipfile.BadZipFile(f"{damaged} is damaged")
-
-
 def fill(
     model: Blip2QformerCirAlignPrompt, contents: dict[str, Any], path: Path, *, new_fusion: bool
 ) -> None:
     """Load the file's parameters strictly; only what the file says it leaves out may be missing."""
     own, state = model.state_dict(), contents[STATE]
-    allowed: dict[str, Tensor] = {key: value for key, value in own.items() if key.endswith("position_ids")}
+    allowed: dict[str, Tensor] = {
+        key: value for key, value in own.items() if key.endswith("position_ids") or key == SWITCHES
+    }
     if new_fusion:
         allowed |= {key: value for key, value in own.items() if key.startswith(FUSION)}
     if left_out := contents.get("left_out"):
         allowed |= vit_of_backbone(model.config, left_out, path)
-    missing = sorted(set(own) - set(state) - set(allowed))
-    unexpected = sorted(key for key in set(state) - set(own) if not key.endswith("position_ids"))
-    wrong = sorted(key for key in set(own) & set(state) if own[key].shape != state[key].shape)
-    if missing or unexpected or wrong:
-        lists = {"missing": missing, "unexpected": unexpected, "of another shape": wrong}
-        details = "; ".join(
-            f"{len(keys)} {what}: {', '.join(keys[:10])}" for what, keys in lists.items() if keys
-        )
+    if details := mismatches(own, state, allowed):
         raise InputError(f"{path} holds parameters of another model ({details})")
     model.load_state_dict({key: state.get(key, allowed.get(key)) for key in own})
 

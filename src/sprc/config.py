@@ -1,5 +1,7 @@
 """The arguments of the model, as one validated dataclass. Imports no torch, so that `--help` is quick."""
 
+from __future__ import annotations
+
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,12 +17,12 @@ VIT_KINDS = ("eva", "clip")
 POOLS = ("masked", "all")
 FUSION_STARTS = ("random", "identity")
 FUSION_TEXTS = ("embeddings", "contextual")
-AMP = ("auto", "off", "fp16", "bf16")  # mixed precision, see sprc.training.precision
+AMP = ("auto", "off", "fp16", "bf16")  # mixed precision, see sprc.models.device.precision
 GALLERY_DTYPES = ("float32", "float16")
 CACHE_DTYPES = ("float16", "bfloat16", "float32")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ModelConfig:
     """Widths, depths and switches of ``Blip2QformerCirAlignPrompt``.
 
@@ -66,15 +68,15 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
+            value, kind = getattr(self, field.name), type(field.default)
             # An int is fine where a float is asked; a bool is an int to Python but not to us.
-            if field.type is float and type(value) is int and abs(value) < 2**53:
+            if kind is float and type(value) is int and abs(value) < 2**53:
                 object.__setattr__(self, field.name, float(value))
-            elif type(value) is not field.type:
+            elif type(value) is not kind:
                 raise InputError(
-                    f"{field.name}={value!r} has type {type(value).__name__}; give {field.type.__name__}"
+                    f"{field.name}={value!r} has type {type(value).__name__}; give {kind.__name__}"
                 )
-            if field.type is int and value < 1:
+            if kind is int and value < 1:
                 raise InputError(f"{field.name}={value} must be at least 1")
         _one_of("vit", self.vit, VIT_KINDS)
         _one_of("pool", self.pool, POOLS)
@@ -105,7 +107,7 @@ class ModelConfig:
         return self.image_size // self.patch_size
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], source: str) -> "ModelConfig":
+    def from_dict(cls, values: dict[str, Any], source: str) -> ModelConfig:
         """Build from a YAML's or a checkpoint's values; an unknown key raises :class:`InputError`."""
         known = {field.name for field in fields(cls)}
         if unknown := sorted(map(str, set(values) - known)):
@@ -132,7 +134,7 @@ def read_backbone(name: str) -> dict[str, Any]:
     Raises :class:`InputError` for a name that is not in ``BACKBONES``.
     """
     _one_of("--backbone", name, BACKBONES)
-    return yaml.safe_load((MODEL_DIR / f"{name}.yaml").read_text())
+    return yaml.safe_load((MODEL_DIR / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 def switches_from_environment() -> dict[str, Any]:
@@ -145,7 +147,7 @@ def switches_from_environment() -> dict[str, Any]:
     if not path:
         return {}
     try:
-        values = yaml.safe_load(Path(path).read_text()) or {}
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"SPRC_SWITCHES={path} cannot be read ({reason}); give a YAML file") from error

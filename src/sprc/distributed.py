@@ -5,11 +5,14 @@ in the same order. Whatever they exchange goes through torch.distributed: NCCL f
 what is on the CPU.
 """
 
+from __future__ import annotations
+
 import os
 import random
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
@@ -21,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sprc.errors import EXPECTED, InputError, print_error
+from sprc.errors import EXPECTED, InputError, OutOfResources, explained, print_error
 
 T = TypeVar("T")
 
@@ -120,7 +123,7 @@ def process_group(timeout: int) -> Iterator[None]:
         return
     try:
         calls = connect(here, timeout)
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if sees_gpu() else "gloo"
         dist.init_process_group(
             backend,
             store=dist.PrefixStore("group", calls),
@@ -140,7 +143,10 @@ def process_group(timeout: int) -> Iterator[None]:
     thread = Thread(target=answer_roll_call, args=(answering, here, ended), daemon=True)
     thread.start()
     try:
-        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere) if here else nullcontext():
+        with (
+            Path(os.devnull).open("w", encoding="utf-8") as nowhere,
+            redirect_stdout(nowhere) if here else nullcontext(),
+        ):
             yield
     except Exception as error:
         end_all_ranks(calls, error, timeout)
@@ -151,9 +157,23 @@ def process_group(timeout: int) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+def sees_gpu() -> bool:
+    """Whether torch finds a GPU; what it warns of otherwise :mod:`sprc.models.device` says in one line."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.cuda.is_available()
+
+
 def read_environment() -> tuple[int, int]:
     """This process's rank and their number, as torchrun tells them; (0, 1) without torchrun."""
     if "WORLD_SIZE" not in os.environ:
+        tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "")  # srun sets it, and nothing else does
+        if tasks.isdecimal() and int(tasks) > 1:
+            raise InputError(
+                f"srun started {tasks} tasks of this script, and each would do the whole work by itself; let "
+                "srun start torchrun, once a machine (srun --ntasks-per-node 1 torchrun --nproc-per-node N "
+                "..., see README, Several GPUs), or unset SLURM_STEP_NUM_TASKS if that is meant"
+            )
         return 0, 1
     values = {}
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
@@ -202,6 +222,9 @@ def end_all_ranks(calls: dist.Store, error: Exception, timeout: int) -> None:
     A bug keeps its traceback. The ranks that only notice that another one is gone end in silence where that
     one, or another, has spoken already.
     """
+    error = explained(error)
+    if isinstance(error, OutOfResources):
+        error = OutOfResources(f"rank {rank()} of {world_size()}: {error}")
     lost = isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error))
     try:
         if lost and not calls.check(["ending"]):

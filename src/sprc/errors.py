@@ -1,5 +1,8 @@
 """How a run ends that cannot go on: what the user gave is wrong, or the user asked it to stop."""
 
+from __future__ import annotations
+
+import errno
 import os
 import signal
 import sys
@@ -29,8 +32,64 @@ class Interrupted(Exception):
         self.signum = signum
 
 
+class OutOfResources(Exception):
+    """The machine has too little of something: memory, shared memory, open files. The message is one line."""
+
+
 # What a user can act on; anything else is a bug.
-EXPECTED = (InputError, FloatingPointError, OSError)
+EXPECTED = (InputError, FloatingPointError, OSError, OutOfResources)
+
+# What torch says where a resource is spent, and what that means to a user. The first that fits holds.
+SPENT = (
+    (
+        ("Too many open files", "ancdata"),
+        "too many files are open at once; allow more (ulimit -n 65536), or give --num-workers 0",
+    ),
+    (
+        (
+            "killed by signal: Bus error",
+            "unable to write to file </torch_",
+            "unable to open shared memory object",
+            "unable to mmap",
+            "unable to resize file </torch_",
+            "unable to allocate shared memory",
+            "Couldn't allocate shared memory",
+        ),
+        "the processes that read images have used up the shared memory (/dev/shm); give more of it (docker "
+        "run --shm-size 8g), or give --num-workers 0",
+    ),
+    (
+        ("killed by signal: Killed", "DataLoader worker (pid(s)"),
+        "a process that reads images was killed, most likely because main memory ran out; give fewer "
+        "--num-workers, or a smaller --batch-size",
+    ),
+)
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is one of memory: Python's own, or torch's of the CPU or of a GPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    signs = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def explained(error: Exception) -> Exception:
+    """An :class:`OutOfResources` in place of what Python and torch raise where a resource is spent.
+
+    Any other error is returned as it is.
+    """
+    if isinstance(error, (RuntimeError, OSError)):
+        told = f"{error} {error.__cause__}"  # how a reader died is in the cause
+        for signs, message in SPENT:
+            if any(sign in told for sign in signs):
+                return OutOfResources(message)
+    if ran_out_of_memory(error):
+        reason = " ".join(str(error).splitlines()[:1]) or "no more is told"
+        return OutOfResources(f"memory ran out ({reason}); end what else uses it, or give another --device")
+    return error
 
 
 def print_error(error: Exception) -> int:
@@ -42,15 +101,34 @@ def print_error(error: Exception) -> int:
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's ``main``; what a user can act on ends it with one line on stderr, no traceback.
 
-    Exit code 2 for an :class:`InputError`; 1 for a ``FloatingPointError`` (a loss or a score that is not
-    finite) and an ``OSError`` (a full disk); 128 and the signal's number for :class:`Interrupted`. Anything
-    else is a bug and keeps its traceback.
+    Exit code 2 for an :class:`InputError`, and for a name that the system's encoding lacks; 1 for a
+    ``FloatingPointError`` (a loss or a score that is not finite), an ``OSError`` (a full disk) and an
+    :class:`OutOfResources`; 128 and the signal's number for Ctrl-C and :class:`Interrupted`. Anything else is
+    a bug and keeps its traceback. Of several ranks 0 alone speaks of Ctrl-C, which all of them are sent.
     """
-    if "WORLD_SIZE" in os.environ and os.environ.get("RANK", "0") != "0":
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal may lack a letter of a path or a caption: it is shown by its number then.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    is_first = "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
+    if not is_first:
         os.environ["TQDM_DISABLE"] = "1"  # tqdm looks when it is imported; rank 0 alone draws bars
     try:
         main()
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the clean-up, without a traceback
+        if is_first:
+            print("stopped by SIGINT", file=sys.stderr, flush=True)
+        sys.exit(128 + signal.SIGINT)
     except Interrupted as stop:
         sys.exit(128 + stop.signum)
-    except EXPECTED as error:
+    except UnicodeEncodeError as error:
+        if error.encoding.replace("-", "").lower() == "utf8":
+            raise
+        told = f"the name {error.object!a} has letters that this system's encoding ({error.encoding}) lacks"
+        sys.exit(print_error(InputError(f"{told}; set PYTHONUTF8=1 in the environment")))
+    except Exception as error:
+        error = explained(error)
+        if not isinstance(error, EXPECTED):
+            raise
         sys.exit(print_error(error))

@@ -17,7 +17,6 @@ One at a time fills, under a lock. Its lines follow its records, so a killed one
 Ranks that torchrun started share the looking, the verifying and the computing; rank 0 alone writes.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -34,26 +33,29 @@ import torch
 import torch.distributed as dist
 from PIL.Image import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from sprc.data.datasets import (
     ImageDataset,
     Loader,
+    SteadyLoader,
     batches_of_rank,
     check_images,
     image_loader,
-    leave_signals_to_parent,
 )
+from sprc.data.shared_memory import check_shared_memory
 from sprc.data.transforms import make_transform
 from sprc.distributed import from_main, objects_of_all_ranks, rank, wait_for_all, world_size
 from sprc.errors import InputError
+from sprc.locks import hold_lock
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
-from sprc.run_folder import write_json
+from sprc.models.device import memory_explained
+from sprc.run_folder import READ_ONLY, compact_json, named_write_errors, write_atomically, write_json
 
 FORMAT = 1
 # A file changed within a clock tick of its reading may keep its times. Two seconds cover any clock.
 SETTLED_NS = 2 * 10**9
+UNWRITABLE = "fill it where it can be written (extract_features.py), or give another folder"
 
 
 def open_images(
@@ -65,6 +67,7 @@ def open_images(
     cache_dtype: str,
     batch_size: int,
     num_workers: int,
+    read_at_once: int | None = None,
 ) -> Loader:
     """What reads the images at ``paths``, all looked at before: pixels, or tokens from a filled cache.
 
@@ -76,9 +79,12 @@ def open_images(
         cache_dtype: see :class:`FeatureCache`.
         batch_size: images at once, where they have to be computed.
         num_workers: processes that read them.
+        read_at_once: images in a batch that this rank then reads through what is returned; by default
+            ``batch_size``.
 
     Raises:
-        InputError: an image cannot be used, or the cache cannot; see :class:`FeatureCache`.
+        InputError: an image cannot be used, or the cache cannot; see :class:`FeatureCache`. Or the shared
+            memory is too small for ``num_workers``, see :func:`check_shared_memory`.
     """
     for name, value, least in (("batch-size", batch_size, 1), ("num-workers", num_workers, 0)):
         if value < least:
@@ -86,13 +92,22 @@ def open_images(
     transform = make_transform(
         preprocessing["transform"], model.config.image_size, preprocessing["target_ratio"]
     )
+    read_at_once = batch_size if read_at_once is None else read_at_once
     if feature_cache is None:
+        check_shared_memory(read_at_once * pixel_bytes(model), num_workers)
         check_images({path: path for path in paths}, paths)
         return image_loader(transform)
     cache = FeatureCache(feature_cache, model, preprocessing, cache_dtype)
-    computed = cache.fill(paths, model, transform, batch_size=batch_size, num_workers=num_workers)
+    check_shared_memory(read_at_once * cache.record_bytes, num_workers)
+    with memory_explained(model.device, batch_size, ["a smaller --batch-size"]):
+        computed = cache.fill(paths, model, transform, batch_size=batch_size, num_workers=num_workers)
     print(f"feature cache {cache.folder}: {len(cache.records)} images, {computed} of them new", flush=True)
     return cache
+
+
+def pixel_bytes(model: Blip2QformerCirAlignPrompt) -> int:
+    """What the model's input of one image takes: float32, (3, S, S)."""
+    return 3 * 4 * model.config.image_size**2
 
 
 class FeatureCache:
@@ -141,6 +156,11 @@ class FeatureCache:
                 if not described.exists():
                     write_json(described, key)
         except OSError as error:
+            if error.errno in READ_ONLY:
+                raise InputError(
+                    f"--feature-cache {folder}: it holds nothing for this model and preprocessing, and "
+                    f"cannot be written ({os.strerror(error.errno)}); {UNWRITABLE}"
+                ) from error
             raise InputError(f"--feature-cache: {self.folder} cannot be used ({error}); remove it") from error
         wait_for_all()
         if rank() and not described.exists():
@@ -149,7 +169,7 @@ class FeatureCache:
                 "folder on a disk that all machines share"
             )
         try:
-            if json.loads(described.read_text()) != json.loads(text):
+            if json.loads(described.read_text(encoding="utf-8")) != json.loads(text):
                 raise ValueError("key.json tells of another key")
         except (OSError, ValueError) as error:
             raise InputError(f"--feature-cache: {self.folder} cannot be used ({error}); remove it") from error
@@ -186,7 +206,7 @@ class FeatureCache:
         found = self._verified(set(digests.values()))
         computed = 0
         if set(digests.values()) - set(found):
-            with self._lock():
+            with self._lock(len(set(digests.values()) - set(found))):
                 # Another process may have filled it while this one waited.
                 found |= self._verified(set(digests.values()) - set(found))
                 missing = {digest: path for path, digest in digests.items() if digest not in found}
@@ -210,16 +230,16 @@ class FeatureCache:
 
         A batch is computed by the rank whose turn it is; rank 0 takes them in their order and writes.
         """
+        check_shared_memory(batch_size * pixel_bytes(model), num_workers)
         digests, paths = list(missing), list(missing.values())
         names = [str(path) for path in paths]
         images = ImageDataset(names, dict(zip(names, paths, strict=True)), image_loader(transform))
-        loader = DataLoader(
+        loader = SteadyLoader(
             # A generator of its own: filled or not, the cache leaves a training's random numbers alone.
             images,
             batch_sampler=batches_of_rank(len(paths), batch_size),
             num_workers=num_workers,
             generator=torch.Generator(),
-            worker_init_fn=leave_signals_to_parent,
         )
         first = from_main(lambda: 1 + max((record for _, record, _ in self._index()), default=-1))
         records = {digest: first + number for number, digest in enumerate(digests)}
@@ -249,6 +269,9 @@ class FeatureCache:
         """Append the records of ``paths``, from number ``first`` on, and their lines, batch by batch."""
         index_file = self.folder / "index.txt"
         with (
+            named_write_errors(
+                self.tokens_file, "What was computed is kept: the same command goes on from there"
+            ),
             self.tokens_file.open("r+b" if self.tokens_file.exists() else "w+b") as tokens_file,
             index_file.open("a+b") as index,
             tqdm(total=len(paths), desc="Extracting features", unit="image") as bar,
@@ -297,19 +320,15 @@ class FeatureCache:
 
         def is_right(entry: tuple[int, int]) -> bool:
             record, crc = entry
-            values = os.pread(descriptor, self.record_bytes, record * self.record_bytes)
+            values = read_record(self.tokens_file, record, self.record_bytes)
             return len(values) == self.record_bytes and zlib.crc32(values) == crc
 
         right: dict[str, bool] = {}
         if self.tokens_file.exists():
-            descriptor = os.open(self.tokens_file, os.O_RDONLY)
-            try:
-                with ThreadPoolExecutor() as pool:
-                    checks = pool.map(is_right, entries.values())
-                    bar = tqdm(checks, "Verifying features", len(entries), delay=1, unit="image")
-                    right = dict(zip(entries, bar, strict=True))
-            finally:
-                os.close(descriptor)
+            with ThreadPoolExecutor() as pool:
+                checks = pool.map(is_right, entries.values())
+                bar = tqdm(checks, "Verifying features", len(entries), delay=1, unit="image")
+                right = dict(zip(entries, bar, strict=True))
         parts = objects_of_all_ranks({digest: entries[digest][0] for digest, ok in right.items() if ok})
         found = {digest: record for part in parts for digest, record in part.items()}
         if damaged := len(lines) - len(found):
@@ -323,7 +342,7 @@ class FeatureCache:
         """
         file = self.folder / "files.json"
         try:
-            known = json.loads(file.read_text())
+            known = json.loads(file.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             known = {}
 
@@ -352,7 +371,16 @@ class FeatureCache:
         found = {path: of_path[path] for path in paths}
         entries = {str(path.absolute()): [*looks, value] for path, (looks, value) in found.items() if looks}
         if any(known.get(name) != entry for name, entry in entries.items()):
-            write_json(file, known | entries)
+            text = compact_json(known | entries)
+            try:
+                write_atomically(file, lambda opened: opened.write(text))
+            except OSError as error:
+                if error.errno not in READ_ONLY:
+                    raise
+                print(
+                    f"{self.folder} cannot be written: images are read at every start to know them",
+                    flush=True,
+                )
         return {path: value for path, (_, value) in found.items()}
 
     def _check_disk(self, images: int) -> None:
@@ -366,20 +394,24 @@ class FeatureCache:
             )
 
     @contextmanager
-    def _lock(self) -> Iterator[None]:
-        """Hold the right to fill; a process that dies gives it back. Of several ranks rank 0 holds it."""
+    def _lock(self, missing: int) -> Iterator[None]:
+        """Hold the right to fill in ``missing`` images. Of several ranks rank 0 holds it."""
         if rank():
             wait_for_all()
             yield
             return
-        with (self.folder / "lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"waiting for another process that fills {self.folder}", flush=True)
-                fcntl.flock(file, fcntl.LOCK_EX)
+        waiting = f"waiting for another process that fills {self.folder}"
+        unwritable = f"{missing} images are missing in it: {UNWRITABLE}"
+        with hold_lock(self.folder / "lock", waiting=waiting, unwritable=unwritable):
             wait_for_all()
             yield
+
+
+def read_record(path: Path, number: int, size: int) -> bytes:
+    """The bytes of record ``number`` of ``path``, whose records have ``size``; fewer where it ends."""
+    with path.open("rb", buffering=0) as file:  # opened for each: threads would share a position
+        file.seek(number * size)
+        return file.read(size)
 
 
 def cut_torn_line(file: object) -> None:

@@ -8,9 +8,10 @@ import torch
 from sprc.data import TYPES
 from sprc.data.cirr import load_cirr
 from sprc.data.fashioniq import load_fashioniq
+from sprc.data.missing import tell_left_out
 from sprc.feature_cache import open_images
 from sprc.fine_tuning import start_model
-from sprc.models.factory import choose_device, place
+from sprc.models.device import place, start_device
 
 
 def extract_features(arguments: argparse.Namespace) -> None:
@@ -18,8 +19,8 @@ def extract_features(arguments: argparse.Namespace) -> None:
 
     Raises :class:`InputError`, see :class:`sprc.feature_cache.FeatureCache`.
     """
+    device = start_device(arguments.device)
     paths = image_paths(arguments)
-    device = choose_device(arguments.device)
     torch.manual_seed(arguments.seed)
     # Its captions only make a vocabulary, which comes after the vision transformer and does not touch it.
     model = place(start_model(arguments, captions=[]), device)
@@ -31,6 +32,7 @@ def extract_features(arguments: argparse.Namespace) -> None:
         cache_dtype=arguments.cache_dtype,
         batch_size=arguments.batch_size,
         num_workers=arguments.num_workers,
+        read_at_once=0,
     )
 
 
@@ -38,7 +40,10 @@ def image_paths(arguments: argparse.Namespace) -> list[Path]:
     """The images that training on the splits, or scoring them, reads."""
     if arguments.dataset == "cirr":
         names = {"test": "test1"}
-        splits = [load_cirr(arguments.data_path, names.get(name, name)) for name in arguments.splits]
+        splits = [
+            load_cirr(arguments.data_path, names.get(name, name), missing_images=arguments.missing_images)
+            for name in arguments.splits
+        ]
     else:
         splits = [
             load_fashioniq(
@@ -47,8 +52,11 @@ def image_paths(arguments: argparse.Namespace) -> list[Path]:
                 dress_type,
                 # Training needs the triplets' images alone.
                 "val-split" if name == "train" else arguments.fiq_protocol,
+                missing_images=arguments.missing_images,
             )
             for name in arguments.splits
             for dress_type in TYPES
         ]
+    if arguments.missing_images == "skip":
+        tell_left_out(splits)
     return [path for split in splits for path in split.image_paths.values()]

@@ -1,29 +1,41 @@
 """From the command line of ``blip_fine_tune_2.py`` to a trained model: data, model, run folder, loop."""
 
 import argparse
-import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sprc.benchmark import Benchmark
+from sprc.benchmark import Benchmark, triplets_of
 from sprc.checkpoint import load_checkpoint, save_checkpoint
+from sprc.compilation import require_compiler, told_compile_errors
 from sprc.config import ModelConfig, switches_from_environment
 from sprc.data.captions import process_caption
 from sprc.data.datasets import TripletDataset
+from sprc.data.missing import names_left_out
 from sprc.distributed import from_main, rank, world_size
 from sprc.errors import InputError, Interrupted
 from sprc.feature_cache import open_images
 from sprc.fusion_log import FusionLog
-from sprc.models.factory import choose_device, create_model, model_class, place
+from sprc.models.device import memory_explained, place, start_device, training_helps
+from sprc.models.factory import create_model, model_class
+from sprc.models.switches import vocabulary_digest
+from sprc.resume import (
+    HYPERPARAMETERS,
+    MISSING_IMAGES,
+    absolute_paths,
+    check_left_out,
+    check_same,
+    digest_of_data,
+    digest_of_file,
+    resumed_flags,
+)
 from sprc.run_folder import create_run_folder, write_json
 from sprc.training import Trainer, TrainingConfig
 from sprc.validation import LARGEST_BATCH, encode_split, rank_split
-
-HYPERPARAMETERS = "training_hyperparameters.json"
 
 # Flags that set a field of ModelConfig; None leaves the backbone's value.
 MODEL_SWITCHES = (
@@ -45,23 +57,138 @@ LOSS_WEIGHTS = {
 }
 
 
-def fine_tune(arguments: argparse.Namespace) -> Path:
-    """Train, write the run folder and return it; or go on with the run of ``arguments.resume``.
+def fine_tune(defaults: dict[str, Any], given: dict[str, Any]) -> Path:
+    """Train, write the run folder and return it; or go on with the run of ``--resume``.
 
-    Everything that the user can have got wrong is looked at before the first step; see
-    :class:`InputError`. Raises :class:`Interrupted` after SIGINT or SIGTERM, with the state saved.
+    Everything that the user can have got wrong is looked at before the first step.
+
+    Args:
+        defaults: of all flags of ``blip_fine_tune_2.py``.
+        given: the flags that were given.
+
+    Raises:
+        InputError: a flag, a file or an entry of one is wrong.
+        Interrupted: a signal asked the run to stop; its state is saved.
     """
+    differing: list[str] = []
+    if given.get("resume") is None:
+        flags = absolute_paths({**defaults, **given})
+    else:
+        flags, differing = resumed_flags(defaults, given)
+    arguments = argparse.Namespace(**flags)
     resume: Path | None = arguments.resume
-    if resume is not None:
-        arguments = resumed_arguments(arguments)
     if arguments.log_fusion_every < 0:
         raise InputError(f"--log-fusion-every {arguments.log_fusion_every} is too small; 0 logs nothing")
     writer = tensorboard_writer() if arguments.tensorboard else None  # on all ranks, so that all complain
     for name, weight in LOSS_WEIGHTS[arguments.dataset].items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, weight)
-    benchmark = Benchmark.load(arguments.dataset, arguments.data_path, arguments.fiq_protocol)
-    config = TrainingConfig(
+    device = start_device(arguments.device, arguments.amp)
+    missing_images = arguments.missing_images
+    benchmark = Benchmark.load(
+        arguments.dataset, arguments.data_path, arguments.fiq_protocol, missing_images=missing_images
+    )
+    config = training_config(arguments, benchmark)
+    if arguments.compile:
+        require_compiler(device)
+    train_splits = benchmark.train_splits(arguments.data_path, missing_images=missing_images)
+    triplets, paths = triplets_of(train_splits)
+    left_out = names_left_out([*train_splits, *benchmark.splits])
+    if resume is not None and missing_images == "skip":
+        check_left_out(resume / MISSING_IMAGES, left_out)
+    config.check_fits(len(triplets))
+
+    torch.manual_seed(config.seed)
+    model = start_model(arguments, [text for t in triplets for text in (t.training_captions or (t.caption,))])
+    if arguments.fusion_lr is not None and model.gated_fusion is None:
+        raise InputError(f"--fusion-lr {arguments.fusion_lr}: fusion is off; leave the flag out")
+    digests = {
+        "data_path": digest_of_data(benchmark, triplets),
+        "model_path": digest_of_file(arguments.model_path),
+        "vocab": vocabulary_digest(model.tokenizer),
+    }
+    if resume is not None:
+        check_same(flags.get("digests", {}), digests, flags)
+        check_same_model(arguments, model)
+        if differing:
+            print(f"resuming with {', '.join(differing)}", flush=True)
+    place(model, device)
+    load = open_images(
+        model,
+        {name: getattr(arguments, name) for name in ("transform", "target_ratio")},
+        [*paths.values(), *benchmark.image_paths()],
+        feature_cache=arguments.feature_cache,
+        cache_dtype=arguments.cache_dtype,
+        batch_size=min(config.batch_size, LARGEST_BATCH),
+        num_workers=config.num_workers,
+        read_at_once=max(2 * config.batch_size // world_size(), min(config.batch_size, LARGEST_BATCH)),
+    )
+    if resume is None:
+        name = arguments.blip_model_name
+        run_folder = from_main(lambda: create_run_folder(arguments.models_path, benchmark.name, name))
+        print(f"run folder: {run_folder}", flush=True)
+    else:
+        run_folder = resume
+    hyperparameters = {**describe_run(arguments, model), "digests": digests}
+    if missing_images == "skip":
+        hyperparameters["left_out"] = {
+            title: {"images": len(found["images"]), "triplets": found["triplets"]}
+            for title, found in left_out.items()
+        }
+        if resume is None:
+            write_json(run_folder / MISSING_IMAGES, left_out)
+    if arguments.compile:
+        # The method and not the model, so that parameters keep their names.
+        model.embed_tokens = torch.compile(model.embed_tokens, dynamic=True)
+    scalars = writer(run_folder / "tensorboard") if arguments.tensorboard and rank() == 0 else None
+    training_set = TripletDataset(triplets, paths, load, config.seed)
+    trainer = Trainer(model, training_set, config, run_folder, scalars=scalars)
+    if resume is not None:
+        go_on(trainer)
+    write_json(run_folder / HYPERPARAMETERS, {**hyperparameters, "model_config": asdict(model.config)})
+    if model.gated_fusion is not None and arguments.log_fusion_every:
+        step = trainer.progress.epoch * trainer.steps_per_epoch + trainer.progress.step
+        log = FusionLog(model.gated_fusion, run_folder, arguments.log_fusion_every, step, scalars)
+        trainer.after_backward = log.after_backward
+
+    def score(stop_if_asked: Callable[[], None]) -> dict[str, float | str]:
+        names = ("num_workers", "save_memory", "gallery_dtype")
+        encoding = {name: getattr(arguments, name) for name in names}
+        encoding |= {"batch_size": min(config.batch_size, LARGEST_BATCH), "on_batch": stop_if_asked}
+        encoded = [encode_split(model, split, load, **encoding) for split in benchmark.splits]
+        pairs = list(zip(benchmark.splits, encoded, strict=True))
+        return from_main(lambda: benchmark.metrics([rank_split(*pair) for pair in pairs]))
+
+    def keep(epoch: int, metrics: dict[str, Any], earlier: list[dict[str, Any]]) -> None:
+        better = all(metrics[benchmark.criterion] > row[benchmark.criterion] for row in earlier)
+        print(f"epoch {epoch}: {benchmark.summary(metrics)}{' (best so far)' if better else ''}", flush=True)
+        if arguments.save_training and (better or not arguments.save_best):
+            name = benchmark.checkpoint if arguments.save_best else f"tuned_clip_{epoch}"
+            path = run_folder / "saved_models" / f"{name}.pt"
+            save_checkpoint(path, model, epoch, hyperparameters, full=arguments.save_full)
+
+    helps = training_helps(
+        config.grad_cache,
+        has_cache=arguments.feature_cache is not None,
+        frozen_vit=model.config.freeze_vit,
+    )
+    try:
+        with memory_explained(device, config.batch_size, helps), told_compile_errors():
+            trainer.train(score, keep)
+    except Interrupted as stop:
+        launcher = "python" if world_size() == 1 else "torchrun ..."
+        with suppress(OSError):  # the terminal may be gone, which SIGHUP tells of
+            print(
+                f"stopped by {stop}; go on with: {launcher} src/blip_fine_tune_2.py --resume {run_folder}",
+                flush=True,
+            )
+        raise
+    return run_folder
+
+
+def training_config(arguments: argparse.Namespace, benchmark: Benchmark) -> TrainingConfig:
+    """The flags that the loop needs; :class:`InputError` names one that cannot work."""
+    return TrainingConfig(
         dataset=benchmark.name,
         num_epochs=arguments.num_epochs,
         batch_size=arguments.batch_size,
@@ -75,87 +202,35 @@ def fine_tune(arguments: argparse.Namespace) -> Path:
         amp=arguments.amp,
         other_rates={} if arguments.fusion_lr is None else {"gated_fusion.": arguments.fusion_lr},
     )
-    device = choose_device(arguments.device)
-    triplets, paths = benchmark.train_triplets(arguments.data_path)
-    config.check_fits(len(triplets))
 
-    torch.manual_seed(config.seed)
-    model = start_model(arguments, [text for t in triplets for text in (t.training_captions or (t.caption,))])
-    if arguments.fusion_lr is not None and model.gated_fusion is None:
-        raise InputError(f"--fusion-lr {arguments.fusion_lr}: fusion is off; leave the flag out")
-    place(model, device)
+
+def describe_run(arguments: argparse.Namespace, model: torch.nn.Module) -> dict[str, Any]:
+    """The hyperparameters, as JSON holds them: all flags, and on what the run runs now."""
+    left_out = ("resume", "model_config", "digests")
+    flags = {name: value for name, value in vars(arguments).items() if name not in left_out}
+    flags |= {name: getattr(model.config, name) for name in MODEL_SWITCHES}
+    flags |= {"device": str(model.device), "ranks": world_size(), "torch": str(torch.__version__)}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
+
+
+def check_same_model(arguments: argparse.Namespace, model: torch.nn.Module) -> None:
+    """Raise :class:`InputError` unless the model is as the run to resume was started with."""
     # Fields that an earlier version did not know were at their defaults.
-    defaults = asdict(ModelConfig())
-    started_with = defaults | getattr(arguments, "model_config", asdict(model.config))
+    started_with = asdict(ModelConfig()) | getattr(arguments, "model_config", asdict(model.config))
     if changed := [k for k, v in asdict(model.config).items() if started_with[k] != v]:
         raise InputError(
-            f"{resume} was started with another {', '.join(changed)} than {arguments.backbone}.yaml "
-            "gives now; put the file back as it was, or start a new run"
+            f"{arguments.resume} was started with another {', '.join(changed)} than "
+            f"{arguments.backbone}.yaml gives now; put the file back as it was, or start a new run"
         )
-    load = open_images(
-        model,
-        {name: getattr(arguments, name) for name in ("transform", "target_ratio")},
-        [*paths.values(), *benchmark.image_paths()],
-        feature_cache=arguments.feature_cache,
-        cache_dtype=arguments.cache_dtype,
-        batch_size=min(config.batch_size, LARGEST_BATCH),
-        num_workers=config.num_workers,
-    )
-    if resume is None:
-        name = arguments.blip_model_name
-        run_folder = from_main(lambda: create_run_folder(arguments.models_path, benchmark.name, name))
-        print(f"run folder: {run_folder}", flush=True)
-    else:
-        run_folder = resume
-    hyperparameters = {
-        key: value for key, value in vars(arguments).items() if key not in ("resume", "model_config")
-    }
-    hyperparameters |= {name: getattr(model.config, name) for name in MODEL_SWITCHES}
-    hyperparameters |= {"device": str(device), "ranks": world_size(), "torch": str(torch.__version__)}
-    hyperparameters = {k: str(v) if isinstance(v, Path) else v for k, v in hyperparameters.items()}
-    if resume is None:
-        write_json(run_folder / HYPERPARAMETERS, {**hyperparameters, "model_config": asdict(model.config)})
 
-    def score() -> dict[str, float | str]:
-        batch_size = min(config.batch_size, LARGEST_BATCH)
-        encoding = {"batch_size": batch_size, "num_workers": config.num_workers}
-        encoding |= {"save_memory": arguments.save_memory, "gallery_dtype": arguments.gallery_dtype}
-        encoded = [encode_split(model, split, load, **encoding) for split in benchmark.splits]
-        pairs = list(zip(benchmark.splits, encoded, strict=True))
-        return from_main(lambda: benchmark.metrics([rank_split(*pair) for pair in pairs]))
 
-    def keep(epoch: int, metrics: dict[str, Any], earlier: list[dict[str, Any]]) -> None:
-        better = all(metrics[benchmark.criterion] > row[benchmark.criterion] for row in earlier)
-        print(f"epoch {epoch}: {benchmark.summary(metrics)}{' (best so far)' if better else ''}", flush=True)
-        if arguments.save_training and (better or not arguments.save_best):
-            name = benchmark.checkpoint if arguments.save_best else f"tuned_clip_{epoch}"
-            path = run_folder / "saved_models" / f"{name}.pt"
-            save_checkpoint(path, model, epoch, hyperparameters, full=arguments.save_full)
-
-    if arguments.compile:
-        # The method and not the model, so that parameters keep their names.
-        model.embed_tokens = torch.compile(model.embed_tokens, dynamic=True)
-    scalars = writer(run_folder / "tensorboard") if arguments.tensorboard and rank() == 0 else None
-    training_set = TripletDataset(triplets, paths, load, config.seed)
-    trainer = Trainer(model, training_set, config, run_folder, scalars=scalars)
-    if resume is not None:
-        note = trainer.load_state()
-        progress = trainer.progress
-        print(f"resuming {run_folder} at epoch {progress.epoch}, step {progress.step}{note}", flush=True)
-    if model.gated_fusion is not None and arguments.log_fusion_every:
-        step = trainer.progress.epoch * trainer.steps_per_epoch + trainer.progress.step
-        log = FusionLog(model.gated_fusion, run_folder, arguments.log_fusion_every, step, scalars)
-        trainer.after_backward = log.after_backward
-    try:
-        trainer.train(score, keep)
-    except Interrupted as stop:
-        launcher = "python" if world_size() == 1 else "torchrun ..."
-        print(
-            f"stopped by {stop}; go on with: {launcher} src/blip_fine_tune_2.py --resume {run_folder}",
-            flush=True,
-        )
-        raise
-    return run_folder
+def go_on(trainer: Trainer) -> None:
+    """Load the run's state, and say from where it goes on."""
+    note = trainer.load_state()
+    progress, last = trainer.progress, trainer.config.num_epochs
+    print(f"resuming {trainer.run_folder} at epoch {progress.epoch}, step {progress.step}{note}", flush=True)
+    if progress.epoch >= last:
+        print(f"all of its {last} epochs are done; --num-epochs with more goes on", flush=True)
 
 
 def chunk_of(arguments: argparse.Namespace) -> int:
@@ -181,33 +256,19 @@ def start_model(arguments: argparse.Namespace, captions: list[str]) -> torch.nn.
     flags = {name: getattr(arguments, name, None) for name in MODEL_SWITCHES}
     switches = {name: value for name, value in flags.items() if value is not None}
     switches = {"use_gated_fusion": True} | switches_from_environment() | switches  # the command line wins
+    # A run keeps the depth that it was started with, whatever the backbone builds for a new one.
+    recorded = getattr(arguments, "model_config", {})
+    switches |= {name: recorded[name] for name in ("vit_depth",) if name in recorded}
     if arguments.model_path is not None:
         checkpoint = load_checkpoint(
             arguments.model_path,
             model_name=arguments.blip_model_name,
             backbone=arguments.backbone,
+            vocab=arguments.vocab,
             switches=switches,
         )
         print(checkpoint.found, flush=True)
         return checkpoint.model
     cls = model_class(arguments.blip_model_name)
     captions = [process_caption(caption) for caption in captions]
-    return create_model(cls, arguments.backbone, captions=captions, **switches)
-
-
-def resumed_arguments(arguments: argparse.Namespace) -> argparse.Namespace:
-    """The flags that the run to resume was started with; ``--device`` may be given anew."""
-    path = arguments.resume / HYPERPARAMETERS
-    try:
-        written = json.loads(path.read_text())
-        for name in ("data_path", "models_path", "model_path", "feature_cache"):
-            written[name] = None if written.get(name) is None else Path(written[name])
-    except FileNotFoundError as error:
-        raise InputError(f"{path} is missing; give --resume the folder of a run") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is broken; restore it from a copy") from error
-    device = arguments.device or written["device"]
-    if arguments.device is None and world_size() > 1:
-        device = device.split(":")[0]  # each rank has its own GPU
-    # A run of an earlier version did not know all flags: those are at their defaults.
-    return argparse.Namespace(**{**vars(arguments), **written, "device": device, "resume": arguments.resume})
+    return create_model(cls, arguments.backbone, captions=captions, vocab=arguments.vocab, **switches)

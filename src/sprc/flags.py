@@ -1,13 +1,25 @@
 """Flags that scripts share. Imports nothing slow, so that `--help` is quick."""
 
 import argparse
+import os
+from contextlib import suppress
 from pathlib import Path
 
 from sprc.config import CACHE_DTYPES, GALLERY_DTYPES
-from sprc.data import TRANSFORMS
+from sprc.data import MISSING_IMAGES, TRANSFORMS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 INDEX = ROOT / "picture_index"  # of `search.py index`
+
+
+def text(value: str) -> str:
+    """The type of a flag that takes words; they come as bytes where the system's encoding lacks a letter."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        with suppress(UnicodeError):
+            return os.fsencode(value).decode()
+    return value
 
 
 def add_cache_flags(
@@ -30,6 +42,28 @@ def add_cache_flags(
     )
 
 
+def add_missing_flag(parser: argparse._ActionsContainer) -> None:
+    """What is done about an image that has no file."""
+    parser.add_argument(
+        "--missing-images",
+        default="error",
+        choices=MISSING_IMAGES,
+        help="an image without a file is an error, or left out with the triplets that need it, and counted; "
+        "default: %(default)s",
+    )
+
+
+def add_vocab_flag(parser: argparse._ActionsContainer) -> None:
+    """Where BERT's vocabulary is, for a machine that reaches no model hub."""
+    parser.add_argument(
+        "--vocab",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="vocab.txt of bert-base-uncased, where a model brings no vocabulary; default: the model hub's",
+    )
+
+
 def add_timeout_flag(parser: argparse._ActionsContainer) -> None:
     """How long the processes that torchrun started wait for each other."""
     parser.add_argument(
@@ -47,12 +81,14 @@ def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
     add("--model-path", type=Path, required=True, metavar="FILE", help="the checkpoint")
     add("--blip-model-name", default=None, metavar="NAME", help="default: what the checkpoint says")
     add("--backbone", default=None, metavar="NAME", help="default: what the checkpoint says")
+    add_vocab_flag(parser)
     add(
         "--data-path",
         type=Path,
         default=ROOT,
         help="the folder that holds the data set's; default: this project",
     )
+    add_missing_flag(parser)
     add("--transform", default=None, choices=TRANSFORMS, help="default: the training's own, else targetpad")
     add("--target-ratio", type=float, default=None, help="default: the training's own, else 1.25")
     add("--batch-size", type=int, default=None, help="default: the training's own, else 32")

@@ -5,6 +5,7 @@ as it would call anything.
 """
 
 import csv
+import math
 import sys
 from pathlib import Path
 
@@ -28,8 +29,9 @@ class FusionLog:
     Columns: `step` over the whole run, from 0; `gate_mean`, `gate_std` over tokens and channels;
     `gate_near_0` and `gate_near_1`, the shares below 0.05 and above 0.95; `delta_norm`, the mean Euclidean
     norm of the direction; `alpha`; `mean_change`, mean |fused - image|; `gradient_norm` of all the module's
-    parameters, and `gradient_norm_NAME` of each part. What a strategy does not have has no column. Where a
-    batch is seen in parts (several ranks, gradient caching), a value is the mean of the parts' values.
+    parameters, and `gradient_norm_NAME` of each part; empty where it is not finite, as in a step that
+    float16's scaler skips. What a strategy does not have has no column. Where a batch is seen in parts
+    (several ranks, gradient caching), a value is the mean of the parts' values.
 
     Args:
         module: the fusion module; a hook is put on it.
@@ -47,7 +49,7 @@ class FusionLog:
         self.parts: list[tuple[int, dict[str, Tensor]]] = []  # samples seen at once, and what was seen
         self.warned: set[str] = set()
         if self.file.exists() and rank() == 0:
-            with self.file.open() as file:
+            with self.file.open(encoding="utf-8") as file:
                 kept = [row for row in csv.DictReader(file) if int(row["step"]) < step]
             if kept:
                 write_csv(self.file, kept)
@@ -71,7 +73,7 @@ class FusionLog:
             row["delta_norm"] = output.delta.float().norm(dim=-1).mean()
         if hasattr(module, "alpha"):
             row["alpha"] = module.alpha.detach().float()
-        row["mean_change"] = (output.fused - inputs[0]).abs().float().mean()
+        row["mean_change"] = (output.fused.float() - inputs[0]).abs().mean()
         self.parts.append((len(output.fused), row))
 
     def after_backward(self) -> None:
@@ -87,17 +89,20 @@ class FusionLog:
                 if any(True for _ in part.parameters()):
                     row[f"gradient_norm_{name}"] = gradient_norm(part)
             means = of_all_ranks(torch.stack([*row.values()])).mean(dim=0).tolist()
+            # A step that float16's scaler skips, as its first ones, has no gradient that could be told.
+            means = [value if math.isfinite(value) else None for value in means]
             values = dict(zip(row, means, strict=True))
             append_csv(self.file, {"step": self.step, **values})
             if self.scalars is not None:
                 for name, value in values.items():
-                    self.scalars.add_scalar(f"fusion/{name}", value, self.step)
+                    if value is not None:
+                        self.scalars.add_scalar(f"fusion/{name}", value, self.step)
             if rank() == 0:
                 self.warn(values)
             self.parts = []
         self.step += 1
 
-    def warn(self, values: dict[str, float]) -> None:
+    def warn(self, values: dict[str, float | None]) -> None:
         """Say once, in plain words, that the gate is saturated or that nothing reaches the module."""
         saturated = values.get("gate_near_0", 0.0) + values.get("gate_near_1", 0.0)
         if saturated > SATURATED:
@@ -106,7 +111,7 @@ class FusionLog:
                 f"{100 * saturated:.0f} % of the gate's values are within {NEAR} of 0 or 1: it has stopped "
                 "choosing and hardly learns any more; try a lower --fusion-lr or --fusion-start identity",
             )
-        if not values["gradient_norm"] > 0:
+        if values["gradient_norm"] == 0:
             self.once(
                 "gradient",
                 "the fusion module gets no gradient, so it does not learn; look for an --alpha-init of 0 or "

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sprc.errors import InputError
+
 Samples = dict[str, Tensor | list[str]]
 
 
@@ -113,7 +115,12 @@ def split(samples: Samples, size: int) -> list[Samples]:
 
 
 def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """The CPU's random numbers' state, and that of ``device`` where it is a GPU."""
+    """The CPU's random numbers' state, and that of ``device`` where it is a GPU.
+
+    Raises :class:`InputError` for a device of another kind: the second pass would draw other dropout.
+    """
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--grad-cache works on cpu and cuda, and the model is on {device}; move it there")
     on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return torch.get_rng_state(), on_gpu
 

@@ -6,7 +6,6 @@ Features are found by the bytes of the picture's file, so a renamed picture is n
 changed one is. A line in `new.txt` follows its features, so a killed run loses the batch it was at.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -16,7 +15,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -25,13 +23,15 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from sprc.data.datasets import Transform, image_loader
+from sprc.data.datasets import SteadyLoader, Transform, image_loader
+from sprc.data.shared_memory import check_shared_memory
 from sprc.errors import InputError
 from sprc.evaluation import Scorer
-from sprc.feature_cache import SETTLED_NS, cut_torn_line
+from sprc.feature_cache import SETTLED_NS, cut_torn_line, pixel_bytes, read_record
+from sprc.locks import hold_lock
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.picture_index import (
     FORMAT,
@@ -43,7 +43,7 @@ from sprc.picture_index import (
     read_index,
     refuse_other_model,
 )
-from sprc.run_folder import write_atomically, write_json
+from sprc.run_folder import named_write_errors, write_atomically, write_json
 
 # What Pillow decodes by itself. An EPS, for one, it hands to another program.
 Image.init()
@@ -56,7 +56,7 @@ ROWS = 1024  # pictures copied at once
 # All that an index's folder may hold.
 FILES = (
     *("index.json", "pictures.json", "vectors-*.bin", "pooled-*.bin"),
-    *("new.bin", "new.txt", "lock", ".*.tmp"),
+    *("new.bin", "new.txt", "lock", "lock.held", ".*.tmp"),
 )
 
 
@@ -110,7 +110,8 @@ def update_index(
             with a dot are left out.
         scorer: the model on its device, with its settings.
         identity: of the model, see :func:`identity_of`.
-        scored_as: `model_path`, `blip_model_name` and `backbone` as they were given, to load it again.
+        scored_as: `model_path`, `blip_model_name`, `backbone` and, if need be, `vocab` as they were given, to
+            load it again.
         rebuild: throw away what is at ``path`` if it is of another folder or model, or damaged.
 
     Raises:
@@ -132,7 +133,8 @@ def update_index(
         "shape": shape,
     }
     _make_folder(path)
-    with _lock(path):
+    waiting = f"waiting for another process that changes {path}"
+    with hold_lock(path / "lock", waiting=waiting, unwritable="give an --index that can be written"):
         _prepare(path, folder, identity, scored_as, rebuild)
         write_json(path / "index.json", described)
         before = read_index(path, read_description(path))
@@ -220,7 +222,7 @@ def _prepare(path: Path, folder: Path, identity: Identity, scored_as: dict[str, 
     except InputError:
         if not rebuild:
             raise
-        for file in _files(path) - {path / "lock"}:
+        for file in _files(path) - {path / "lock", path / "lock.held"}:
             file.unlink(missing_ok=True)
 
 
@@ -344,19 +346,15 @@ class _Store:
         """Those of ``entries`` whose features are in ``file`` as their checksum says."""
 
         def is_right(entry: tuple[int, int]) -> bool:
-            values = os.pread(descriptor, self.record_bytes, entry[0] * self.record_bytes)
+            values = read_record(file, entry[0], self.record_bytes)
             return len(values) == self.record_bytes and zlib.crc32(values) == entry[1]
 
         if not entries or not file.exists():
             return {}
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            with ThreadPoolExecutor() as pool:
-                checked = pool.map(is_right, entries.values())
-                bar = tqdm(checked, "Verifying features", len(entries), delay=1, unit="picture")
-                return {digest: entry for (digest, entry), ok in zip(entries.items(), bar, strict=True) if ok}
-        finally:
-            os.close(descriptor)
+        with ThreadPoolExecutor() as pool:
+            checked = pool.map(is_right, entries.values())
+            bar = tqdm(checked, "Verifying features", len(entries), delay=1, unit="picture")
+            return {digest: entry for (digest, entry), ok in zip(entries.items(), bar, strict=True) if ok}
 
     def check_disk(self, missing: int, total: int) -> None:
         """Raise :class:`InputError` if ``missing`` new pictures, and then all ``total``, do not fit."""
@@ -375,14 +373,21 @@ class _Store:
             if settings[name] < least:
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag} {settings[name]} is too small; the least is {least}")
+        check_shared_memory(settings["batch_size"] * pixel_bytes(model), settings["num_workers"])
         pictures = PictureDataset({d: folder / name for d, name in missing.items()}, scorer.transform)
-        loader = DataLoader(
-            pictures, settings["batch_size"], num_workers=settings["num_workers"], collate_fn=list
+        loader = SteadyLoader(
+            pictures,
+            settings["batch_size"],
+            num_workers=settings["num_workers"],
+            collate_fn=list,
         )
         record = 1 + max((record for record, _ in self.new.values()), default=-1)
         failed: dict[str, str] = {}
         lines_file = self.path / "new.txt"
         with (
+            named_write_errors(
+                self.new_file, "What was computed is kept: the same command goes on from there"
+            ),
             self.new_file.open("r+b" if self.new_file.exists() else "w+b") as vectors,
             lines_file.open("a+b") as lines,
             tqdm(total=len(missing), desc="Indexing", unit="picture") as bar,
@@ -456,15 +461,3 @@ def _sweep(path: Path, generation: int) -> None:
     for pattern in ("vectors-*.bin", "pooled-*.bin", "new.txt", "new.bin"):
         for file in set(path.glob(pattern)) - needed:
             file.unlink(missing_ok=True)
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold the right to change the index at ``path``; a process that dies gives it back."""
-    with (path / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process that changes {path}", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -1,5 +1,7 @@
 """The losses of SPRC (ICLR 2024): two contrastive ones over the batch, and the prompt alignment."""
 
+from __future__ import annotations
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F

@@ -25,6 +25,7 @@ from torch import Tensor
 from sprc.errors import InputError
 from sprc.evaluation import Scorer
 from sprc.feature_cache import weights_digest
+from sprc.models.switches import SWITCHES
 
 FORMAT = 1
 
@@ -53,7 +54,7 @@ class PictureIndex:
     path: Path  # the index
     folder: Path  # the pictures
     identity: Identity
-    scored_as: dict[str, Any]  # model_path, blip_model_name, backbone: how the model is loaded
+    scored_as: dict[str, Any]  # model_path, blip_model_name, backbone, vocab: how the model is loaded
     shape: tuple[int, int]  # (Q, E)
     pictures: list[Picture]
     left_out: dict[str, str]  # name to reason
@@ -193,7 +194,8 @@ def identity_of(scorer: Scorer) -> Identity:
     """What the features that ``scorer`` makes depend on. Its model must still be in the checkpoint's type."""
     model, settings = scorer.checkpoint.model, scorer.settings
     words = model.tokenizer.convert_ids_to_tokens(list(range(model.tokenizer.vocab_size)))
-    told = json.dumps([weights_digest(model.state_dict()), asdict(model.config), words], sort_keys=True)
+    weights = {key: value for key, value in model.state_dict().items() if key != SWITCHES}  # the config's
+    told = json.dumps([weights_digest(weights), asdict(model.config), words], sort_keys=True)
     ratio = settings["target_ratio"] if settings["transform"] == "targetpad" else None
     return Identity(hashlib.blake2b(told.encode(), digest_size=16).hexdigest(), settings["transform"], ratio)
 

@@ -178,19 +178,19 @@ def recall(ranks: Tensor, k: int) -> float:
 
 
 def cirr_metrics(ranks: Tensor, set_ranks: Tensor) -> dict[str, float]:
-    """CIRR's metrics in percent (Liu et al. 2021), named and ordered as in SPRC's CSV files.
+    """CIRR's metrics in percent (Liu et al. 2021), named and ordered as in SPRC's CSV files: sets first.
 
     Args:
         ranks: (T,) from :func:`target_ranks`.
         set_ranks: (T,) from :func:`subset_ranks`.
     """
-    recalls = {f"recall_at{k}": recall(ranks, k) for k in (1, 5, 10, 50)}
-    recalls |= {f"group_recall_at{k}": recall(set_ranks, k) for k in (1, 2, 3)}
+    recalls = {f"group_recall_at{k}": recall(set_ranks, k) for k in (1, 2, 3)}
+    recalls |= {f"recall_at{k}": recall(ranks, k) for k in (1, 5, 10, 50)}
     values = list(recalls.values())
     return {
         **recalls,
         "mean(R@5+R_s@1)": (recalls["recall_at5"] + recalls["group_recall_at1"]) / 2,
-        "arithmetic_mean": sum(values) / len(values),
+        "arithmetic_mean": fmean(values),
         # Both are zero where one value is; the library refuses to say so of the geometric mean.
         "harmonic_mean": harmonic_mean(values) if all(values) else 0.0,
         "geometric_mean": geometric_mean(values) if all(values) else 0.0,
@@ -201,7 +201,7 @@ def fashioniq_metrics(ranks_by_type: dict[str, Tensor]) -> dict[str, float]:
     """FashionIQ's metrics in percent, in the order of SPRC's CSV files: types first, then their means.
 
     Args:
-        ranks_by_type: for each type (dress, shirt, toptee) the (T,) ranks from :func:`target_ranks` in the
+        ranks_by_type: for each type (dress, toptee, shirt) the (T,) ranks from :func:`target_ranks` in the
             type's own gallery, references left in.
     """
     metrics = {

@@ -6,10 +6,12 @@ import pandas as pd
 import torch
 
 from sprc.data.cirr import load_cirr
+from sprc.data.missing import describe, left_out_columns
 from sprc.errors import InputError
 from sprc.evaluation import Scorer
 from sprc.figures import plt, save_figure
 from sprc.gate_maps import draw_sheet, picture_of, view_queries
+from sprc.models.device import start_device
 from sprc.run_folder import write_atomically
 from sprc.validation import modality_table
 
@@ -19,16 +21,17 @@ def report_run(run_folder: Path, *, queries: int = 8, seed: int = 0, device: str
 
     Raises :class:`InputError` if the run has no CSV files, no checkpoint, or its data is gone.
     """
+    on = start_device(device)
     plot_curves(run_folder)
     checkpoint_file = run_folder / "saved_models" / "tuned_clip_arithmetic.pt"
     if not checkpoint_file.exists():
         raise InputError(f"{checkpoint_file} is missing; train with --save-training --save-best")
-    scorer = Scorer.load(checkpoint_file, device=device)
+    scorer = Scorer.load(checkpoint_file, device=on)
     checkpoint = scorer.checkpoint
     told = checkpoint.hyperparameters
     if told["dataset"] != "cirr":
         raise InputError(f"{run_folder} was trained on {told['dataset']}; reports are made of CIRR runs")
-    split = load_cirr(Path(told["data_path"]), "val")
+    split = load_cirr(Path(told["data_path"]), "val", missing_images=told.get("missing_images", "error"))
     (encoded,) = scorer.encode([split])
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(split.triplets), generator=generator)[:queries].tolist()
@@ -37,6 +40,7 @@ def report_run(run_folder: Path, *, queries: int = 8, seed: int = 0, device: str
     draw_sheet(run_folder / "gate_maps.png", views, picture_of(split, scorer.transform))
     print(f"wrote {run_folder / 'gate_maps.png'}")
     table = pd.DataFrame(modality_table(split, encoded)).T.rename_axis("query")
+    table = table.assign(**left_out_columns([split]))
     text = table.to_csv(lineterminator="\n")
     write_atomically(run_folder / "recall_table.csv", lambda file: file.write(text.encode()))
     shown = table[[name for name in table if "recall_at" in name]]
@@ -45,6 +49,8 @@ def report_run(run_folder: Path, *, queries: int = 8, seed: int = 0, device: str
     )
     print(f"\nCIRR validation split, recall in percent, epoch {checkpoint.epoch} of {run_folder}")
     print(shown.to_string(float_format=lambda value: f"{value:.1f}"))
+    if split.left_out.images:
+        print(describe(split))
 
 
 def plot_curves(run_folder: Path) -> None:

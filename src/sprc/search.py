@@ -24,7 +24,7 @@ from sprc.evaluation import Scorer
 from sprc.figures import plt, save_figure
 from sprc.gate_maps import Cell, draw_cell
 from sprc.indexing import FORMATS, check_folder, file_digest, search_transform, update_index, upright
-from sprc.models.factory import choose_device, place
+from sprc.models.device import choose_device, memory_explained, place, start_device
 from sprc.picture_index import (
     PictureIndex,
     identity_of,
@@ -62,6 +62,7 @@ class Searcher:
         path: Path,
         *,
         model_path: Path | None = None,
+        vocab: Path | None = None,
         device: str | None = None,
         engine: str = "exact",
         candidates: int = CANDIDATES,
@@ -71,6 +72,7 @@ class Searcher:
         Args:
             path: of the index.
             model_path: where the model is now, if not where it was.
+            vocab: where the vocabulary is that it was indexed with, likewise.
             device: by default a GPU, if there is one. The features stay in main memory.
             engine: "exact" compares the query with every picture. "faiss" takes ``candidates`` pictures by
                 their mean features first and compares it with those alone, which may miss some.
@@ -88,16 +90,18 @@ class Searcher:
                 f"{told['model_path']}, the model of the index {path}, is gone; give --model-path FILE if it "
                 "was moved, or index again with another"
             )
+        on = choose_device(device)
         scorer = load_model(
             model_path or Path(told["model_path"]),
             blip_model_name=told["blip_model_name"],
             backbone=told["backbone"],
+            vocab=vocab or (Path(told["vocab"]) if told.get("vocab") else None),
             transform=index.identity.transform,
             target_ratio=index.identity.target_ratio,
         )
         given = str(model_path or told["model_path"])
         refuse_other_model(path, read_description(path), identity_of(scorer), given)
-        place(scorer.checkpoint.model, choose_device(device))
+        place(scorer.checkpoint.model, on)
         return cls(index, scorer, engine, candidates)
 
     @property
@@ -199,7 +203,7 @@ def import_faiss() -> Any:
 def load_model(path: Path, **settings: Any) -> Scorer:
     """The checkpoint on the CPU; what it holds is told on stderr, so that results are alone on stdout."""
     with contextlib.redirect_stdout(sys.stderr):
-        return Scorer.load(path, device="cpu", **settings)
+        return Scorer.load(path, device=torch.device("cpu"), **settings)
 
 
 def require_search_text(text: str, what: str) -> None:
@@ -304,14 +308,16 @@ def draw_results(
 
 def run_index(arguments: argparse.Namespace) -> None:
     """Index a folder of pictures and print what was done; see :func:`sprc.indexing.update_index`."""
+    device = start_device(arguments.device)
     folder = arguments.folder
     check_folder(folder)
-    device = choose_device(arguments.device)
-    names = ("blip_model_name", "backbone", "transform", "target_ratio", "batch_size", "num_workers")
+    names = ("blip_model_name", "backbone", "transform", "target_ratio", "batch_size", "num_workers", "vocab")
     scorer = load_model(arguments.model_path, **{name: getattr(arguments, name) for name in names})
     # A published checkpoint does not say what it is: remember what it was called.
     scored_as = {name: getattr(arguments, name) for name in ("blip_model_name", "backbone")}
     scored_as["model_path"] = str(arguments.model_path.resolve())
+    if arguments.vocab is not None:
+        scored_as["vocab"] = str(arguments.vocab.resolve())
     index_pictures(arguments.index, folder, scorer, device, scored_as, rebuild=arguments.rebuild)
 
 
@@ -328,7 +334,8 @@ def index_pictures(
     identity = identity_of(scorer)
     place(scorer.checkpoint.model, device)
     try:
-        update = update_index(path, folder, scorer, identity, scored_as, rebuild=rebuild)
+        with memory_explained(device, scorer.settings["batch_size"], ["a smaller --batch-size"]):
+            update = update_index(path, folder, scorer, identity, scored_as, rebuild=rebuild)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         raise Interrupted(signal.SIGINT) from None
@@ -345,6 +352,7 @@ def index_pictures(
 
 def run_query(arguments: argparse.Namespace) -> None:
     """Print the best pictures for a reference and a text; draw them too, with ``sheet``."""
+    device = start_device(arguments.device, file=sys.stderr)  # stdout is the results' alone
     require_search_text(arguments.text, "--text")
     if arguments.top < 1:
         raise InputError(f"--top {arguments.top}: give a whole number of at least 1")
@@ -355,7 +363,8 @@ def run_query(arguments: argparse.Namespace) -> None:
     searcher = Searcher.open(
         arguments.index,
         model_path=arguments.model_path,
-        device=arguments.device,
+        vocab=arguments.vocab,
+        device=str(device),
         engine=arguments.engine,
         candidates=arguments.candidates,
     )

@@ -6,19 +6,20 @@ module, which is imported once, so that what it keeps is kept.
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 
 import torch
 
-from sprc.errors import InputError
+from sprc.errors import InputError, Interrupted
 from sprc.flags import INDEX
-from sprc.models.factory import choose_device
+from sprc.models.device import start_device
 from sprc.search import index_pictures, load_model, require_engine
 
 
 def run_app(arguments: argparse.Namespace) -> None:
-    """Serve the page until it is stopped.
+    """Serve the page until it is stopped, which raises :class:`Interrupted`.
 
     An index of the built-in data, with the newest model of ``make demo``, is made where there is no index.
 
@@ -31,11 +32,12 @@ def run_app(arguments: argparse.Namespace) -> None:
     require_engine(arguments.engine, arguments.candidates)
     if not 1 <= arguments.port <= 65535:
         raise InputError(f"--port {arguments.port}: give a number from 1 to 65535")
+    device = start_device(arguments.device)
     demo = arguments.data_path / "cirr_dataset" / "dev"
     index = arguments.index or INDEX
     if arguments.index is None and not (INDEX / "index.json").exists():
         index = arguments.data_path / "picture_index"
-        index_demo(demo, arguments.models_path, index, choose_device(arguments.device))
+        index_demo(demo, arguments.models_path, index, device)
     # Here and not at the first visit, which then has its answer at once. The page finds them loaded.
     from sprc.search_page import MOST_BYTES, current_searcher, warm_up
 
@@ -43,9 +45,10 @@ def run_app(arguments: argparse.Namespace) -> None:
     settings = {
         "index": str(index.resolve()),
         "model_path": given and str(given.resolve()),
+        "vocab": arguments.vocab and str(arguments.vocab.resolve()),
         "engine": arguments.engine,
         "candidates": arguments.candidates,
-        "device": arguments.device,
+        "device": str(device),
     }
     searcher = current_searcher(**settings)
     inside = demo.resolve().is_relative_to(searcher.index.folder)
@@ -62,7 +65,12 @@ def run_app(arguments: argparse.Namespace) -> None:
         "client.showErrorDetails": "none",  # a traceback tells of this machine's folders
     }
     flags = [f"--{name}={value}" for name, value in options.items()]
-    cli.main(["run", __file__, *flags, "--", json.dumps({"samples": samples, **settings})])
+    try:
+        cli.main(["run", __file__, *flags, "--", json.dumps({"samples": samples, **settings})])
+    except SystemExit as end:
+        if end.code:
+            raise
+        raise Interrupted(signal.SIGINT) from None  # without an error it ends when it is told to stop
 
 
 def index_demo(pictures: Path, models: Path, path: Path, device: torch.device) -> None:

@@ -64,9 +64,16 @@ class Step(NamedTuple):
 
 
 @lru_cache(maxsize=1)
-def open_searcher(changed: int, index: str, model_path: str | None, **settings: str | int | None) -> Searcher:
+def open_searcher(
+    changed: int,
+    index: str,
+    model_path: str | None,
+    vocab: str | None = None,
+    **settings: str | int | None,
+) -> Searcher:
     """The index with its model, once for all who look at the page, and again when it has ``changed``."""
-    return Searcher.open(Path(index), model_path=model_path and Path(model_path), **settings)
+    paths = {"model_path": model_path and Path(model_path), "vocab": vocab and Path(vocab)}
+    return Searcher.open(Path(index), **paths, **settings)
 
 
 def current_searcher(index: str, **settings: str | int | None) -> Searcher:

@@ -2,6 +2,7 @@
 
 A run can be killed at any moment and resumed. What the next step depends on is saved together, atomically:
 weights, optimizer, schedule, scaler, random states, the place in the data's order, the CSV files' rows.
+A validation can take long and can fail, so it is saved before that as well, and a resumed run begins there.
 
 With torchrun each of R ranks takes its R-th of every batch. Their losses see all ranks' targets, and
 DistributedDataParallel averages the gradients, so a step is the single process's step on the same batch.
@@ -24,18 +25,26 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 from tqdm import tqdm
 
 from sprc.config import AMP
-from sprc.data.datasets import TripletDataset, leave_signals_to_parent
+from sprc.data.datasets import SteadyLoader, TripletDataset
 from sprc.distributed import from_main, of_all_ranks, rank, seed_rank, wait_for_all, world_size
 from sprc.errors import InputError, Interrupted
 from sprc.grad_cache import Embedder, GradCache
+from sprc.models.device import precision
 from sprc.run_folder import write_atomically, write_csv
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+# In the run's folder: where it goes on, and where the epoch began that it is in.
+STATE_FILE = "saved_models/training_state.pt"
+EPOCH_FILE = "saved_models/training_state_of_epoch.pt"
+# What asks a run to stop. A closed ssh session sends SIGHUP, which Windows does not have.
+SIGHUP = getattr(signal, "SIGHUP", None)
+STOP_SIGNALS = tuple(signum for signum in (signal.SIGINT, signal.SIGTERM, SIGHUP) if signum is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,16 +111,6 @@ class TrainingConfig:
             )
 
 
-def precision(amp: str, device: torch.device) -> torch.dtype | None:
-    """The type that mixed precision computes in: ``--amp`` on ``device``; None is float32 throughout.
-
-    "auto" is bfloat16 on a GPU that has it, float16 on another, and off on a CPU.
-    """
-    if amp == "auto" and device.type == "cuda":
-        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
-
-
 def make_optimizer(
     model: nn.Module, learning_rate: float, other_rates: dict[str, float] | None = None
 ) -> Optimizer:
@@ -132,15 +131,21 @@ def make_optimizer(
     return AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), eps=1e-7, weight_decay=0.05, fused=True)
 
 
-def make_schedule(dataset: str, optimizer: Optimizer, steps_per_epoch: int, num_epochs: int) -> LRScheduler:
-    """SPRC's one-cycle schedule, stepped once a batch, up to each group's own rate.
+def schedule_span(dataset: str, num_epochs: int) -> int:
+    """Epochs that the learning rate's schedule spans.
 
-    CIRR's spans 80 epochs however few are run (more, if more are run), so ten epochs stay near the peak.
+    CIRR's spans 80 however few are run (more, if more are run), so ten epochs stay near the peak. FashionIQ's
+    warm-up takes 1.5 epochs: one epoch is the first of two.
     """
+    return max(80 if dataset == "CIRR" else 2, num_epochs)
+
+
+def make_schedule(dataset: str, optimizer: Optimizer, steps_per_epoch: int, num_epochs: int) -> LRScheduler:
+    """SPRC's one-cycle schedule, stepped once a batch, up to each group's own rate."""
+    span = schedule_span(dataset, num_epochs)
     if dataset == "CIRR":
-        shape = {"pct_start": 1 / 50, "epochs": max(80, num_epochs)}
+        shape = {"pct_start": 1 / 50, "epochs": span}
     else:
-        span = max(2, num_epochs)  # the warm-up takes 1.5 epochs: one epoch is the first of two
         shape = {"pct_start": 1.5 / span, "div_factor": 100.0, "epochs": span}
     rates = [group["lr"] for group in optimizer.param_groups]
     return OneCycleLR(optimizer, max_lr=rates, steps_per_epoch=steps_per_epoch, **shape)
@@ -213,7 +218,7 @@ class Trainer:
         self.after_backward, self.scalars = after_backward, scalars
         self.steps_per_epoch = len(dataset) // config.batch_size
         self.order = EpochOrder(len(dataset), config.seed, config.batch_size)
-        self.loader = DataLoader(
+        self.loader = SteadyLoader(
             dataset,
             config.batch_size // world_size(),
             sampler=self.order,
@@ -221,7 +226,6 @@ class Trainer:
             generator=torch.Generator(),
             num_workers=config.num_workers,
             persistent_workers=config.num_workers > 0,
-            worker_init_fn=leave_signals_to_parent,
             pin_memory=model.device.type == "cuda",
         )
         self.optimizer = make_optimizer(model, config.learning_rate, config.other_rates)
@@ -238,6 +242,7 @@ class Trainer:
         self.losses = self.cache.losses if self.cache else forward
         self.progress = Progress()
         self.saved_step = 0  # of the state that is on the disk
+        self.received: list[int] = []  # the signals that ask this process to stop
 
     def mixed_precision(self) -> torch.autocast:
         """The context in which the model computes."""
@@ -246,7 +251,7 @@ class Trainer:
     @property
     def state_file(self) -> Path:
         """Where the state is kept while the run is not finished."""
-        return self.run_folder / "saved_models" / "training_state.pt"
+        return self.run_folder / STATE_FILE
 
     @property
     def epoch_file(self) -> Path:
@@ -254,7 +259,11 @@ class Trainer:
 
         Another number of ranks cannot go on within an epoch: each has random numbers of its own.
         """
-        return self.state_file.with_name("training_state_of_epoch.pt")
+        return self.run_folder / EPOCH_FILE
+
+    def is_within_epoch(self, step: int) -> bool:
+        """Whether an epoch has steps both before and after ``step``."""
+        return 0 < step < self.steps_per_epoch
 
     def save_state(self) -> None:
         """Write all that the next step depends on. Frozen weights are not part of it.
@@ -273,10 +282,11 @@ class Trainer:
             "progress": vars(self.progress),
         }
         if rank() == 0:
-            if step and not self.saved_step and self.state_file.exists():
+            within = self.is_within_epoch(step)
+            if within and not self.saved_step and self.state_file.exists():
                 self.state_file.replace(self.epoch_file)
             write_atomically(self.state_file, lambda file: torch.save(state, file))
-            if not step:
+            if not within:
                 self.epoch_file.unlink(missing_ok=True)
         self.saved_step = step
         wait_for_all()
@@ -288,20 +298,20 @@ class Trainer:
         empty.
 
         Raises:
-            InputError: the epoch's beginning is not there, or a rank does not see the file.
+            InputError: the epoch's beginning is not there, or a rank does not see the file, or it is broken.
         """
         has_state, has_beginning = from_main(lambda: (self.state_file.exists(), self.epoch_file.exists()))
         if not has_state and not has_beginning:
             return ""
-        state = self.read_state(self.state_file if has_state else self.epoch_file)
+        state = read_state(self.state_file if has_state else self.epoch_file)
         random = torch.atleast_2d(state["random"])  # an earlier version saved one row
         same_ranks = len(random) == world_size()
         note = "" if same_ranks else f"; {len(random)} ranks saved it and {world_size()} go on"
         epoch, step = state["progress"]["epoch"], state["progress"]["step"]
-        if not same_ranks and step:
+        if not same_ranks and self.is_within_epoch(step):
             note += f", so epoch {epoch} begins again and its {step} steps are dropped"
             if has_beginning:
-                state = self.read_state(self.epoch_file)
+                state = read_state(self.epoch_file)
             if not has_beginning or state["progress"]["epoch"] != epoch:
                 if epoch:
                     raise InputError(
@@ -329,15 +339,6 @@ class Trainer:
             seed_rank(self.config.seed, self.progress.epoch)
         return note
 
-    def read_state(self, path: Path) -> dict[str, Any]:
-        """The state in ``path``, on the CPU; :class:`InputError` where this rank does not see the file."""
-        if not path.exists():
-            raise InputError(
-                f"rank {rank()} does not see {path}, and rank 0 does; put the run folder on a disk that all "
-                "machines share"
-            )
-        return torch.load(path, map_location="cpu", weights_only=True)
-
     def _is_trained(self, name: str) -> bool:
         try:
             return self.model.get_parameter(name).requires_grad
@@ -346,7 +347,7 @@ class Trainer:
 
     def train(
         self,
-        validate: Callable[[], dict[str, float]],
+        validate: Callable[[Callable[[], None]], dict[str, float]],
         keep: Callable[[int, dict[str, float], list[dict[str, float]]], None],
     ) -> None:
         """Train up to ``config.num_epochs``, writing `train_metrics.csv` and `validation_metrics.csv`.
@@ -354,34 +355,42 @@ class Trainer:
         `step_times.csv` holds each epoch's median wall-clock seconds a step, reading the batch included: a
         file of its own, because times are the one thing that two runs of one seed do not share.
 
+        The state is saved after an epoch's last step, before the validation, and again after it.
+
         Args:
-            validate: scores the model as it is.
+            validate: scores the model as it is. It is given :meth:`stop_if_asked`, to be called every so
+                often, by all ranks alike.
             keep: is given the epoch, its scores and the rows of earlier validations, and saves the model if
                 it is worth saving.
 
         Raises:
             FloatingPointError: a loss is not finite; the step is named, what was saved stays.
-            Interrupted: SIGINT or SIGTERM came; the state is saved.
+            Interrupted: one of :data:`STOP_SIGNALS` came; the state is saved.
         """
         config, progress = self.config, self.progress
-        with stop_signals() as stop:
+        with stop_signals() as self.received:
             while progress.epoch < config.num_epochs:
-                seconds = self.train_epoch(stop)
+                seconds = self.train_epoch()
                 epoch, sums = progress.epoch, progress.sums
+                validates = epoch % config.validation_frequency == 0 or epoch == config.num_epochs - 1
                 if seconds:  # none after a resume at an epoch's very end
                     progress.time_rows.append({"epoch": epoch, "median_step_seconds": median(seconds)})
                     write_csv(self.run_folder / "step_times.csv", progress.time_rows)
+                    if validates:
+                        self.save_state()
                 means = {name: value / self.steps_per_epoch for name, value in sums.items()}
                 progress.train_rows.append({"epoch": epoch, **means})
                 self.write("train_metrics", progress.train_rows)
-                if epoch % config.validation_frequency == 0 or epoch == config.num_epochs - 1:
-                    metrics = validate()
+                if validates:
+                    metrics = validate(self.stop_if_asked)
                     row = {"epoch": epoch, **metrics}
                     keep(epoch, metrics, progress.validation_rows)
                     progress.validation_rows.append(row)
                     self.write("validation_metrics", progress.validation_rows)
                 progress.epoch, progress.step, progress.sums = epoch + 1, 0, {}
                 self.save_state()
+                if progress.epoch < config.num_epochs:
+                    self.stop_if_asked()
 
     def write(self, name: str, rows: list[dict[str, float | str]]) -> None:
         """Write all rows to `name.csv`, and the numbers of the last one to TensorBoard."""
@@ -391,7 +400,13 @@ class Trainer:
                 if key != "epoch" and isinstance(value, float):
                     self.scalars.add_scalar(f"{name}/{key}", value, rows[-1]["epoch"])
 
-    def train_epoch(self, stop: list[int]) -> list[float]:
+    def stop_if_asked(self) -> None:
+        """Raise :class:`Interrupted` if any rank was sent a signal. All ranks call it alike."""
+        own = torch.tensor(self.received[0] if self.received else 0)
+        if signum := int(of_all_ranks(own).max()):
+            raise Interrupted(signum)
+
+    def train_epoch(self) -> list[float]:
         """Train the rest of the current epoch, adding to ``progress.sums``; return each step's seconds."""
         model, progress, config = self.model, self.progress, self.config
         model.train()
@@ -416,7 +431,7 @@ class Trainer:
             with self.mixed_precision():
                 losses = self.losses(batch)
                 total = sum(config.loss_weights.get(name, 1.0) * loss for name, loss in losses.items())
-            values, signum = self.agree(total, losses, stop)
+            values, signum = self.agree(total, losses)
             self.scaler.scale(total).backward()
             if self.cache:
                 self.cache.backward()
@@ -436,13 +451,12 @@ class Trainer:
             if signum:
                 self.save_state()
                 raise Interrupted(signum)
-            if config.checkpoint_every and progress.step % config.checkpoint_every == 0:
+            due = config.checkpoint_every and progress.step % config.checkpoint_every == 0
+            if due and progress.step < self.steps_per_epoch:  # the last step's is saved in any case
                 self.save_state()
         return seconds
 
-    def agree(
-        self, total: Tensor, losses: dict[str, Tensor], stop: list[int]
-    ) -> tuple[dict[str, float], int]:
+    def agree(self, total: Tensor, losses: dict[str, Tensor]) -> tuple[dict[str, float], int]:
         """What is logged of a step, as means over the ranks, and the signal that any was sent, or 0.
 
         One transfer from the device and one exchange for all of it, before the backward pass: so that a loss
@@ -453,7 +467,7 @@ class Trainer:
         """
         logged = {"train_loss": total, **losses, **self.model.diagnostics}
         own = [value.detach().float() for value in logged.values()]
-        own.append(own[0].new_tensor(float(stop[0]) if stop else 0.0))
+        own.append(own[0].new_tensor(float(self.received[0]) if self.received else 0.0))
         rows = of_all_ranks(torch.stack(own)).tolist()
         for number, row in enumerate(rows):
             values = dict(zip([*logged, "signal"], row, strict=True))
@@ -469,6 +483,34 @@ class Trainer:
         return means, int(max(signals))
 
 
+def read_state(path: Path, *, mapped: bool = False) -> dict[str, Any]:
+    """The state in ``path``, on the CPU; ``mapped`` reads of its tensors only what is looked at.
+
+    Raises :class:`InputError` where this rank does not see the file, or it is broken.
+    """
+    if not path.exists():
+        raise InputError(
+            f"rank {rank()} does not see {path}, and rank 0 does; put the run folder on a disk that all "
+            "machines share"
+        )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    # A broken file comes out of the unpickler as almost any exception.
+    except Exception as error:
+        raise InputError(
+            f"{path} cannot be read: it is cut short or damaged; restore it from a copy, or delete it to "
+            "begin the run again"
+        ) from error
+
+
+def saved_progress(run_folder: Path) -> Progress | None:
+    """Where the run in ``run_folder`` was saved; None before its first state."""
+    for name in (STATE_FILE, EPOCH_FILE):
+        if (run_folder / name).exists():
+            return Progress(**read_state(run_folder / name, mapped=True)["progress"])
+    return None
+
+
 def in_parallel(module: nn.Module) -> nn.Module:
     """``module``, its gradients averaged over the ranks; without torchrun as it is.
 
@@ -481,17 +523,20 @@ def in_parallel(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Within it SIGINT and SIGTERM only fill the list; a second one acts at once, as usual.
+    """Within it :data:`STOP_SIGNALS` only fill the list; a second SIGINT or SIGTERM acts at once, as usual.
 
     Of several ranks each may be sent the same one twice, by torchrun and by Slurm. There torchrun itself
-    kills what has not ended half a minute after a signal.
+    kills what has not ended half a minute after a signal. SIGHUP comes twice where a session is closed, from
+    the shell and from the kernel; under nohup it is ignored, and stays so.
     """
     received: list[int] = []
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
+    if SIGHUP is not None and before[SIGHUP] is signal.SIG_IGN:
+        del before[SIGHUP]
 
     def note(signum: int, _frame: object) -> None:
         received.append(signum)
-        if world_size() == 1:
+        if world_size() == 1 and signum != SIGHUP:
             signal.signal(signum, before[signum])
 
     for signum in before:

@@ -1,18 +1,18 @@
 """Score a model on a benchmark's split: every image through the model once, then ranks and recall."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from sprc.data.captions import process_caption
 from sprc.data.cirr import CirrSplit
-from sprc.data.datasets import ImageDataset, Loader, batches_of_rank, leave_signals_to_parent
+from sprc.data.datasets import ImageDataset, Loader, SteadyLoader, batches_of_rank
 from sprc.data.fashioniq import FashionIQSplit
-from sprc.distributed import sum_over_ranks
+from sprc.distributed import sum_over_ranks, world_size
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.ranking import (
     QUERY_BLOCK,
@@ -53,6 +53,7 @@ def encode_split(
     num_workers: int,
     save_memory: bool = False,
     gallery_dtype: str = "float32",
+    on_batch: Callable[[], None] = lambda: None,
 ) -> EncodedSplit:
     """Encode a split's gallery and queries, in eval mode; the model's mode is put back afterwards.
 
@@ -67,6 +68,7 @@ def encode_split(
         num_workers: processes that read images.
         save_memory: keep the gallery's features in main memory instead of the GPU's.
         gallery_dtype: "float32", or "float16" at half the memory.
+        on_batch: is called after each batch of images, on all ranks equally often; what it raises ends it.
     """
     names = list(split.image_paths)
     label = " ".join([getattr(split, "dress_type", ""), split.name]).strip()
@@ -84,11 +86,11 @@ def encode_split(
     )
     composed = torch.zeros(len(captions), config.embed_dim)
     text_only = torch.zeros_like(composed)
-    loader = DataLoader(
+    own = batches_of_rank(len(names), batch_size)
+    loader = SteadyLoader(
         ImageDataset(names, split.image_paths, load),
-        batch_sampler=batches_of_rank(len(names), batch_size),
+        batch_sampler=own,
         num_workers=num_workers,
-        worker_init_fn=leave_signals_to_parent,
     )
     hidden = any(triplet.target is None for triplet in split.triplets)
     was_training = model.training
@@ -107,6 +109,9 @@ def encode_split(
                 reference = image_embeds[row]
             composed[query] = model.compose(reference, text).cpu()
             text_only[query] = model.text_features(text).cpu()
+        on_batch()
+    for _ in range(math.ceil(len(names) / (batch_size * world_size())) - len(own)):
+        on_batch()  # other ranks have a batch more
     model.train(was_training)
     for rows in (gallery, composed, text_only):  # a row is one rank's, and zero on the others
         sum_over_ranks(rows)

@@ -13,12 +13,14 @@ from sprc.data.captions import process_caption
 from sprc.data.cirr import load_cirr, load_cirr_test
 from sprc.data.datasets import Triplet, check_images, quote, require_text
 from sprc.data.fashioniq import load_fashioniq
+from sprc.data.missing import left_out_columns, left_out_text, tell_left_out
 from sprc.errors import InputError
 from sprc.evaluation import Scorer
 from sprc.fusion_probe import probe
 from sprc.gate_maps import draw_sheet, picture_of, view_queries
 from sprc.gate_page import write_page
 from sprc.localisation import as_text, localise, read_edits, require_squares
+from sprc.models.device import start_device
 from sprc.run_folder import write_csv
 from sprc.validation import Split
 
@@ -38,18 +40,21 @@ def run_visualisation(arguments: argparse.Namespace) -> None:
     With ``localisation`` also measure where the edits are, with ``probe`` what recall owes to them.
     Raises :class:`InputError` before any long work.
     """
+    device = start_device(arguments.device)
     split = load_split(arguments)
+    if arguments.missing_images == "skip":
+        tell_left_out([split])
     edits = read_edits(arguments.data_path, split) if arguments.localisation else None
     groups = choose(split, arguments)
     if arguments.probe and any(triplet.target is None for triplet in split.triplets):
         raise InputError(f"--probe: the split {split.name} keeps its targets secret; give --split val")
-    scorer = Scorer.from_flags(arguments)
+    scorer = Scorer.from_flags(arguments, device)
     if scorer.checkpoint.model.gated_fusion is None:
         raise InputError(
             f"{arguments.model_path} holds plain SPRC: without fusion there is no gate and no change to "
             "draw; give a checkpoint with fusion (plain SPRC goes to --off-model-path, with --localisation)"
         )
-    off = load_off(arguments)
+    off = load_off(arguments, device)
     check_images(split.image_paths, split.image_paths)
     if edits is not None:
         require_squares(split)
@@ -67,11 +72,12 @@ def run_visualisation(arguments: argparse.Namespace) -> None:
             if one is not None:
                 batch_size, model = one.settings["batch_size"], one.checkpoint.model
                 rows += localise(model, label, split, edits, one.transform, batch_size, arguments.seed)
+        rows = [{**row, **left_out_columns([split])} for row in rows]
         write_csv(out / "localisation.csv", rows)
         print(as_text(rows))
         print(f"wrote {out / 'localisation.csv'}")
     if arguments.probe:
-        rows = probe(scorer, split)
+        rows = [{**row, **left_out_columns([split])} for row in probe(scorer, split)]
         write_csv(out / "probe.csv", rows)
         shown = [name for name in rows[0] if "recall" in name or name.startswith("mean(")]
         print(
@@ -82,19 +88,22 @@ def run_visualisation(arguments: argparse.Namespace) -> None:
 
 def load_split(arguments: argparse.Namespace) -> Split:
     """The split that the flags name; FashionIQ's is of one type."""
+    missing = {"missing_images": arguments.missing_images}
     if arguments.dataset == "cirr":
         if arguments.probe and arguments.split == "test1":
-            return load_cirr_test(arguments.data_path)
-        return load_cirr(arguments.data_path, arguments.split)
-    return load_fashioniq(arguments.data_path, arguments.split, arguments.fiq_type, arguments.fiq_protocol)
+            return load_cirr_test(arguments.data_path, **missing)
+        return load_cirr(arguments.data_path, arguments.split, **missing)
+    return load_fashioniq(
+        arguments.data_path, arguments.split, arguments.fiq_type, arguments.fiq_protocol, **missing
+    )
 
 
-def load_off(arguments: argparse.Namespace) -> Scorer | None:
+def load_off(arguments: argparse.Namespace, device: torch.device) -> Scorer | None:
     """The plain SPRC model of ``--off-model-path``; None where there is no such flag."""
     if arguments.off_model_path is None:
         return None
     given = argparse.Namespace(**{**vars(arguments), "model_path": arguments.off_model_path})
-    scorer = Scorer.from_flags(given)
+    scorer = Scorer.from_flags(given, device)
     if scorer.checkpoint.model.gated_fusion is not None:
         raise InputError(
             f"--off-model-path {arguments.off_model_path} holds a fusion; give a checkpoint of plain SPRC, "
@@ -207,7 +216,7 @@ def draw(
     config = model.config
     title = (
         f"Gate maps: {config.fusion_strategy} fusion, epoch {checkpoint.epoch}, "
-        f"{len(rows)} queries of the split {split.name}"
+        f"{len(rows)} queries of the split {split.name}{left_out_text([split])}"
     )
     write_page(page, title, NOTE, tqdm(grouped, desc="page", unit="group"), picture)
     print(f"wrote {page}")

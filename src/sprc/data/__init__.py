@@ -1,6 +1,9 @@
 """The data of the benchmarks. This file imports nothing, so that `--help` names the choices at once."""
 
 TRANSFORMS = ("targetpad", "squarepad")
-# FashionIQ's kinds of clothing, and its galleries; see sprc.data.fashioniq.
-TYPES = ("dress", "shirt", "toptee")
+# FashionIQ's kinds of clothing, in the order of SPRC's training and CSV files, and its galleries; see
+# sprc.data.fashioniq.
+TYPES = ("dress", "toptee", "shirt")
 PROTOCOLS = ("original", "val-split")
+# What is done about an image that has no file; see sprc.data.missing.
+MISSING_IMAGES = ("error", "skip")

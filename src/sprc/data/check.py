@@ -5,12 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sprc.data import TYPES, cirr, fashioniq
-from sprc.data.datasets import inspect_images, quote, reporting
+from sprc.data.datasets import Report, inspect_images, quote, reporting
+from sprc.data.missing import describe
 
-# Spec of the published data sets. FashionIQ's images are counted over its split files.
+# What the authors' own files hold. An image of FashionIQ may be in several split files.
 CIRR_TRIPLETS = {"train": 28_225, "val": 4_181, "test1": 4_148}
 CIRR_SET_SIZE = 6
-PUBLISHED_IMAGES = {"cirr": 21_552, "fashioniq": 77_684}
+CIRR_IMAGES = 21_551
+FASHIONIQ_ENTRIES, FASHIONIQ_IMAGES = 77_683, 74_381
 
 
 @dataclass
@@ -23,21 +25,21 @@ class Findings:
     image_paths: dict[Path, None] = field(default_factory=dict)  # a set that keeps its order
 
 
-def check_dataset(dataset: str, data_path: Path, decode: bool = False) -> Findings:
+def check_dataset(
+    dataset: str, data_path: Path, decode: bool = False, missing_images: str = "error"
+) -> Findings:
     """Check layout, every annotation and every image of "cirr" or "fashioniq" in ``data_path``.
 
     The rules are those of :func:`load_cirr` and :func:`load_fashioniq`, which stop at the first problem; and
     CIRR's sets must hold 6 images. Sizes other than the published ones are notes: made data have others.
-    With ``decode`` every image is decoded; without, header and end are looked at.
+    With ``decode`` every image is decoded; without, header and end are looked at. What `--missing-images`
+    "skip" leaves out is a note; with ``missing_images`` "skip" an image without a file is no problem besides.
     """
     findings = Findings()
     if dataset == "cirr":
-        total = _check_cirr(data_path, findings)
+        _check_cirr(data_path, findings, missing_images)
     else:
-        total = _check_fashioniq(data_path, findings)
-    findings.counts.append(f"in all: {total:,} images")
-    if total != PUBLISHED_IMAGES[dataset]:
-        findings.notes.append(f"{total:,} images; published are {PUBLISHED_IMAGES[dataset]:,}")
+        _check_fashioniq(data_path, findings, missing_images)
     found = inspect_images(list(findings.image_paths), decode)
     findings.problems += [finding.problem for finding in found if finding.problem]
     if rotated := sum(finding.is_rotated for finding in found):
@@ -50,17 +52,25 @@ def check_dataset(dataset: str, data_path: Path, decode: bool = False) -> Findin
     return findings
 
 
-def _check_cirr(data_path: Path, findings: Findings) -> int:
-    total = 0
+def _check_cirr(data_path: Path, findings: Findings, missing_images: str) -> None:
+    total, nothing_left = 0, _on_nothing_left(findings, missing_images)
     for split, published in CIRR_TRIPLETS.items():
         loaded = cirr.load_cirr(data_path, split, findings.problems.append)
         findings.problems += _odd_sets(loaded)
-        findings.image_paths |= dict.fromkeys(loaded.image_paths.values())
+        rest = loaded
+        with reporting(nothing_left):
+            rest = cirr.without_missing(loaded)
+        if rest.left_out.images:
+            findings.notes.append(describe(rest))
+        looked_at = rest if missing_images == "skip" else loaded
+        findings.image_paths |= dict.fromkeys(looked_at.image_paths.values())
         total += len(loaded.image_paths)
         _count(findings, split, len(loaded.triplets), len(loaded.image_paths))
         if len(loaded.triplets) != published:
             findings.notes.append(f"{split}: {len(loaded.triplets):,} triplets; published are {published:,}")
-    return total
+    findings.counts.append(f"in all: {total:,} images")
+    if total != CIRR_IMAGES:
+        findings.notes.append(f"{total:,} images; published are {CIRR_IMAGES:,}")
 
 
 def _odd_sets(split: cirr.CirrSplit) -> Iterator[str]:
@@ -72,8 +82,9 @@ def _odd_sets(split: cirr.CirrSplit) -> Iterator[str]:
             )
 
 
-def _check_fashioniq(data_path: Path, findings: Findings) -> int:
-    total, files = 0, None
+def _check_fashioniq(data_path: Path, findings: Findings, missing_images: str) -> None:
+    entries, images, files = 0, set(), None
+    nothing_left = _on_nothing_left(findings, missing_images)
     with reporting(findings.problems.append):
         files = fashioniq.find_images(data_path)
     for split in fashioniq.SPLITS:
@@ -92,20 +103,37 @@ def _check_fashioniq(data_path: Path, findings: Findings) -> int:
             names, triplets = fashioniq.read_annotations(
                 data_path, split, dress_type, findings.problems.append
             )
-            total += len(names)
+            entries += len(names)
+            images |= names.keys()
             _count(findings, f"{split}, {dress_type}", len(triplets), len(names))
             if files is None:
                 continue
+            loaded = fashioniq.FashionIQSplit(split, dress_type, triplets, {})
+            with reporting(nothing_left):
+                loaded = fashioniq.without_missing(loaded, names, files)
+            if loaded.left_out.images:
+                findings.notes.append(describe(loaded))
             split_file, _ = fashioniq.annotation_files(data_path, split, dress_type)
             for name, index in names.items():
-                if name in files:
+                if name in loaded.image_paths or (name in files and missing_images == "error"):
                     findings.image_paths[files[name]] = None
-                else:
+                elif missing_images == "error":
                     findings.problems.append(
                         f"{split_file}: entry {index}: {quote(name)} has no .png, .jpg or .jpeg file "
-                        "in images/; take a complete copy: some links that FashionIQ published are dead"
+                        "in images/; take a complete copy (some links that FashionIQ published are dead), or "
+                        "leave it out with --missing-images skip"
                     )
-    return total
+    found = f"{entries:,} entries in split files, of {len(images):,} different images"
+    findings.counts.append(f"in all: {found}")
+    if (entries, len(images)) != (FASHIONIQ_ENTRIES, FASHIONIQ_IMAGES):
+        findings.notes.append(
+            f"{found}; published are {FASHIONIQ_ENTRIES:,} entries of {FASHIONIQ_IMAGES:,} images"
+        )
+
+
+def _on_nothing_left(findings: Findings, missing_images: str) -> Report:
+    """What is told that no triplet remains: no news where each missing image is a problem itself."""
+    return findings.problems.append if missing_images == "skip" else lambda problem: None
 
 
 def _count(findings: Findings, what: str, triplets: int, images: int) -> None:

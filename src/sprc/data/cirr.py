@@ -1,7 +1,7 @@
 """CIRR (Liu et al., ICCV 2021) as it is published, release rc2."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from sprc.data.datasets import (
     require_text,
     stop_at,
 )
+from sprc.data.missing import LeftOut, has_file, leave_out
 from sprc.errors import InputError
 
 SPLITS = ("train", "val", "test1")
@@ -29,13 +30,22 @@ class CirrSplit:
     name: str
     triplets: list[Triplet]
     image_paths: dict[str, Path]
+    left_out: LeftOut = field(default_factory=LeftOut)
+
+    @property
+    def title(self) -> str:
+        """The split's name."""
+        return self.name
 
 
-def load_cirr(data_path: Path, split: str, report: Report = stop_at) -> CirrSplit:
+def load_cirr(
+    data_path: Path, split: str, report: Report = stop_at, *, missing_images: str = "error"
+) -> CirrSplit:
     """Read and check the annotations of ``split``: "train", "val" or "test1".
 
     The targets of "test1" are secret, so they are None. ``data_path`` is the folder that holds
-    `cirr_dataset/`. The images themselves are left to :func:`sprc.data.datasets.check_images`.
+    `cirr_dataset/`. The images themselves are left to :func:`sprc.data.datasets.check_images`; with
+    ``missing_images`` "skip" what has no file is left out, see :func:`without_missing`.
     Raises :class:`InputError` naming the file and the entry. Another ``report`` is told of each such problem
     instead, and what it is about is left out of the split.
     """
@@ -52,7 +62,23 @@ def load_cirr(data_path: Path, split: str, report: Report = stop_at) -> CirrSpli
         captions_file = root / "cirr" / "captions" / f"cap.rc2.{split}.json"
         require_file("CIRR", root, captions_file)
         triplets = _read_triplets(captions_file, images, split, report)
-    return CirrSplit(split, triplets, image_paths)
+    loaded = CirrSplit(split, triplets, image_paths)
+    return without_missing(loaded) if missing_images == "skip" else loaded
+
+
+def without_missing(split: CirrSplit) -> CirrSplit:
+    """``split`` without the images that have no file, and without the triplets that need one of those.
+
+    A triplet needs all of its set: among fewer members its target would be easier to find. In training, where
+    sets do not count, it needs reference and target, and its set loses the member.
+    Raises :class:`InputError` if no triplet remains.
+    """
+    missing = {name: None for name, path in split.image_paths.items() if not has_file(path)}
+    if split.name != "train":
+        return leave_out(split, missing, lambda triplet: triplet.members)
+    rest = leave_out(split, missing, lambda triplet: (triplet.reference, triplet.target))
+    triplets = [replace(t, members=tuple(m for m in t.members if m not in missing)) for t in rest.triplets]
+    return replace(rest, triplets=triplets)
 
 
 def edits_of_test1(data_path: Path) -> Path:
@@ -60,7 +86,7 @@ def edits_of_test1(data_path: Path) -> Path:
     return Path(data_path) / "cirr_dataset" / "edits.test1.json"
 
 
-def load_cirr_test(data_path: Path) -> CirrSplit:
+def load_cirr_test(data_path: Path, *, missing_images: str = "error") -> CirrSplit:
     """The made benchmark's test1 with its targets, which :func:`load_cirr` leaves out.
 
     Raises :class:`InputError` naming the file and the entry; CIRR's own test1 has no public targets.
@@ -71,7 +97,7 @@ def load_cirr_test(data_path: Path) -> CirrSplit:
             f"{path} is missing: only the built-in data have targets for test1; score the val split, or send "
             "CIRR's server what cirr_test_submission.py writes"
         )
-    split, edits = load_cirr(data_path, "test1"), read_json(path)
+    split, edits = load_cirr(data_path, "test1", missing_images=missing_images), read_json(path)
     triplets = []
     for triplet in split.triplets:
         try:
@@ -95,7 +121,7 @@ def _read_images(split_file: Path) -> dict[str, Any]:
 def _read_image_paths(
     root: Path, split_file: Path, images: dict[str, Any], report: Report
 ) -> dict[str, Path]:
-    image_paths = {}
+    places: dict[str, tuple[str, str]] = {}  # the topmost folder, and the whole path
     for index, (name, location) in enumerate(images.items()):
         where = f"{split_file}: entry {index} ({quote(name)}): "
         with reporting(report, where, "; correct the entry or download the file again"):
@@ -105,8 +131,25 @@ def _read_image_paths(
             outside = os.path.isabs(relative) or relative.split(os.sep)[0] in (".", "..")
             if outside or "\0" in location:
                 raise InputError(f"the path {quote(location)} does not lead to a file inside {root}")
-            image_paths[name] = root / relative
-    return image_paths
+            places[name] = (os.path.dirname(relative).split(os.sep)[0], relative)
+    parents = {folder: _parent_of(root, folder) for folder in {folder for folder, _ in places.values()}}
+    return {name: parents[folder] / relative for name, (folder, relative) in places.items()}
+
+
+def _parent_of(root: Path, folder: str) -> Path:
+    """Where the images' ``folder`` (train, dev or test1) lies: ``root``, else a folder in it.
+
+    NLVR2's archive of the training images unpacks to `images/train/`.
+    Raises :class:`InputError` if it is in two.
+    """
+    if os.path.exists(root / folder):
+        return root
+    found = sorted(path for path in root.iterdir() if os.path.isdir(path / folder))
+    if len(found) > 1:
+        raise InputError(
+            f"{folder}/ is in {found[0]} and in {found[1]}; leave one of them, or move it to {root}"
+        )
+    return found[0] if found else root
 
 
 def _read_triplets(captions_file: Path, images: dict[str, Any], split: str, report: Report) -> list[Triplet]:

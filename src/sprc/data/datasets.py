@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from sprc.data.captions import process_caption
@@ -137,13 +137,32 @@ def batches_of_rank(length: int, batch_size: int) -> list[range]:
     return [range(start, min(start + batch_size, length)) for start in starts]
 
 
-def leave_signals_to_parent(_worker: int) -> None:
-    """For a process that reads images: SIGINT and SIGTERM end it only where the one it reads for sends them.
+class SteadyLoader(DataLoader):
+    """A ``DataLoader`` whose processes no signal ends, see :func:`leave_signals_to_parent`."""
 
-    A terminal, torchrun and Slurm send them to all processes of a run. Were the readers gone at once, there
-    would be no step to stop after.
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, worker_init_fn=leave_signals_to_parent, **options)
+
+    def __iter__(self) -> Iterator[Any]:
+        if not hasattr(signal, "pthread_sigmask"):
+            return super().__iter__()
+        # What comes while the processes start is for this one, which gets it afterwards.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP, signal.SIGTERM})
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def leave_signals_to_parent(_worker: int) -> None:
+    """For a process that reads images: a signal ends it only where the one it reads for sends it.
+
+    A terminal, torchrun and Slurm send SIGINT, SIGHUP and SIGTERM to all processes of a run. Were the readers
+    gone at once, there would be no step to stop after.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # a handler would not know who sent it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         Thread(target=_end_with_parent, daemon=True).start()
@@ -267,7 +286,7 @@ def _problem(path: Path, error: Exception) -> str:
         remedy += ", or correct --data-path"
     elif isinstance(error, IsADirectoryError):
         reason = "is a folder, not an image"
-    elif isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
+    elif isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
         reason = f"has more than {Image.MAX_IMAGE_PIXELS} pixels or more than {_LONGEST_SIDE} on a side"
         remedy = "replace it with a smaller copy"
     elif isinstance(error, UnidentifiedImageError):

@@ -1,7 +1,8 @@
 """FashionIQ (Wu et al., CVPR 2021) as it is published."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sprc.data.datasets import (
     require_text,
     stop_at,
 )
+from sprc.data.missing import LeftOut, has_file, leave_out
 from sprc.errors import InputError
 
 SPLITS = ("train", "val", "test")
@@ -32,10 +34,21 @@ class FashionIQSplit:
     dress_type: str
     triplets: list[Triplet]
     image_paths: dict[str, Path]
+    left_out: LeftOut = field(default_factory=LeftOut)
+
+    @property
+    def title(self) -> str:
+        """The split's name and its type."""
+        return f"{self.name}, {self.dress_type}"
 
 
 def load_fashioniq(
-    data_path: Path, split: str, dress_type: str, protocol: str = "original"
+    data_path: Path,
+    split: str,
+    dress_type: str,
+    protocol: str = "original",
+    *,
+    missing_images: str = "error",
 ) -> FashionIQSplit:
     """Read and check the annotations of one type, and find its images: .png, .jpg or .jpeg, in any case.
 
@@ -48,10 +61,12 @@ def load_fashioniq(
         dress_type: one of ``TYPES``.
         protocol: "original" makes all images of `image_splits` the gallery, "val-split" those that occur in
             the split's triplets. Figures of the two do not compare. Training needs no more than "val-split".
+        missing_images: "skip" leaves out what has no file, see :func:`without_missing`.
 
     Raises:
-        InputError: naming the file and the entry; an image of the gallery without a file is one as well.
-            Whether the images can be read is left to :func:`sprc.data.datasets.check_images`.
+        InputError: naming the file and the entry; an image of the gallery without a file is one as well, or a
+            split of which nothing remains. Whether the images can be read is left to
+            :func:`sprc.data.datasets.check_images`.
     """
     for what, choice, choices in (
         ("split", split, SPLITS),
@@ -64,6 +79,8 @@ def load_fashioniq(
     used = dict.fromkeys(name for t in triplets for name in (t.reference, t.target) if name is not None)
     gallery = list(names) if protocol == "original" else [name for name in names if name in used]
     paths = find_images(data_path)
+    if missing_images == "skip":
+        return without_missing(FashionIQSplit(split, dress_type, triplets, {}), gallery, paths)
     # The triplets' images first: without one of those even training is impossible.
     if missing := [name for name in dict.fromkeys([*used, *gallery]) if name not in paths]:
         split_file, captions_file = annotation_files(data_path, split, dress_type)
@@ -77,9 +94,25 @@ def load_fashioniq(
             f"{_root(data_path) / 'images'}: {len(missing)} of {len(gallery)} images have no .png, .jpg or "
             f".jpeg file, "
             f"{sum(name in used for name in missing)} of them in triplets; first: {quote(first)} ({where}); "
-            "some links that FashionIQ published are dead: take a complete copy, or correct --data-path"
+            "some links that FashionIQ published are dead: take a complete copy, correct --data-path, or "
+            "leave them out with --missing-images skip"
         )
     return FashionIQSplit(split, dress_type, triplets, {name: paths[name] for name in gallery})
+
+
+def without_missing(
+    split: FashionIQSplit, gallery: Collection[str], files: dict[str, Path]
+) -> FashionIQSplit:
+    """``split`` with the images of ``gallery`` that have a file, without the triplets that need another.
+
+    Raises :class:`InputError` if no triplet remains.
+    """
+    # A link may lead nowhere.
+    found = {name: files[name] for name in gallery if name in files and has_file(files[name])}
+    missing = [name for name in gallery if name not in found]
+    return leave_out(
+        replace(split, image_paths=found), missing, lambda triplet: (triplet.reference, triplet.target)
+    )
 
 
 def _root(data_path: Path) -> Path:
@@ -167,12 +200,23 @@ def combine_captions(first: str, second: str) -> tuple[str, str, str, str]:
 
 
 def find_images(data_path: Path) -> dict[str, Path]:
-    """The image files by name, from one listing: 77,684 single questions would take minutes.
+    """The image files by name, from one listing a folder: 74,381 single questions would take minutes.
 
+    They are in `images/` or in its folders `dress/`, `toptee/` and `shirt/`. Of several files of one name the
+    one in `images/` is taken, else that of the first of these folders.
     Raises :class:`InputError` if there is no folder to list.
     """
     folder = _root(data_path) / "images"
     require_file("FashionIQ", _root(data_path), folder)
+    types = [folder / dress_type for dress_type in TYPES]
+    found: dict[str, Path] = {}
+    for place in (folder, *(path for path in types if os.path.isdir(path))):
+        found = _list_images(place) | found
+    return found
+
+
+def _list_images(folder: Path) -> dict[str, Path]:
+    """The image files in ``folder`` itself."""
     try:
         files = os.listdir(folder)
     except OSError as error:

@@ -4,6 +4,8 @@ The edits are those of CSS (Color, Shape, Size; Vo et al., "Composing Text and I
 CVPR 2019), and adding, removing and moving an object.
 """
 
+from __future__ import annotations
+
 import math
 import random
 import re

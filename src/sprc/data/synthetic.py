@@ -41,6 +41,8 @@ class SyntheticConfig:
         limits = {"seed": (0, 2**63), "size": (24, 1024), "families": (1, 10000)}
         limits["set"] = (2, self.most_queries_per_set)
         for name, value in asdict(self).items():
+            if isinstance(value, bool):
+                continue
             low, high = limits[name.rsplit("_", 1)[-1]]
             if not low <= value <= high:
                 flag = "--" + name.replace("_", "-")
@@ -146,7 +148,8 @@ def write_once(root: Path, config: SyntheticConfig, write: Callable[[Path, Synth
     Adds ``made_by.json``, the arguments, by which a later call knows the folder.
     Raises :class:`InputError` if the folder exists and was made otherwise, or cannot be written.
     """
-    made_by = {"generator": "sprc.data.synthetic", "version": GENERATOR_VERSION, **asdict(config)}
+    arguments = {name: value for name, value in asdict(config).items() if value is not False}
+    made_by = {"generator": "sprc.data.synthetic", "version": GENERATOR_VERSION, **arguments}
     if root.exists():
         record = root / "made_by.json"
         if not record.is_file() or record.read_bytes() != json_text(made_by).encode():

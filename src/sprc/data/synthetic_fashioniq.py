@@ -9,12 +9,12 @@ from typing import ClassVar
 
 from tqdm import tqdm
 
-from sprc.data import TYPES
 from sprc.data.scenes import Edit, Scene, cell_name, edit_between, object_phrase, render
 from sprc.data.synthetic import SyntheticConfig, axis_pairs, draw_family, draw_queries, json_text, write_once
 
-# What tells a type's images at sight: the background is light, grey or dark.
-SHADES = dict(zip(TYPES, ((225, 250), (165, 185), (30, 55)), strict=True))
+# The types, in the order in which they are drawn, and what tells a type's images at sight: the background is
+# light, grey or dark.
+SHADES = {"dress": (225, 250), "shirt": (165, 185), "toptee": (30, 55)}
 
 # Words as in scenes.TEMPLATES, but the captions describe the target, as FashionIQ's do; {old} is the edited
 # attribute before, {color}, {shape} and {size} are the object's after. Each of STATEMENTS gives the target
@@ -78,6 +78,7 @@ class FashionIQConfig(SyntheticConfig):
     val_families: int = 6
     test_families: int = 2
     eval_queries_per_set: int = 4
+    png: bool = False  # all images as PNG, which alone SPRC's own scripts read
     most_queries_per_set: ClassVar[int] = 12
 
 
@@ -107,7 +108,8 @@ def make_fashioniq(out: Path, config: FashionIQConfig) -> None:
     """Write the benchmark to ``out/fashionIQ_dataset``; see :func:`write_once`.
 
     Of each image set one image is a distractor: it is in `image_splits` and in no triplet, so that the
-    gallery of the original protocol is larger than that of the val-split. Every other image is a JPEG.
+    gallery of the original protocol is larger than that of the val-split. Every other image is a JPEG,
+    unless ``config.png``.
     Beside FashionIQ's own files it writes ``edits.TYPE.SPLIT.json``: a list of {"kind", "cells", "target"}
     in the order of the captions, which holds the test split's targets as well.
     """
@@ -120,8 +122,8 @@ def _write_benchmark(root: Path, config: FashionIQConfig) -> None:
     seeds, used = random.Random(config.seed), set()
     # Train comes last, so that another number of train families leaves the other splits as they are.
     counts = {"val": config.val_families, "test": config.test_families, "train": config.train_families}
-    bar = tqdm(total=36 * len(TYPES) * sum(counts.values()), desc="made data", unit="image")
-    for split, dress_type in product(counts, TYPES):
+    bar = tqdm(total=36 * len(SHADES) * sum(counts.values()), desc="made data", unit="image")
+    for split, dress_type in product(counts, SHADES):
         rng = random.Random(seeds.getrandbits(64))
         families = [
             draw_family(pair, rng, used, SHADES[dress_type])
@@ -135,7 +137,7 @@ def _write_benchmark(root: Path, config: FashionIQConfig) -> None:
                 scene: f"{dress_type}-{split}-{family}-{number}-img{i}" for i, scene in enumerate(scenes)
             }
             for scene, name in names.items():
-                suffix = (".png", ".jpg")[len(gallery) % 2]
+                suffix = ".jpg" if len(gallery) % 2 and not config.png else ".png"
                 # Only a JPEG takes the options: without subsampling edges of equal lightness stay sharp.
                 options = {"quality": 95, "subsampling": 0} if suffix == ".jpg" else {}
                 render(scene, config.image_size).save(root / "images" / f"{name}{suffix}", **options)

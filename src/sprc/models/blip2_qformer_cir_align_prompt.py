@@ -15,6 +15,8 @@ With ``use_gated_fusion`` the text edits the reference's image tokens before cal
 are never edited. Without it the model is plain SPRC and has no fusion parameter.
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import torch
@@ -24,17 +26,28 @@ from transformers import BertTokenizer
 
 from sprc.config import ModelConfig
 from sprc.distributed import rank
+from sprc.errors import InputError
 from sprc.losses import align_loss, contrastive_loss, gather_rows, similarity
-from sprc.models.gated_fusion import FusionOutput, fusion_class
+from sprc.models.gated_fusion import FusionOutput, at_least_float32, fusion_class
 from sprc.models.qformer import ImageKeys, Layout, QFormer, ScaledImage, batch_of
+from sprc.models.switches import Switches
+from sprc.models.tokenizer import CaptionIds
 from sprc.models.vision import ClipViT, EvaViT
 
 
 class Text(NamedTuple):
-    """B captions as the Q-Former reads them."""
+    """B captions as the Q-Former reads them.
+
+    The layouts depend on the captions' lengths, which only the CPU knows. So they are made beside the words,
+    and what follows is all tensors: ``torch.compile`` sees one graph.
+    """
 
     words: Tensor  # (B, M, C) word embeddings, without positions
-    mask: Tensor  # (B, M), True where there is a word and not padding, on the CPU
+    mask: Tensor  # (B, M), True where there is a word and not padding
+    call_1: Layout
+    call_2: Layout  # call 4 has the same rows
+    calls_2_and_4: Layout  # both as one batch of 2 B
+    alone: Layout  # the words without queries
 
 
 class Blip2QformerCirAlignPrompt(nn.Module):
@@ -49,6 +62,7 @@ class Blip2QformerCirAlignPrompt(nn.Module):
         super().__init__()
         self.config = config
         self.tokenizer = tokenizer
+        self.caption_ids = CaptionIds(tokenizer, config.max_txt_len)
 
         self.visual_encoder = self.vision_transformer(config)
         self.ln_vision = nn.LayerNorm(config.vit_width, eps=config.vision_norm_eps)
@@ -85,6 +99,7 @@ class Blip2QformerCirAlignPrompt(nn.Module):
                 pool=config.pool,
                 start=config.fusion_start,
             )
+            self.gated_fusion.switches = Switches(config, tokenizer)  # into the state dict, no parameter
         self.diagnostics: dict[str, Tensor] = {}
 
         # No loss of this model reaches BLIP-2's matching and language heads; they stay for the
@@ -113,7 +128,7 @@ class Blip2QformerCirAlignPrompt(nn.Module):
             return EvaViT(**arguments, initializer_range=config.initializer_range)
         return ClipViT(**arguments)
 
-    def train(self, mode: bool = True) -> "Blip2QformerCirAlignPrompt":
+    def train(self, mode: bool = True) -> Blip2QformerCirAlignPrompt:
         """Set the mode; a frozen vision transformer stays in eval mode always."""
         super().train(mode)
         if self.config.freeze_vit:
@@ -152,7 +167,9 @@ class Blip2QformerCirAlignPrompt(nn.Module):
 
         A row depends on its own triplet alone: batches may be embedded in parts.
         """
-        images = torch.cat([samples["image"], samples["target"]])  # one pass through the ViT for both
+        # Autocast on a CPU does not join cached tokens of another half precision than its own.
+        with torch.autocast(self.device.type, enabled=False):
+            images = torch.cat([samples["image"], samples["target"]])  # one pass through the ViT for both
         rows = self.embed_tokens(self.vit_tokens(images), self.tokenize(samples["text_input"]))
         return {**rows, "temp": self.temp}
 
@@ -216,15 +233,24 @@ class Blip2QformerCirAlignPrompt(nn.Module):
         positions (``pool="all"``) sees it, and gets all ``max_txt_len``.
         """
         to_the_full = self.config.use_gated_fusion and self.config.pool == "all"
-        tokens = self.tokenizer(
-            text,
-            padding="max_length" if to_the_full else "longest",
-            truncation=True,
-            max_length=self.config.max_txt_len,
-            return_tensors="pt",
+        rows = [self.caption_ids[caption] for caption in text]
+        length = self.config.max_txt_len if to_the_full else max(map(len, rows))
+        padding = self.tokenizer.pad_token_id
+        ids = torch.tensor([row + [padding] * (length - len(row)) for row in rows])
+        mask = torch.arange(length) < torch.tensor([len(row) for row in rows])[:, None]
+        return self.lay_out(self.Qformer.bert.embeddings.word_embeddings(ids.to(self.device)), mask)
+
+    def lay_out(self, words: Tensor, mask: Tensor) -> Text:
+        """Word embeddings (B, M, C) and a CPU's (B, M) mask of what is no padding, as the calls take them."""
+        num_queries = self.config.num_query_tokens
+        return Text(
+            words,
+            mask.to(words.device, non_blocking=True),
+            call_1=Layout.of(mask, num_queries, cls_first=False, words=words),
+            call_2=Layout.of(mask, num_queries, cls_first=True, words=words),
+            calls_2_and_4=Layout.of(mask.repeat(2, 1), num_queries, cls_first=True, words=words),
+            alone=Layout.of(mask, 0, cls_first=True, words=words),
         )
-        ids = tokens.input_ids.to(self.device, non_blocking=True)
-        return Text(self.Qformer.bert.embeddings.word_embeddings(ids), tokens.attention_mask.bool())
 
     def encode_image(self, image: Tensor) -> Tensor:
         """(B, 3, S, S) pixels, or (B, N, D) tokens from a feature cache, to normalised tokens (B, N, D)."""
@@ -235,14 +261,23 @@ class Blip2QformerCirAlignPrompt(nn.Module):
 
         On a GPU a frozen ViT runs in float16, as in LAVIS, whatever the precision around it. On a CPU it
         takes one image at a time: so rounding does not depend on what else is in the batch, and tokens from
-        a cache are the same to the bit. What already is (B, N, D) is returned as it is.
+        a cache are the same to the bit. What already is (B, N, D) is returned as it is. Pixels of another
+        size than the model's raise :class:`InputError`.
         """
         if image.dim() == 3:
             return image
+        side = self.config.image_size
+        if image.shape[-2:] != (side, side):
+            raise InputError(
+                f"the images have {image.shape[-2]} x {image.shape[-1]} pixels, and the model takes {side} x "
+                f"{side}; write `image_size: {image.shape[-1]}` into the file of SPRC_SWITCHES, or give "
+                "--image-size"
+            )
         if not self.config.freeze_vit:
             return self.visual_encoder(image)
         on_gpu = image.device.type == "cuda"
-        with torch.no_grad(), torch.autocast(image.device.type, torch.float16, enabled=on_gpu):
+        dtype = torch.float16 if on_gpu else torch.bfloat16  # torch 2.0's CPU refuses float16, off or not
+        with torch.no_grad(), torch.autocast(image.device.type, dtype, enabled=on_gpu):
             return torch.cat([self.visual_encoder(part) for part in image.split(len(image) if on_gpu else 1)])
 
     def normalise(self, tokens: Tensor) -> Tensor:
@@ -268,12 +303,17 @@ class Blip2QformerCirAlignPrompt(nn.Module):
         """
         if self.gated_fusion is None:
             return None
-        text_embeds = self.Qformer.bert.embeddings(text.words, 0)  # (B, M, C)
         if self.config.fusion_text == "contextual":
-            layout = Layout.of(text.mask, 0, cls_first=True, device=self.device)
-            rows = layout.rows(text_embeds[:, :0], text_embeds)
-            text_embeds = layout.pad(self.Qformer.bert(rows, layout))  # zeros at padding
-        return self.gated_fusion(reference_embeds, text_embeds, text.mask.to(self.device, non_blocking=True))
+            text_embeds = self.words_in_context(text)
+        else:
+            text_embeds = self.Qformer.bert.embeddings(text.words, 0)  # (B, M, C)
+        return self.gated_fusion(reference_embeds, text_embeds, text.mask)
+
+    def words_in_context(self, text: Text) -> Tensor:
+        """The words after the Q-Former's layers, without queries and image: (B, M, C), zeros at padding."""
+        embedded = self.Qformer.bert.embeddings(text.words, 0)
+        layout = text.alone
+        return layout.pad(self.Qformer.bert(layout.rows(embedded[:, :0], embedded), layout))
 
     def compose(self, reference_embeds: Tensor | ImageKeys, text: Text, *, strength: float = 1.0) -> Tensor:
         """The query of each reference and text, f: (B, E), normalised. Fusion, call 1, call 2.
@@ -285,7 +325,7 @@ class Blip2QformerCirAlignPrompt(nn.Module):
         ``Qformer.bert.image_keys`` of them.
         """
         prompts = self.prompts_of(reference_embeds, text, strength)
-        return self._cls_features(*self._embed_call_2(prompts, text), text.mask)
+        return self._cls_features(*self._embed_call_2(prompts, text), text.call_2)
 
     def prompts_of(
         self, reference_embeds: Tensor | ScaledImage | ImageKeys, text: Text, strength: float = 1.0
@@ -297,28 +337,30 @@ class Blip2QformerCirAlignPrompt(nn.Module):
                 self.diagnostics = fusion_diagnostics(fusion, reference_embeds, self.gated_fusion)
             fused = fusion.fused
             reference_embeds = fused if strength == 1 else reference_embeds.lerp(fused, strength)
-        num_queries = self.config.num_query_tokens
-        layout = Layout.of(text.mask, num_queries, cls_first=False, device=self.device)
+        layout = text.call_1
         queries = self.Qformer.bert.embeddings(self.query_tokens.expand(layout.batch, -1, -1))
         rows = layout.rows(queries, self.Qformer.bert.embeddings(text.words, 0))
-        return self.Qformer.bert(rows, layout, reference_embeds, wanted=num_queries)
+        return self.Qformer.bert(rows, layout, reference_embeds, wanted=layout.num_queries)
 
     def target_features(self, image_embeds: Tensor | ScaledImage | ImageKeys) -> Tensor:
         """Call 3: (B, N, D) image tokens, or ``Qformer.bert.image_keys`` of them, to features (B, Q, E)."""
+        return F.normalize(self.vision_proj(self.read_image(image_embeds)), dim=-1)
+
+    def read_image(self, image_embeds: Tensor | ScaledImage | ImageKeys) -> Tensor:
+        """The queries' outputs of call 3, (B, Q, C)."""
         layout = Layout(batch_of(image_embeds), self.config.num_query_tokens)
         queries = self.Qformer.bert.embeddings(self.query_tokens.expand(layout.batch, -1, -1)).flatten(0, 1)
-        outputs = self.Qformer.bert(queries, layout, image_embeds).unflatten(0, (layout.batch, -1))
-        return F.normalize(self.vision_proj(outputs), dim=-1)
+        return self.Qformer.bert(queries, layout, image_embeds).unflatten(0, (layout.batch, -1))
 
     def text_features(self, text: Text) -> Tensor:
         """Call 4: the text with the learned prompts alone to p (B, E), normalised."""
-        return self._cls_features(*self._embed_call_4(text), text.mask)
+        return self._cls_features(*self._embed_call_4(text), text.call_2)
 
     def compose_and_text_features(self, prompts: Tensor, text: Text) -> tuple[Tensor, Tensor]:
         """Calls 2 and 4 as one batch of 2 B: f and p, (B, E) each, normalised."""
-        calls = zip(self._embed_call_2(prompts, text), self._embed_call_4(text), strict=True)
+        calls = zip(self._embed_call_2(prompts, text), self._embed_call_4(text))
         queries, words = (torch.cat(pair) for pair in calls)
-        return self._cls_features(queries, words, text.mask.repeat(2, 1)).chunk(2)
+        return self._cls_features(queries, words, text.calls_2_and_4).chunk(2)
 
     def _embed_call_2(self, prompts: Tensor, text: Text) -> tuple[Tensor, Tensor]:
         """Queries (B, Q, C) without positions, and words (B, M, C)."""
@@ -331,9 +373,8 @@ class Blip2QformerCirAlignPrompt(nn.Module):
         prompts = embed(self.prompt_tokens.expand(len(text.words), -1, -1), 1)
         return prompts, embed(text.words, 0, self.config.num_query_tokens + 1)
 
-    def _cls_features(self, queries: Tensor, words: Tensor, mask: Tensor) -> Tensor:
+    def _cls_features(self, queries: Tensor, words: Tensor, layout: Layout) -> Tensor:
         """The layers of calls 2 and 4, without an image: (B, E) from the text's [CLS], normalised."""
-        layout = Layout.of(mask, self.config.num_query_tokens, cls_first=True, device=self.device)
         cls = self.Qformer.bert(layout.rows(queries, words), layout, wanted=1)[:, 0]
         return F.normalize(self.text_proj(cls), dim=-1)
 
@@ -342,12 +383,16 @@ class Blip2QformerCirAlignPrompt(nn.Module):
 def fusion_diagnostics(
     fusion: FusionOutput, reference_embeds: Tensor, module: nn.Module
 ) -> dict[str, Tensor]:
-    """Scalars to log: gate mean and spread (standard deviation), alpha, and mean |fused - image|."""
+    """Scalars to log: gate mean and spread (standard deviation), alpha, and mean |fused - image|.
+
+    They are taken in float32 in mixed precision too: a mean rounded to bfloat16 moves in steps of 0.002.
+    """
     values = {}
     if fusion.gate is not None:
-        values["gate_mean"] = fusion.gate.mean()
-        values["gate_std"] = fusion.gate.std()
+        gate = at_least_float32(fusion.gate)
+        values["gate_mean"] = gate.mean()
+        values["gate_std"] = gate.std()
     if hasattr(module, "alpha"):
         values["alpha"] = module.alpha.detach().clone()
-    values["mean_change"] = (fusion.fused - reference_embeds).abs().mean()
+    values["mean_change"] = (at_least_float32(fusion.fused) - reference_embeds).abs().mean()
     return values

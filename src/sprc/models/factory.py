@@ -1,17 +1,21 @@
 """Build a model by name: its classes from the config, its weights from the backbone's files."""
 
+from __future__ import annotations
+
+import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sprc.config import ModelConfig, read_backbone
-from sprc.distributed import local_main_first, local_rank, rank, world_size
+from sprc.distributed import local_main_first, local_rank
 from sprc.errors import InputError
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.tokenizer import bert_tokenizer, make_vocabulary, tokenizer_from_vocabulary
 from sprc.models.vision import resize_positions
+from sprc.models.weights import read_weights, state_of
 
 MODELS = {"blip2_cir_align_prompt": Blip2QformerCirAlignPrompt}
 
@@ -27,7 +31,12 @@ def model_class(name: str) -> type[Blip2QformerCirAlignPrompt]:
 
 
 def create_model(
-    cls: type[Blip2QformerCirAlignPrompt], backbone: str, *, captions: Iterable[str] = (), **switches: Any
+    cls: type[Blip2QformerCirAlignPrompt],
+    backbone: str,
+    *,
+    captions: Iterable[str] = (),
+    vocab: Path | None = None,
+    **switches: Any,
 ) -> Blip2QformerCirAlignPrompt:
     """A model to train, with its backbone's weights.
 
@@ -35,6 +44,7 @@ def create_model(
         cls: a class of ``MODELS``, see :func:`model_class`.
         backbone: one of ``sprc.config.BACKBONES``.
         captions: where the vocabulary comes from for a backbone that has none of its own (`tiny`).
+        vocab: BERT's `vocab.txt`, see :func:`sprc.models.tokenizer.bert_tokenizer`; not for `tiny`.
         switches: fields of :class:`ModelConfig` that the user sets, over the backbone's own.
 
     Raises:
@@ -45,54 +55,15 @@ def create_model(
     arguments = {**recipe["model"], **switches}
     if weights:
         config = ModelConfig.from_dict(arguments, f"backbone {backbone}")
-        model = cls(config, bert_tokenizer())
+        model = cls(config, bert_tokenizer(vocab))
         load_backbone(model, weights)
+    elif vocab is not None:
+        raise InputError(f"--vocab {vocab}: backbone {backbone} takes its words from the data; leave it out")
     else:
         tokenizer = tokenizer_from_vocabulary(make_vocabulary(captions))
         arguments["vocab_size"] = len(tokenizer)
         model = cls(ModelConfig.from_dict(arguments, f"backbone {backbone}"), tokenizer)
     return model
-
-
-def choose_device(name: str | None) -> torch.device:
-    """``--device``, by default a GPU if there is one; one that cannot be used raises :class:`InputError`.
-
-    Of several ranks each takes the GPU of its own number on its machine.
-    """
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if world_size() > 1 and name.startswith("cuda"):
-        if name != "cuda":
-            raise InputError(
-                f"--device {name!r} would be that of all ranks; give cuda, and each takes its own"
-            )
-        if local_rank() >= torch.cuda.device_count():
-            raise InputError(
-                f"local rank {local_rank()} has no GPU: this machine has {torch.cuda.device_count()}; give "
-                "torchrun --nproc-per-node as many, or --device cpu"
-            )
-        name = f"cuda:{local_rank()}"
-        torch.cuda.set_device(name)
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {name!r} cannot be used ({reason}); try cpu or cuda") from error
-
-
-def place(model: nn.Module, device: torch.device) -> nn.Module:
-    """Move to ``device``; on a GPU a frozen ViT keeps its large weights in float16, at half the memory."""
-    if device.type == "cuda":
-        halve_frozen_vit(model)
-    return model.to(device)
-
-
-def halve_frozen_vit(model: nn.Module) -> None:
-    """Keep the matrices of a frozen ViT in float16, as LAVIS does; encode_image runs it under autocast."""
-    if model.config.freeze_vit:
-        for module in model.visual_encoder.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                module.half()
 
 
 def load_backbone(model: Blip2QformerCirAlignPrompt, weights: dict[str, str]) -> None:
@@ -127,14 +98,19 @@ def backbone_weights(
     With ``vit_only`` a file that holds no vision transformer is not fetched.
     """
     found: dict[str, Tensor] = {}
-    if "vit" in weights:
-        found |= {f"visual_encoder.{key}": value for key, value in _fetch(weights["vit"]).items()}
+    vit, blip2 = weights.get("vit"), weights["blip2"]
+    if vit:
+        found |= {f"visual_encoder.{key}": value for key, value in state_of(_fetch(vit), vit).items()}
     if not (vit_only and found):
-        found |= _fetch(weights["blip2"])["model"]  # its own ViT, if any, is the one it was trained with
+        # Its own ViT, if any, is the one it was trained with.
+        found |= state_of(_fetch(blip2), blip2, "model")
     eva = config.vit == "eva"
     positions = "visual_encoder.pos_embed" if eva else "visual_encoder.positional_embedding"
     if positions in found:
         grid = found[positions].squeeze(0)  # EVA's has a batch axis of one, CLIP's has none
+        if grid.dim() != 2 or len(grid) < 2 or math.isqrt(len(grid) - 1) ** 2 != len(grid) - 1:
+            shape = tuple(found[positions].shape)
+            raise InputError(f"{vit or blip2}: {positions} has shape {shape}, and is no square of patches")
         grid = resize_positions(grid, config.num_patches, align_corners=not eva)
         found[positions] = grid[None] if eva else grid
     return found
@@ -142,15 +118,4 @@ def backbone_weights(
 
 def _fetch(url: str) -> dict[str, Any]:
     with local_main_first():
-        return _fetch_now(url)
-
-
-def _fetch_now(url: str) -> dict[str, Any]:
-    try:
-        return torch.hub.load_state_dict_from_url(
-            url, map_location="cpu", weights_only=True, progress=rank() == 0
-        )
-    except (OSError, RuntimeError) as error:
-        raise InputError(
-            f"cannot fetch {url} ({error}); download it by hand into {torch.hub.get_dir()}/checkpoints"
-        ) from error
+        return read_weights(url, verify=local_rank() == 0)

@@ -7,7 +7,15 @@ With image tokens I (N, D) and the pooled, projected text t (1, D), the default 
     fused = I + alpha * gate * delta        (N, D)
 
 Adding a strategy is one class in this file, under ``@register_fusion("name")``.
+
+In mixed precision the networks and the gate are computed in half precision. What is one row a sample,
+(B, 1, D), and the learned scalars are float32 from there on (:func:`at_least_float32`): in bfloat16, which
+has eight bits, ``1 + change`` loses every change below 0.004, and an alpha of 0.501 is 0.5. Products of such
+a row with a (B, N, D) gate are float32 by torch's own promotion, inside the kernel: what is kept for the
+gradient stays half.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,20 +26,20 @@ from torch import Tensor, nn
 
 from sprc.errors import InputError
 
-FUSION_STRATEGIES: dict[str, type["FusionModule"]] = {}
+FUSION_STRATEGIES: dict[str, type[FusionModule]] = {}
 
 
-def register_fusion(name: str) -> Callable[[type["FusionModule"]], type["FusionModule"]]:
+def register_fusion(name: str) -> Callable[[type[FusionModule]], type[FusionModule]]:
     """Make a class available as ``--fusion-strategy name``."""
 
-    def add(cls: type["FusionModule"]) -> type["FusionModule"]:
+    def add(cls: type[FusionModule]) -> type[FusionModule]:
         FUSION_STRATEGIES[name] = cls
         return cls
 
     return add
 
 
-def fusion_class(name: str) -> type["FusionModule"]:
+def fusion_class(name: str) -> type[FusionModule]:
     """The class of a strategy; an unknown name raises :class:`InputError` that lists the known ones."""
     if name not in FUSION_STRATEGIES:
         raise InputError(f"fusion_strategy={name!r} is unknown; choose from {', '.join(FUSION_STRATEGIES)}")
@@ -116,12 +124,17 @@ class DeltaFusion(FusionModule):
     def edit(self, image_embeds: Tensor, t: Tensor) -> FusionOutput:
         """See :meth:`FusionModule.edit`."""
         # One row a sample: delta depends on the text alone, so it is not repeated for the N tokens.
-        delta = torch.tanh(self.delta_mlp(t))
+        delta = torch.tanh(at_least_float32(self.delta_mlp(t)))
         return self.fuse(image_embeds, t, delta)
 
     def fuse(self, image_embeds: Tensor, t: Tensor, delta: Tensor) -> FusionOutput:
         """Combine (B, N, D) tokens with the (B, 1, D) text and the (B, 1, D) direction."""
         raise NotImplementedError
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Half precision to float32; what is float32 or float64 is returned as it is."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def start_at_zero(layer: nn.Linear) -> None:
@@ -246,7 +259,7 @@ class FilmFusion(FusionModule):
 
     def edit(self, image_embeds: Tensor, t: Tensor) -> FusionOutput:
         """See the class."""
-        gamma_change, beta = self.generator(t).chunk(2, dim=-1)  # (B, 1, D) each
+        gamma_change, beta = at_least_float32(self.generator(t)).chunk(2, dim=-1)  # (B, 1, D) each
         return FusionOutput((1 + gamma_change) * image_embeds + beta, None, None)
 
 
@@ -265,7 +278,7 @@ class TirgFusion(FusionModule):
     is no alpha. The gate says how much of the image to keep.
 
     With the identity start the last layers of both networks start at zero and w_g at 2: the gate is then 1/2
-    everywhere, f_res is 0, and 2 * (1/2 * I) is I to the bit.
+    everywhere, f_res is 0, and 2 * (1/2 * I) is I exactly: powers of two do not round.
     """
 
     def __init__(
@@ -294,7 +307,8 @@ class TirgFusion(FusionModule):
         residual = linear_of_pair(first.weight, first.bias, image_embeds, t)
         for layer in rest:
             residual = layer(residual)
-        return FusionOutput(self.w_g * (gate * image_embeds) + self.w_r * residual, gate, None)
+        # With an axis w_r promotes the residual; a scalar would be rounded to the residual's type.
+        return FusionOutput(self.w_g * (gate * image_embeds) + self.w_r[None] * residual, gate, None)
 
 
 @register_fusion("gmu")
@@ -310,6 +324,7 @@ class GmuFusion(FusionModule):
 
     with W_v, W_t, W_z learned (eq. 5) and no biases. Adapted: the unit acts on each image token with the one
     vector of the text. There is no alpha and no dropout. The gate z says how much of the image to keep.
+    Nothing small is added to something large here, so in mixed precision all of it is half precision.
 
     Raises:
         InputError: for the identity start. A mix of two tanh lies in (-1, 1) and cannot be the token itself.

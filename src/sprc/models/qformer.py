@@ -10,7 +10,9 @@ Only inside attention do they stand in a padded batch; :class:`Layout` says wher
 Shapes: B batch, Q queries, M text tokens, L = Q + M, R rows, C hidden width, N image tokens, D image width.
 """
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 # For each layer the image's keys and values, (B, N, C) each; None for a layer without cross-attention.
-ImageKeys = list[tuple[Tensor, Tensor] | None]
+ImageKeys = list[Optional[tuple[Tensor, Tensor]]]
 
 
 class ScaledImage(NamedTuple):
@@ -32,6 +34,22 @@ class ScaledImage(NamedTuple):
     tokens: Tensor  # (B, N, D), without gradient
     weight: Tensor  # (D,)
     bias: Tensor  # (D,)
+
+
+def compute_type(like: Tensor) -> torch.dtype:
+    """The type of a matrix product of tensors like this one: autocast's where it is on, else their own."""
+    nothing = like.new_empty(0, 0)
+    return torch.mm(nothing, nothing).dtype
+
+
+def cast_once(image: Tensor | ScaledImage) -> Tensor | ScaledImage:
+    """Image tokens in the type that the products take them in.
+
+    Autocast would make a copy for each key and value of each layer, and keep all of them for the gradients.
+    """
+    if isinstance(image, ScaledImage):
+        return image._replace(tokens=image.tokens.to(compute_type(image.tokens)))
+    return image.to(compute_type(image))
 
 
 def batch_of(image: Tensor | ScaledImage | ImageKeys) -> int:
@@ -51,19 +69,19 @@ class Layout(NamedTuple):
     batch: int
     num_queries: int
     before: int = 0  # text rows that come before the queries' rows
-    mask: Tensor | None = None  # (B, 1, 1, L), True where a token is seen
+    bias: Tensor | None = None  # (B, 1, 1, L), added to attention's logits: 0, or -inf where nothing is seen
     words: Tensor | None = None  # (R - B * Q,) b * M + m: the text's rows among its (B * M) tokens
     place: Tensor | None = None  # (R,) b * L + position
 
     @classmethod
-    def of(cls, text_mask: Tensor, num_queries: int, *, cls_first: bool, device: torch.device) -> "Layout":
+    def of(cls, text_mask: Tensor, num_queries: int, *, cls_first: bool, words: Tensor) -> Layout:
         """The layout of captions with ``num_queries`` queries before them.
 
         Args:
             text_mask: (B, M) of True (seen) and False (padding), on the CPU: no waiting for a GPU here.
             num_queries: Q.
             cls_first: the rows are [CLS], queries, other words; else queries, text.
-            device: where the layers are.
+            words: any tensor on the layers' device and of their type.
         """
         batch, length = text_mask.shape
         m, b = text_mask.T.nonzero(as_tuple=True)
@@ -72,8 +90,9 @@ class Layout(NamedTuple):
         before = batch if cls_first else 0
         place = torch.cat([text_places[:before], query_places, text_places[before:]])
         seen = torch.cat([text_mask.new_ones(batch, num_queries), text_mask], dim=1)
-        index = (seen[:, None, None, :], b * length + m, place)
-        return cls(batch, num_queries, before, *(x.to(device, non_blocking=True) for x in index))
+        bias = torch.zeros(seen.shape, dtype=compute_type(words)).masked_fill_(~seen, -torch.inf)
+        index = (bias[:, None, None, :], b * length + m, place)
+        return cls(batch, num_queries, before, *(x.to(words.device, non_blocking=True) for x in index))
 
     def rows(self, queries: Tensor, text: Tensor) -> Tensor:
         """(B, Q, C) and (B, M, C) to the (R, C) rows."""
@@ -84,7 +103,7 @@ class Layout(NamedTuple):
         """(R, C) to (B, L, C), zeros where nothing is seen."""
         if self.place is None:
             return rows.unflatten(0, (self.batch, -1))
-        length = self.mask.shape[-1]
+        length = self.bias.shape[-1]
         return Spread.apply(rows, self.place, self.batch * length).unflatten(0, (self.batch, length))
 
     def unpad(self, padded: Tensor) -> Tensor:
@@ -167,7 +186,7 @@ class QFormer(nn.Module):
 
 def initialise(module: nn.Module, std: float) -> None:
     """BERT's start: normal weights, zero biases, a zero vector for padding."""
-    if isinstance(module, nn.Linear | nn.Embedding):
+    if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
@@ -178,13 +197,14 @@ def initialise(module: nn.Module, std: float) -> None:
 class Bert(nn.Module):
     """The layers. The embeddings are called on their own, because several calls share a text's."""
 
-    def __init__(self, embeddings: "Embeddings", layers: list["Layer"]) -> None:
+    def __init__(self, embeddings: Embeddings, layers: list[Layer]) -> None:
         super().__init__()
         self.embeddings = embeddings
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
 
     def image_keys(self, image: Tensor) -> ImageKeys:
         """(B, N, D) image tokens to what :meth:`forward` takes in their place, for an image read twice."""
+        image = cast_once(image)
         return [
             None if layer.crossattention is None else layer.crossattention.self.keys_values(image)
             for layer in self.encoder["layer"]
@@ -209,10 +229,12 @@ class Bert(nn.Module):
         Returns:
             (R, C), or (B, wanted, C).
         """
+        if isinstance(image, (Tensor, ScaledImage)):
+            image = cast_once(image)
         *layers, last = self.encoder["layer"]
         *images, last_image = image if isinstance(image, list) else [image] * (len(layers) + 1)
         has_image = image is not None
-        for layer, seen in zip(layers, images, strict=True):
+        for layer, seen in zip(layers, images):
             hidden = layer(hidden, layout, seen, has_image)
         hidden = last(hidden, layout, last_image, has_image, wanted)
         return hidden if wanted is None else hidden.unflatten(0, (layout.batch, wanted))
@@ -309,10 +331,10 @@ class Attention(nn.Module):
         key, value = (layout.pad(x) for x in self.self.keys_values(hidden))
         if wanted is None:
             query = layout.pad(self.self.query(hidden))
-            return self.output(layout.unpad(self.self(query, key, value, layout.mask)), hidden)
+            return self.output(layout.unpad(self.self(query, key, value, layout.bias)), hidden)
         asking = hidden[: layout.batch * wanted]
         query = self.self.query(asking).unflatten(0, (layout.batch, wanted))
-        return self.output(self.self(query, key, value, layout.mask).flatten(0, 1), asking)
+        return self.output(self.self(query, key, value, layout.bias).flatten(0, 1), asking)
 
     def to_image(
         self, queries: Tensor, layout: Layout, image: Tensor | ScaledImage | tuple[Tensor, Tensor]
@@ -345,14 +367,14 @@ class AttentionHeads(nn.Module):
         )
         return key, value
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Projected (B, L, C) queries, (B, N, C) keys and values, to (B, L, C)."""
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Projected (B, L, C) queries, (B, N, C) keys and values, and a layout's bias, to (B, L, C)."""
         query, key, value = (
             x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, tokens, C / heads)
             for x in (query, key, value)
         )
         heads = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0
+            query, key, value, attn_mask=bias, dropout_p=self.dropout if self.training else 0.0
         )
         return heads.transpose(1, 2).flatten(2)
 

@@ -4,6 +4,8 @@ Both take (B, 3, S, S) images and give (B, N, D) tokens, N = (S / patch)^2 + 1, 
 names are LAVIS's. Sources: EVA, Fang et al. 2022; CLIP, Radford et al. 2021.
 """
 
+from __future__ import annotations
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

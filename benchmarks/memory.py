@@ -1,0 +1,189 @@
+"""Which batch fits into which GPU: the peak memory of a training step, estimated without a GPU.
+
+    python benchmarks/memory.py
+runs a step of the trainer's own model, losses and optimizer on fake tensors, which have a shape, a type
+and no memory, and adds up what lives at once: weights, gradients, AdamW's two moments, what the backward
+pass keeps. Mixed precision is that of a GPU: products in bfloat16, LayerNorm in float32, attention that
+keeps no weights, a frozen vision transformer in float16. Not in it: CUDA's own context, work space and
+fragments. Say a GB, and a tenth.
+"""
+
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+
+import torch
+import torch.nn.functional as F
+from steps import LOSS_WEIGHTS, make_captions
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sprc.config import ModelConfig, read_backbone
+from sprc.grad_cache import Embedder, GradCache
+from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt, Text
+from sprc.models.qformer import Layout
+from sprc.models.tokenizer import make_vocabulary, tokenizer_from_vocabulary
+from sprc.training import make_optimizer
+
+BATCHES = (64, 128, 256)
+BLOCK = 512  # CUDA's allocator gives multiples of it
+
+
+class Peak(TorchDispatchMode):
+    """Adds up the storages that live at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        """Run an operation and look at what it makes."""
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.add(tensor)
+        return result
+
+    def add(self, tensor: Tensor) -> None:
+        """Count a tensor's storage, once, until it is freed."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.known:
+            return
+        size = -(-storage.nbytes() // BLOCK) * BLOCK
+        self.known.add(key)
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self.free, key, size)
+
+    def free(self, key: int, size: int) -> None:
+        """What is called when a storage is freed."""
+        self.known.discard(key)
+        self.now -= size
+
+
+@contextmanager
+def as_on_a_gpu(masks: list[Tensor]) -> Iterator[None]:
+    """CPU autocast with CUDA's rules where they change what is kept.
+
+    The last of ``masks`` is that of the captions at hand: fake ones would not tell where words are.
+    """
+    attention, layer_norm = F.scaled_dot_product_attention, F.layer_norm
+
+    def without_weights(*tensors: Tensor, dropout_p: float = 0.0, **rest: Any) -> Tensor:
+        return attention(*tensors, **rest)  # a GPU's kernels keep a seed for the dropout
+
+    def in_float32(x: Tensor, *rest: Any, **options: Any) -> Tensor:
+        return layer_norm(x.float() if torch.is_autocast_enabled("cpu") else x, *rest, **options)
+
+    layout_of = Layout.of
+
+    def of(mask: Tensor, *rest: Any, **options: Any) -> Layout:
+        with unset_fake_temporarily():
+            return layout_of(masks[-1].repeat(len(mask) // len(masks[-1]), 1), *rest, **options)
+
+    with (
+        patch.object(F, "scaled_dot_product_attention", without_weights),
+        patch.object(F, "layer_norm", in_float32),
+        patch.object(Layout, "of", staticmethod(of)),
+        patch.object(nn.init, "trunc_normal_", lambda tensor, **_: tensor),  # it looks at what it drew
+    ):
+        yield
+
+
+def make_model(config: ModelConfig, masks: list[Tensor]) -> Blip2QformerCirAlignPrompt:
+    """The model on fake tensors, its frozen vision transformer as a GPU keeps it."""
+    vocabulary = make_vocabulary(["red"])
+    vocabulary += [f"unused{number}" for number in range(config.vocab_size - 1 - len(vocabulary))]
+    model = Blip2QformerCirAlignPrompt(config, tokenizer_from_vocabulary(vocabulary)).train()
+    for module in model.visual_encoder.modules():  # halve_frozen_vit's way does not go with fake tensors
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            for name, weights in list(module.named_parameters()):
+                setattr(module, name, nn.Parameter(weights.half(), requires_grad=False))
+
+    def tokenize(texts: list[str]) -> Text:
+        with unset_fake_temporarily():
+            tokens = model.tokenizer(
+                texts, padding="longest", truncation=True, max_length=config.max_txt_len, return_tensors="pt"
+            )
+            masks.append(tokens.attention_mask.bool())
+        return Text(model.Qformer.bert.embeddings.word_embeddings(tokens.input_ids), masks[-1])
+
+    def vit_tokens(image: Tensor) -> Tensor:
+        if image.dim() == 3:
+            return image
+        with torch.no_grad(), torch.autocast("cpu", torch.float16):
+            return model.visual_encoder(image)
+
+    model.tokenize, model.vit_tokens = tokenize, vit_tokens
+    return model
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: int, chunk: int, *, cached: bool) -> None:
+    """As ``Trainer.train_epoch`` makes it, in bfloat16."""
+    config = model.config
+    size = config.image_size
+    shape = (config.num_patches**2 + 1, config.vit_width) if cached else (3, size, size)
+    dtype = torch.bfloat16 if cached else torch.float32  # of the size of float16, in which they are kept
+    image, target = (torch.empty(batch, *shape, dtype=dtype) for _ in range(2))
+    samples = {"image": image, "target": target, "text_input": make_captions(batch)}
+    mixed_precision = partial(torch.autocast, "cpu", torch.bfloat16)
+    cache = GradCache(model, Embedder(model), chunk, mixed_precision) if chunk else None
+    optimizer.zero_grad(set_to_none=True)
+    with mixed_precision():
+        losses = cache.losses(samples) if cache else model(samples)
+        total = sum(LOSS_WEIGHTS[name] * loss for name, loss in losses.items())
+    total.backward()
+    if cache:
+        cache.backward()
+    optimizer.step()
+
+
+def peak_of(config: ModelConfig, batch: int, chunk: int, *, cached: bool) -> float:
+    """The most GB that live at once in a step, AdamW's moments being there."""
+    peak, masks = Peak(), []
+    with as_on_a_gpu(masks), FakeTensorMode(allow_non_fake_inputs=True), peak:
+        model = make_model(config, masks)
+        optimizer = make_optimizer(model, 1e-5)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        peak.most = peak.now
+        step(model, optimizer, batch, chunk, cached=cached)
+    return peak.most / 1e9
+
+
+def main() -> None:
+    """Print the table."""
+    print("| backbone | images | fusion | --grad-cache |", *(f"batch {batch} |" for batch in BATCHES))
+    print("|---|---|---|---|" + "---|" * len(BATCHES))
+    plain, chunks = [(True, 0), (False, 0)], [(True, 32), (True, 16)]
+    for backbone, cached, cases in (
+        ("pretrain", False, plain + chunks),
+        ("pretrain", True, plain + chunks),
+        ("pretrain_vitL", False, plain + chunks[1:]),
+        ("pretrain_vitL", True, plain[:1]),
+    ):
+        for fusion, chunk in cases:
+            config = ModelConfig(**{**read_backbone(backbone)["model"], "use_gated_fusion": fusion})
+            figures = [f"{peak_of(config, batch, chunk, cached=cached):.1f}" for batch in BATCHES]
+            what = "from the cache" if cached else "from pixels"
+            told = [backbone, what, "on" if fusion else "off", str(chunk or "none"), *figures]
+            print(f"| {' | '.join(told)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
