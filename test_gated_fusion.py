@@ -1,9 +1,9 @@
 """Is this code in order, and this machine?
 
-python test_gated_fusion.py                  sanity check of the gated fusion, in seconds (also under pytest)
-python test_gated_fusion.py --device cuda    self check of this machine's GPU, with all that training needs:
-                                             random weights of true shapes, nothing fetched, below five minutes
-python test_gated_fusion.py --device cpu     the same on the CPU, with smaller shapes
+python test_gated_fusion.py                 sanity check of the gated fusion, in seconds (also under pytest)
+python test_gated_fusion.py --device cuda   self check of this machine's GPU, with all that training needs:
+                                            random weights of true shapes, nothing fetched
+python test_gated_fusion.py --device cpu    the same on the CPU, with smaller shapes
 """
 
 import argparse

@@ -129,6 +129,7 @@ def warn_of_waits(times):
         warnings.warn("called a synchronizing CUDA operation", UserWarning, stacklevel=2)
 
 
+@pytest.mark.filterwarnings("ignore:called a synchronizing")
 def test_a_second_wait_is_counted(monkeypatch, setting):
     """With a CPU that warns of its transfers as torch does of a GPU's."""
     mode = []

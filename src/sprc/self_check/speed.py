@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
-from sprc.data.datasets import ImageDataset, image_loader, leave_signals_to_parent
+from sprc.data.datasets import ImageDataset, SteadyLoader, image_loader
 from sprc.data.transforms import make_transform
 from sprc.errors import ran_out_of_memory
 from sprc.grad_cache import Embedder, GradCache
@@ -160,13 +159,7 @@ def loader_rates(setting: Setting) -> Generator[Line, None, dict[int, float]]:
     rates: dict[int, float] = {}
     for workers in counts:
         images = ImageDataset(list(files), files, load)
-        loader = DataLoader(
-            images,
-            16,
-            num_workers=workers,
-            generator=torch.Generator(),
-            worker_init_fn=leave_signals_to_parent,
-        )
+        loader = SteadyLoader(images, 16, num_workers=workers, generator=torch.Generator())
         batches = iter(loader)
         for _ in range(3 * workers):  # what is read ahead while the workers start
             next(batches)
