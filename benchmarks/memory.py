@@ -30,7 +30,6 @@ from torch.utils._pytree import tree_leaves
 from sprc.config import ModelConfig, read_backbone
 from sprc.grad_cache import Embedder, GradCache
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt, Text
-from sprc.models.qformer import Layout
 from sprc.models.tokenizer import make_vocabulary, tokenizer_from_vocabulary
 from sprc.training import make_optimizer
 
@@ -75,11 +74,8 @@ class Peak(TorchDispatchMode):
 
 
 @contextmanager
-def as_on_a_gpu(masks: list[Tensor]) -> Iterator[None]:
-    """CPU autocast with CUDA's rules where they change what is kept.
-
-    The last of ``masks`` is that of the captions at hand: fake ones would not tell where words are.
-    """
+def as_on_a_gpu() -> Iterator[None]:
+    """CPU autocast with CUDA's rules where they change what is kept."""
     attention, layer_norm = F.scaled_dot_product_attention, F.layer_norm
 
     def without_weights(*tensors: Tensor, dropout_p: float = 0.0, **rest: Any) -> Tensor:
@@ -88,22 +84,15 @@ def as_on_a_gpu(masks: list[Tensor]) -> Iterator[None]:
     def in_float32(x: Tensor, *rest: Any, **options: Any) -> Tensor:
         return layer_norm(x.float() if torch.is_autocast_enabled("cpu") else x, *rest, **options)
 
-    layout_of = Layout.of
-
-    def of(mask: Tensor, *rest: Any, **options: Any) -> Layout:
-        with unset_fake_temporarily():
-            return layout_of(masks[-1].repeat(len(mask) // len(masks[-1]), 1), *rest, **options)
-
     with (
         patch.object(F, "scaled_dot_product_attention", without_weights),
         patch.object(F, "layer_norm", in_float32),
-        patch.object(Layout, "of", staticmethod(of)),
         patch.object(nn.init, "trunc_normal_", lambda tensor, **_: tensor),  # it looks at what it drew
     ):
         yield
 
 
-def make_model(config: ModelConfig, masks: list[Tensor]) -> Blip2QformerCirAlignPrompt:
+def make_model(config: ModelConfig) -> Blip2QformerCirAlignPrompt:
     """The model on fake tensors, its frozen vision transformer as a GPU keeps it."""
     vocabulary = make_vocabulary(["red"])
     vocabulary += [f"unused{number}" for number in range(config.vocab_size - 1 - len(vocabulary))]
@@ -114,12 +103,12 @@ def make_model(config: ModelConfig, masks: list[Tensor]) -> Blip2QformerCirAlign
                 setattr(module, name, nn.Parameter(weights.half(), requires_grad=False))
 
     def tokenize(texts: list[str]) -> Text:
-        with unset_fake_temporarily():
+        with unset_fake_temporarily():  # fake tensors would not tell where words are
             tokens = model.tokenizer(
                 texts, padding="longest", truncation=True, max_length=config.max_txt_len, return_tensors="pt"
             )
-            masks.append(tokens.attention_mask.bool())
-        return Text(model.Qformer.bert.embeddings.word_embeddings(tokens.input_ids), masks[-1])
+            text = model.lay_out(torch.zeros(*tokens.input_ids.shape, 1), tokens.attention_mask.bool())
+        return text._replace(words=model.Qformer.bert.embeddings.word_embeddings(tokens.input_ids))
 
     def vit_tokens(image: Tensor) -> Tensor:
         if image.dim() == 3:
@@ -153,9 +142,11 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: int, chunk: 
 
 def peak_of(config: ModelConfig, batch: int, chunk: int, *, cached: bool) -> float:
     """The most GB that live at once in a step, AdamW's moments being there."""
-    peak, masks = Peak(), []
-    with as_on_a_gpu(masks), FakeTensorMode(allow_non_fake_inputs=True), peak:
-        model = make_model(config, masks)
+    peak = Peak()
+    with as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True), peak:
+        model = make_model(config)
+        if cached:
+            model.visual_encoder = nn.Identity()  # it waits on the CPU
         optimizer = make_optimizer(model, 1e-5)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None

@@ -99,7 +99,12 @@ def parse_arguments() -> tuple[dict[str, Any], dict[str, Any]]:
         default=False,
         help="keep the gallery's features in main memory",
     )
-    add("--num-workers", type=int, default=2, help="processes a GPU that read images; default: %(default)s")
+    add(
+        "--num-workers",
+        type=int,
+        default=None,
+        help="processes a GPU that read images; default: by the cores",
+    )
     add("--seed", type=int, default=0, help="of weights, data order and dropout; default: %(default)s")
     add("--device", default=None, help="cpu, cuda, cuda:1, ...; default: cuda if there is one")
     add(

@@ -45,7 +45,7 @@ def main() -> None:
     add("--image-size", type=int, default=None, help="pixels; default: the backbone's")
     add("--freeze-vit", action=argparse.BooleanOptionalAction, default=None, help="default: the backbone's")
     add("--batch-size", type=int, default=64, help="images at once; default: %(default)s")
-    add("--num-workers", type=int, default=2, help="processes that read images; default: %(default)s")
+    add("--num-workers", type=int, default=None, help="processes that read images; default: by the cores")
     add("--seed", type=int, default=0, help="of weights that start at random (tiny); default: %(default)s")
     add("--device", default=None, help="cpu, cuda, cuda:1, ...; default: cuda if there is one")
     add_timeout_flag(parser)

@@ -40,7 +40,7 @@ def add_index_command(parser: argparse.ArgumentParser) -> None:
     add("--transform", default=None, choices=TRANSFORMS, help="default: the training's own, else targetpad")
     add("--target-ratio", type=float, default=None, help="default: the training's own, else 1.25")
     add("--batch-size", type=int, default=None, help="default: the training's own, else 32")
-    add("--num-workers", type=int, default=None, help="processes that read pictures; default: the training's")
+    add("--num-workers", type=int, default=None, help="processes that read pictures; default: by the cores")
     add("--device", default=None, help="cpu, cuda, cuda:1, ...; default: cuda if there is one")
 
 

@@ -2,6 +2,7 @@
 
 import math
 import pickle
+from argparse import Namespace
 from dataclasses import asdict
 
 import pytest
@@ -13,6 +14,7 @@ from sprc.checkpoint import STATE, load_checkpoint, save_checkpoint
 from sprc.config import ModelConfig, read_backbone
 from sprc.data.scenes import caption_words
 from sprc.errors import InputError
+from sprc.fine_tuning import start_model
 from sprc.models import device, factory
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.factory import create_model
@@ -241,6 +243,12 @@ def test_ours_of_another_depth_takes_that_many_blocks_of_its_backbone(backbone, 
     assert loaded.found.endswith("; its vision transformer has 2 blocks, that of pretrain has 3")
     for key, value in model.state_dict().items():
         assert torch.equal(loaded.model.state_dict()[key], value), key
+
+
+def test_a_resumed_run_keeps_the_depth_that_it_was_started_with():
+    told = {"model_path": None, "blip_model_name": "blip2_cir_align_prompt", "backbone": "tiny"}
+    assert start_model(Namespace(**told), ["a"]).config.vit_depth == 2
+    assert start_model(Namespace(**told, model_config={"vit_depth": 1}), ["a"]).config.vit_depth == 1
 
 
 def clip_vit_l_shapes(depth):

@@ -9,9 +9,10 @@ import hashlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BertTokenizer
 
 from sprc.archive import verify_archive
@@ -38,6 +39,8 @@ from sprc.models.tokenizer import (
 )
 from sprc.run_folder import write_atomically
 
+# Of frozen vision transformers, which do not change while they live: hashing 2 GB takes seconds.
+FINGERPRINTS: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 STATE = Blip2QformerCirAlignPrompt.__name__
 
 
@@ -69,7 +72,10 @@ def save_checkpoint(
     if model.config.freeze_vit and not full and "weights" in read_backbone(hyperparameters["backbone"]):
         vit = {key: value for key, value in state.items() if key.startswith(VIT)}
         state = {key: value for key, value in state.items() if key not in vit}
-        left_out = {"backbone": hyperparameters["backbone"], "fingerprint": fingerprint(vit)}
+        encoder = model.visual_encoder
+        if encoder not in FINGERPRINTS:
+            FINGERPRINTS[encoder] = fingerprint(vit)
+        left_out = {"backbone": hyperparameters["backbone"], "fingerprint": FINGERPRINTS[encoder]}
     contents = {
         "epoch": epoch,
         STATE: state,

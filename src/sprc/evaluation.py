@@ -16,7 +16,7 @@ from sprc.data.transforms import make_transform
 from sprc.distributed import from_main
 from sprc.errors import InputError
 from sprc.feature_cache import open_images
-from sprc.models.device import SCORING_HELPS, memory_explained, place, start_device
+from sprc.models.device import SCORING_HELPS, default_workers, memory_explained, place, start_device
 from sprc.ranking import Ranking
 from sprc.run_folder import compact_json, write_atomically, write_csv
 from sprc.validation import LARGEST_BATCH, EncodedSplit, Split, encode_split, rank_split
@@ -33,7 +33,6 @@ PUBLISHED = {
     "transform": "targetpad",
     "target_ratio": 1.25,
     "batch_size": 32,
-    "num_workers": 2,
     "save_memory": False,
     "gallery_dtype": "float32",
     "cache_dtype": "float16",
@@ -45,7 +44,7 @@ class Scorer:
     """A checkpoint on its device, and the settings to score it with."""
 
     checkpoint: Checkpoint
-    settings: dict[str, Any]  # PUBLISHED's names, and feature_cache
+    settings: dict[str, Any]  # PUBLISHED's names, num_workers and feature_cache
 
     @classmethod
     def load(
@@ -74,6 +73,7 @@ class Scorer:
                 )
         place(checkpoint.model, device)
         own = {name: checkpoint.hyperparameters.get(name, value) for name, value in PUBLISHED.items()}
+        own["num_workers"] = default_workers(device)
         own["batch_size"] = min(own["batch_size"], LARGEST_BATCH)
         given = {name: value for name, value in given.items() if value is not None and value is not False}
         return cls(checkpoint, {**own, **given, "feature_cache": feature_cache})
@@ -81,7 +81,7 @@ class Scorer:
     @classmethod
     def from_flags(cls, arguments: argparse.Namespace, device: torch.device) -> "Scorer":
         """The same from the command line of :func:`sprc.flags.add_scoring_flags`."""
-        names = ("blip_model_name", "backbone", "vocab", "feature_cache", *PUBLISHED)
+        names = ("blip_model_name", "backbone", "vocab", "feature_cache", "num_workers", *PUBLISHED)
         flags = {name: getattr(arguments, name) for name in names}
         return cls.load(arguments.model_path, device=device, **flags)
 

@@ -11,7 +11,7 @@ from sprc.data.fashioniq import load_fashioniq
 from sprc.data.missing import tell_left_out
 from sprc.feature_cache import open_images
 from sprc.fine_tuning import start_model
-from sprc.models.device import place, start_device
+from sprc.models.device import default_workers, place, start_device
 
 
 def extract_features(arguments: argparse.Namespace) -> None:
@@ -31,7 +31,7 @@ def extract_features(arguments: argparse.Namespace) -> None:
         feature_cache=arguments.feature_cache,
         cache_dtype=arguments.cache_dtype,
         batch_size=arguments.batch_size,
-        num_workers=arguments.num_workers,
+        num_workers=default_workers(device) if arguments.num_workers is None else arguments.num_workers,
         read_at_once=0,
     )
 

@@ -20,7 +20,14 @@ from sprc.distributed import from_main, rank, world_size
 from sprc.errors import InputError, Interrupted
 from sprc.feature_cache import open_images
 from sprc.fusion_log import FusionLog
-from sprc.models.device import memory_explained, place, start_device, training_helps
+from sprc.models.device import (
+    default_workers,
+    memory_explained,
+    place,
+    rest_vit,
+    start_device,
+    training_helps,
+)
 from sprc.models.factory import create_model, model_class
 from sprc.models.switches import vocabulary_digest
 from sprc.resume import (
@@ -84,6 +91,8 @@ def fine_tune(defaults: dict[str, Any], given: dict[str, Any]) -> Path:
         if getattr(arguments, name) is None:
             setattr(arguments, name, weight)
     device = start_device(arguments.device, arguments.amp)
+    if arguments.num_workers is None:
+        arguments.num_workers = default_workers(device)
     missing_images = arguments.missing_images
     benchmark = Benchmark.load(
         arguments.dataset, arguments.data_path, arguments.fiq_protocol, missing_images=missing_images
@@ -123,6 +132,8 @@ def fine_tune(defaults: dict[str, Any], given: dict[str, Any]) -> Path:
         num_workers=config.num_workers,
         read_at_once=max(2 * config.batch_size // world_size(), min(config.batch_size, LARGEST_BATCH)),
     )
+    if arguments.feature_cache is not None:
+        rest_vit(model)
     if resume is None:
         name = arguments.blip_model_name
         run_folder = from_main(lambda: create_run_folder(arguments.models_path, benchmark.name, name))

@@ -96,7 +96,7 @@ def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
         "--num-workers",
         type=int,
         default=None,
-        help="processes that read images; default: the training's own",
+        help="processes that read images; default: by the cores",
     )
     add("--gallery-dtype", default=None, choices=GALLERY_DTYPES, help="default: the training's own")
     add_cache_flags(parser, dtype=None)

@@ -55,14 +55,21 @@ class FusionLog:
                 write_csv(self.file, kept)
             else:
                 self.file.unlink()
-        # Numbers that change every step would be compiled in.
-        module.register_forward_hook(torch.compiler.disable(self.observe))
+        self.is_due = step % every == 0
+        module.register_forward_hook(self.observe_if_due)
 
+    def observe_if_due(self, module: nn.Module, inputs: tuple[Tensor, ...], output: FusionOutput) -> None:
+        """The hook: :meth:`observe` a step that is due. Validation is not looked at.
+
+        torch.compile sees a flag and not the step's number: one graph serves all steps that are not due.
+        """
+        if module.training and self.is_due:
+            self.observe(module, inputs, output)
+
+    @torch.compiler.disable
     @torch.no_grad()
     def observe(self, module: nn.Module, inputs: tuple[Tensor, ...], output: FusionOutput) -> None:
-        """The hook: measure the output of a step that is due. Validation is not looked at."""
-        if not module.training or self.step % self.every:
-            return
+        """Measure the output of a step."""
         row: dict[str, Tensor] = {}
         if output.gate is not None:
             gate = output.gate.float()
@@ -101,6 +108,7 @@ class FusionLog:
                 self.warn(values)
             self.parts = []
         self.step += 1
+        self.is_due = self.step % self.every == 0
 
     def warn(self, values: dict[str, float | None]) -> None:
         """Say once, in plain words, that the gate is saturated or that nothing reaches the module."""

@@ -104,9 +104,11 @@ def compact_json(value: Any) -> bytes:
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write the rows under the first row's keys. Floats keep all their digits."""
+    """Write the rows, what one has not left empty. Floats keep all their digits."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(
+        text, fieldnames=list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n"
+    )
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, lambda file: file.write(text.getvalue().encode()))

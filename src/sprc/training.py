@@ -352,8 +352,9 @@ class Trainer:
     ) -> None:
         """Train up to ``config.num_epochs``, writing `train_metrics.csv` and `validation_metrics.csv`.
 
-        `step_times.csv` holds each epoch's median wall-clock seconds a step, reading the batch included: a
-        file of its own, because times are the one thing that two runs of one seed do not share.
+        `step_times.csv` holds each epoch's median wall-clock seconds a step, reading the batch included, and
+        the share of the epoch in which this process waited for a batch, while a GPU may still have been at
+        work. It is a file of its own, because times are the one thing that two runs of one seed do not share.
 
         The state is saved after an epoch's last step, before the validation, and again after it.
 
@@ -370,11 +371,12 @@ class Trainer:
         config, progress = self.config, self.progress
         with stop_signals() as self.received:
             while progress.epoch < config.num_epochs:
-                seconds = self.train_epoch()
+                seconds, waited = self.train_epoch()
                 epoch, sums = progress.epoch, progress.sums
                 validates = epoch % config.validation_frequency == 0 or epoch == config.num_epochs - 1
                 if seconds:  # none after a resume at an epoch's very end
-                    progress.time_rows.append({"epoch": epoch, "median_step_seconds": median(seconds)})
+                    times = {"median_step_seconds": median(seconds), "data_wait_share": waited / sum(seconds)}
+                    progress.time_rows.append({"epoch": epoch, **times})
                     write_csv(self.run_folder / "step_times.csv", progress.time_rows)
                     if validates:
                         self.save_state()
@@ -406,8 +408,11 @@ class Trainer:
         if signum := int(of_all_ranks(own).max()):
             raise Interrupted(signum)
 
-    def train_epoch(self) -> list[float]:
-        """Train the rest of the current epoch, adding to ``progress.sums``; return each step's seconds."""
+    def train_epoch(self) -> tuple[list[float], float]:
+        """Train the rest of the current epoch, adding to ``progress.sums``.
+
+        Returns each step's seconds, and how many of them in all went by until the batches were there.
+        """
         model, progress, config = self.model, self.progress, self.config
         model.train()
         device = model.device
@@ -421,8 +426,9 @@ class Trainer:
             total=self.steps_per_epoch,
             mininterval=1.0,
         )
-        seconds, before = [], time.perf_counter()
+        seconds, waited, before = [], 0.0, time.perf_counter()
         for batch in bar:
+            waited += time.perf_counter() - before
             batch = {
                 key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
                 for key, value in batch.items()
@@ -454,7 +460,7 @@ class Trainer:
             due = config.checkpoint_every and progress.step % config.checkpoint_every == 0
             if due and progress.step < self.steps_per_epoch:  # the last step's is saved in any case
                 self.save_state()
-        return seconds
+        return seconds, waited
 
     def agree(self, total: Tensor, losses: dict[str, Tensor]) -> tuple[dict[str, float], int]:
         """What is logged of a step, as means over the ranks, and the signal that any was sent, or 0.
@@ -518,6 +524,9 @@ def in_parallel(module: nn.Module) -> nn.Module:
     """
     if world_size() == 1:
         return module
+    # What is frozen is the same on all ranks, and may lie elsewhere.
+    frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen)
     return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 

@@ -33,6 +33,7 @@ OLDER_WHEEL_FROM = (5, 0)
 OLDER_WHEEL_DRIVER = 525
 # What CUDA_VISIBLE_DEVICES holds where no GPU is to be used; the last one is Slurm's.
 NO_GPU = ("", "-1", "NoDevFiles")
+MOST_WORKERS = 12  # each holds batches in shared memory
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "float32"}
 
 
@@ -330,6 +331,19 @@ def memory_explained(device: torch.device, batch_size: int, helps: Iterable[str]
         ) from error
 
 
+def default_workers(device: torch.device) -> int:
+    """``--num-workers`` where it is not given: processes that read images, by the cores this rank may use.
+
+    A GPU waits for what two processes read. On a CPU readers and the model share the cores.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if world_size() > 1:
+        cores //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device.type == "cuda":
+        return max(2, min(cores - 1, MOST_WORKERS))
+    return min(cores // 4, 2)
+
+
 def memory_of(device: torch.device) -> str:
     """How much of a device's memory is free, as a part of a message; empty where nobody tells."""
     try:
@@ -360,6 +374,13 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
             f"the model does not fit into the memory of {device}{memory_of(device)}; end what else uses it, "
             "or give another --device"
         ) from error
+
+
+def rest_vit(model: nn.Module) -> None:
+    """Move a frozen vision transformer to the CPU's memory: 2 GB at ViT-g, idle where tokens are cached."""
+    model.visual_encoder.to("cpu")
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def halve_frozen_vit(model: nn.Module) -> None:
