@@ -8,15 +8,17 @@
 # make test-browser  clicks on the page in Chromium, which must be there (apt-get install chromium)
 # make test-checkout  makes the calls of SPRC's scripts in SPRC's own environment (Python 3.9, torch 2.0.1)
 # make test-modern  runs the tests on a newer Python, without LAVIS, with today's torch and transformers
+# make test-gpu   runs the tests of a GPU, by the python3 that has torch: no network, no environment of its own
 # make bench        measures speed and memory, about half an hour: leave the machine alone meanwhile
 # make setup        only the virtual environment
 
 MODERN_PYTHON ?= 3.12
+PYTHON ?= python3
 CHECKOUT_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.9.*/bin/python) 3.9)
 UV := $(or $(shell command -v uv),.tools/bin/uv)
 
 .PHONY: setup demo demo-fashioniq ablation ablation-switches app test test-numeric test-browser test-checkout \
-	test-modern bench
+	test-modern test-gpu bench
 .DELETE_ON_ERROR:
 
 setup: .venv/ready
@@ -91,6 +93,10 @@ test-checkout: .venv/ready | $(UV)
 
 test-modern: .venv-modern/ready
 	.venv-modern/bin/python -m pytest -n 2 --dist loadfile
+
+# It takes torch, transformers, pandas, matplotlib, pytest and hypothesis as they are installed, and nothing else.
+test-gpu:
+	$(PYTHON) -m pytest -m gpu tests/test_gpu.py
 
 bench: .venv/ready
 	.venv/bin/python benchmarks/run.py

@@ -1,11 +1,54 @@
-"""Sanity check of the gated fusion, in seconds: python test_gated_fusion.py (or under pytest)."""
+"""Is this code in order, and this machine?
 
+python test_gated_fusion.py                 sanity check of the gated fusion, in seconds (also under pytest)
+python test_gated_fusion.py --device cuda   self check of this machine's GPU, with all that training needs:
+                                            random weights of true shapes, nothing fetched
+python test_gated_fusion.py --device cpu    the same on the CPU, with smaller shapes
+"""
+
+import argparse
+import os
 import sys
 import time
 import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+
+from sprc.errors import run_script
+
+
+def self_check() -> None:
+    """Parse, then call the library (imported late, so that --help is quick)."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--device", default=None, help="cpu, cuda, cuda:1, ...; default: cuda if there is one")
+    add("--only", nargs="+", default=None, metavar="NAME", help="these checks alone, see --list")
+    add("--list", action="store_true", help="print the checks' names and end")
+    add(
+        "--shapes",
+        default=None,
+        choices=("true", "quarter", "small"),
+        help="of models and batches; default: true on a GPU, a quarter of the widths on a CPU",
+    )
+    add("--report", type=Path, default=None, metavar="FILE", help="write the report as Markdown, too")
+    add("--verbose", action="store_true", help="print the traceback of a check that breaks")
+    arguments = parser.parse_args()
+    os.environ["TQDM_DISABLE"] = "1"  # tqdm looks when it is imported
+    from sprc.self_check import run
+
+    if arguments.list:
+        run.list_checks()
+        return
+    del arguments.list
+    sys.exit(run.self_check(**vars(arguments)))
+
+
+if __name__ == "__main__" and len(sys.argv) > 1:
+    run_script(self_check)
+    sys.exit()
 
 import torch
 

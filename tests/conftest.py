@@ -4,6 +4,7 @@ import errno
 import math
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,15 @@ from sprc.models.vision import ClipViT, EvaViT
 
 
 def pytest_configure(config):
-    """Hide the GPUs from all tests but those of them (-m gpu). torch looks when it first needs one."""
+    """Hide the GPUs from all tests but those of them (-m gpu). torch looks when it first needs one.
+
+    A shell's background job ignores Ctrl-C, and nohup's SIGHUP; what the tests start would do so as well.
+    """
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # runner.py has set it

@@ -304,7 +304,7 @@ def submit(folder, data, checkpoint):
         missing_images="error",
     )
     rest = ("blip_model_name", "backbone", "transform", "target_ratio", "gallery_dtype", "cache_dtype")
-    for name in (*rest, "feature_cache", "save_memory", "device"):
+    for name in (*rest, "vocab", "feature_cache", "save_memory", "device"):
         setattr(arguments, name, None)
     paths = run_submission(arguments)
     (folder / f"told_{rank()}.json").write_text(json.dumps([path.name for path in paths]))

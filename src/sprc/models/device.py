@@ -223,7 +223,7 @@ def find_driver(root: Path = Path("/")) -> Driver | None:
     if windows.exists() and any((root / "usr/lib/wsl/lib").glob("libcuda.so*")):
         nodes.append(windows)
     try:
-        text = (root / "proc/driver/nvidia/version").read_text(errors="replace")
+        text = (root / "proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
     except OSError:
         text = ask_nvidia_smi()
         if text is None and not nodes:
