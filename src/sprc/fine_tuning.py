@@ -269,7 +269,8 @@ def start_model(arguments: argparse.Namespace, captions: list[str]) -> torch.nn.
     switches = {"use_gated_fusion": True} | switches_from_environment() | switches  # the command line wins
     # A run keeps the depth that it was started with, whatever the backbone builds for a new one.
     recorded = getattr(arguments, "model_config", {})
-    switches |= {name: recorded[name] for name in ("vit_depth",) if name in recorded}
+    if "vit_depth" in recorded:
+        switches["vit_depth"] = recorded["vit_depth"]
     if arguments.model_path is not None:
         checkpoint = load_checkpoint(
             arguments.model_path,

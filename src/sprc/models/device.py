@@ -350,7 +350,7 @@ def memory_of(device: torch.device) -> str:
         if device.type == "cuda":
             free, total = torch.cuda.mem_get_info(device)
         else:
-            lines = Path("/proc/meminfo").read_text().splitlines()
+            lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
             sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
             free, total = sizes["MemAvailable"], sizes["MemTotal"]
     except (RuntimeError, OSError, ValueError, KeyError, IndexError):
