@@ -246,7 +246,12 @@ def test_ours_of_another_depth_takes_that_many_blocks_of_its_backbone(backbone, 
 
 
 def test_a_resumed_run_keeps_the_depth_that_it_was_started_with():
-    told = {"blip_model_name": "blip2_cir_align_prompt", "backbone": "tiny", "model_path": None, "vocab": None}
+    told = {
+        "blip_model_name": "blip2_cir_align_prompt",
+        "backbone": "tiny",
+        "model_path": None,
+        "vocab": None,
+    }
     assert start_model(Namespace(**told), ["a"]).config.vit_depth == 2
     assert start_model(Namespace(**told, model_config={"vit_depth": 1}), ["a"]).config.vit_depth == 1
 
