@@ -30,7 +30,7 @@ LEAST_WORKERS = 2
 # checkpoint (4 bytes), and while it writes one of them anew a second copy.
 RUN_BYTES = 8e9
 LEAST_GPU_BYTES = 10e9
-CACHE = "a feature cache takes 15 GB for CIRR, 56 GB for FashionIQ"
+CACHE = "a feature cache takes 16 GB for CIRR, 54 GB for FashionIQ"
 
 
 def find_device(name: str | None) -> tuple[torch.device, Line | None]:
