@@ -266,6 +266,7 @@ def test_control_c_is_one_line_and_of_several_ranks_the_first_alone_says_it(monk
         raise KeyboardInterrupt
 
     monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # put back afterwards
     monkeypatch.setenv("TQDM_DISABLE", "0")
     for rank, expected in ((None, "stopped by SIGINT\n"), ("0", "stopped by SIGINT\n"), ("1", "")):
         if rank is not None:
@@ -277,11 +278,28 @@ def test_control_c_is_one_line_and_of_several_ranks_the_first_alone_says_it(monk
         assert capsys.readouterr() == ("", expected)
 
 
-def test_control_c_ends_an_import_that_would_swallow_it(tmp_path):
-    lines = ("import os, signal", "try:", "    os.kill(os.getpid(), signal.SIGINT)")
-    lines += ("except KeyboardInterrupt:", "    pass")
-    (tmp_path / "swallows.py").write_text("\n".join(lines))
-    code = "from sprc.errors import run_script; run_script(lambda: __import__('swallows'))"
+SWALLOWS = """
+import os, signal
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    pass
+"""
+# tqdm's bar, interrupted while it is being made.
+COMPLAINS = """
+class Bar:
+    def __init__(self):
+        raise KeyboardInterrupt
+    def __del__(self):
+        self.close()
+Bar()
+"""
+
+
+@pytest.mark.parametrize("module", [SWALLOWS, COMPLAINS], ids=["an import swallows it", "a bar complains"])
+def test_control_c_is_one_line_whatever_it_meets(tmp_path, module):
+    (tmp_path / "module.py").write_text(module)
+    code = "from sprc.errors import run_script; run_script(lambda: __import__('module'))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "src", tmp_path)))}
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -119,6 +119,7 @@ def run_script(main: Callable[[], None]) -> None:
         main()
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the clean-up, without a traceback
+        sys.unraisablehook = lambda _: None  # a bar that was being made complains when it is cleaned up
         sys.exit(_print_interrupt())
     except Interrupted as stop:
         sys.exit(128 + stop.signum)
