@@ -15,6 +15,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("run_folder", type=Path, nargs="?", help="by default the newest in models/")
+    parser.add_argument("--data-path", type=Path, help="where the data are, by default where they were")
     parser.add_argument("--queries", type=int, default=8, help="rows of the gate-map sheet")
     parser.add_argument("--seed", type=int, default=0, help="which queries the sheet shows")
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; by default cuda if there is one")
@@ -27,7 +28,13 @@ def main() -> None:
         run_folder = runs[-1]
     from sprc.report import report_run
 
-    report_run(run_folder, queries=arguments.queries, seed=arguments.seed, device=arguments.device)
+    report_run(
+        run_folder,
+        data_path=arguments.data_path,
+        queries=arguments.queries,
+        seed=arguments.seed,
+        device=arguments.device,
+    )
 
 
 if __name__ == "__main__":

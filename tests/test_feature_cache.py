@@ -209,6 +209,12 @@ def test_the_loader_opens_no_image(model, images, tmp_path):
     assert all(torch.equal(load(path), tokens) for path, tokens in zip(images, expected, strict=True))
 
 
+def test_a_bad_image_is_found_whatever_the_paths_come_in(model, images):
+    images[3].write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"1 of 8 images cannot be used; first: .*3\.png"):
+        open_images(model, PREPROCESSING, iter(images), feature_cache=None, cache_dtype="float16", **SETTINGS)
+
+
 # --- the scripts
 
 

@@ -24,6 +24,7 @@ from conftest import (
 from torch import Tensor, nn
 
 from sprc.config import ModelConfig
+from sprc.errors import InputError
 from sprc.fusion_log import FusionLog
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.qformer import QFormer
@@ -317,6 +318,12 @@ def test_tokens_in_place_of_pixels_give_the_same_losses_to_the_bit(tokenizer) ->
     expected = model(pixels)
     for name, loss in model({**pixels, **tokens}).items():
         assert torch.equal(loss, expected[name])
+
+
+def test_an_image_that_is_in_no_batch_is_not_taken_for_tokens(tokenizer) -> None:
+    model = build_model(tokenizer, image_size=24, vit_width=24)  # a row of pixels is as wide as a token
+    with pytest.raises(InputError, match=r"images have the shape \(3, 24, 24\); give a batch"):
+        model.encode_image(random_images(1, model.config)[0])
 
 
 # --- text: padding and truncation

@@ -54,6 +54,19 @@ def test_the_report_draws_and_scores_the_best_checkpoint_as_training_did(trained
             assert min(image.size) > 300
 
 
+def test_the_report_finds_data_that_have_moved(data, trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained[0], folder)
+    path = folder / "saved_models" / "tuned_clip_arithmetic.pt"
+    contents = torch.load(path, weights_only=True)
+    contents["hyperparameters"]["data_path"] = str(tmp_path / "gone")
+    torch.save(contents, path)
+    _, stderr = run("report_run.py", folder, code=2)
+    assert_one_clear_line(stderr, "gone/cirr_dataset is missing")
+    run("report_run.py", folder, "--queries", 1, "--data-path", data)
+    assert (folder / "recall_table.csv").read_bytes() == (trained[0] / "recall_table.csv").read_bytes()
+
+
 def test_one_seed_gives_one_csv_and_another_seed_another(data, trained, tmp_path):
     folder, _, _ = trained
     flags = ("--num-epochs", 2, "--num-workers", 2)  # the number of workers must not matter

@@ -81,3 +81,15 @@ def test_a_caller_can_end_it_after_any_batch(tokenizer):
 
     assert seen_at_batches(None) == [3, 6, 7]
     assert seen_at_batches(2) == [3, 6]
+
+
+def test_a_model_in_training_goes_on_training_whatever_its_validation_meets(tokenizer):
+    model = Blip2QformerCirAlignPrompt(small_config(), tokenizer)
+
+    def load(path):
+        raise OSError("the disk is gone")
+
+    split = CirrSplit("val", TRIPLETS, {name: Path("folder") / name for name in NAMES})
+    with pytest.raises(OSError, match="the disk is gone"):
+        encode_split(model, split, load, batch_size=3, num_workers=0)
+    assert model.training

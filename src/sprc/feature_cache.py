@@ -92,6 +92,7 @@ def open_images(
     transform = make_transform(
         preprocessing["transform"], model.config.image_size, preprocessing["target_ratio"]
     )
+    paths = list(paths)
     read_at_once = batch_size if read_at_once is None else read_at_once
     if feature_cache is None:
         check_shared_memory(read_at_once * pixel_bytes(model), num_workers)

@@ -16,9 +16,17 @@ from sprc.run_folder import write_atomically
 from sprc.validation import modality_table
 
 
-def report_run(run_folder: Path, *, queries: int = 8, seed: int = 0, device: str | None = None) -> None:
+def report_run(
+    run_folder: Path,
+    *,
+    data_path: Path | None = None,
+    queries: int = 8,
+    seed: int = 0,
+    device: str | None = None,
+) -> None:
     """Write `curves.png`, `gate_maps.png` and `recall_table.csv` into ``run_folder``; print the table.
 
+    ``data_path`` is where the data are now; None takes the place where they were in training.
     Raises :class:`InputError` if the run has no CSV files, no checkpoint, or its data is gone.
     """
     on = start_device(device)
@@ -31,7 +39,8 @@ def report_run(run_folder: Path, *, queries: int = 8, seed: int = 0, device: str
     told = checkpoint.hyperparameters
     if told["dataset"] != "cirr":
         raise InputError(f"{run_folder} was trained on {told['dataset']}; reports are made of CIRR runs")
-    split = load_cirr(Path(told["data_path"]), "val", missing_images=told.get("missing_images", "error"))
+    place = Path(told["data_path"]) if data_path is None else data_path
+    split = load_cirr(place, "val", missing_images=told.get("missing_images", "error"))
     (encoded,) = scorer.encode([split])
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(split.triplets), generator=generator)[:queries].tolist()

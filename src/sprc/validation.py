@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from sprc.data.captions import process_caption
@@ -41,6 +42,17 @@ class EncodedSplit:
     references: Tensor  # (T,) gallery indices
     targets: Tensor | None  # (T,); None where the benchmark keeps them secret
     members: Tensor  # (T, K); K is 0 for FashionIQ
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within it the model is in eval mode; its mode is put back, whatever happens."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 @torch.no_grad()
@@ -93,26 +105,24 @@ def encode_split(
         num_workers=num_workers,
     )
     hidden = any(triplet.target is None for triplet in split.triplets)
-    was_training = model.training
-    model.eval()
-    for image_indices, images in tqdm(loader, desc=f"encode {label}", leave=False):
-        image_embeds = model.encode_image(images.to(device))
-        keys = model.Qformer.bert.image_keys(image_embeds)
-        gallery[image_indices] = model.target_features(keys).to(gallery)
-        rows = [(row, q) for row, i in enumerate(image_indices.tolist()) for q in queries_of.get(i, ())]
-        for start in range(0, len(rows), batch_size):
-            row, query = (list(column) for column in zip(*rows[start : start + batch_size], strict=True))
-            text = model.tokenize([captions[q] for q in query])
-            if model.gated_fusion is None:  # a reference's keys and values are those it has as a target
-                reference = [pair and (pair[0][row], pair[1][row]) for pair in keys]
-            else:
-                reference = image_embeds[row]
-            composed[query] = model.compose(reference, text).cpu()
-            text_only[query] = model.text_features(text).cpu()
-        on_batch()
-    for _ in range(math.ceil(len(names) / (batch_size * world_size())) - len(own)):
-        on_batch()  # other ranks have a batch more
-    model.train(was_training)
+    with eval_mode(model):
+        for image_indices, images in tqdm(loader, desc=f"encode {label}", leave=False):
+            image_embeds = model.encode_image(images.to(device))
+            keys = model.Qformer.bert.image_keys(image_embeds)
+            gallery[image_indices] = model.target_features(keys).to(gallery)
+            rows = [(row, q) for row, i in enumerate(image_indices.tolist()) for q in queries_of.get(i, ())]
+            for start in range(0, len(rows), batch_size):
+                row, query = (list(column) for column in zip(*rows[start : start + batch_size], strict=True))
+                text = model.tokenize([captions[q] for q in query])
+                if model.gated_fusion is None:  # a reference's keys and values are those it has as a target
+                    reference = [pair and (pair[0][row], pair[1][row]) for pair in keys]
+                else:
+                    reference = image_embeds[row]
+                composed[query] = model.compose(reference, text).cpu()
+                text_only[query] = model.text_features(text).cpu()
+            on_batch()
+        for _ in range(math.ceil(len(names) / (batch_size * world_size())) - len(own)):
+            on_batch()  # other ranks have a batch more
     for rows in (gallery, composed, text_only):  # a row is one rank's, and zero on the others
         sum_over_ranks(rows)
     return EncodedSplit(

@@ -262,11 +262,17 @@ class Blip2QformerCirAlignPrompt(nn.Module):
         On a GPU a frozen ViT runs in float16, as in LAVIS, whatever the precision around it. On a CPU it
         takes one image at a time: so rounding does not depend on what else is in the batch, and tokens from
         a cache are the same to the bit. What already is (B, N, D) is returned as it is. Pixels of another
-        size than the model's raise :class:`InputError`.
+        size than the model's, and an image that is not in a batch, raise :class:`InputError`.
         """
-        if image.dim() == 3:
-            return image
         side = self.config.image_size
+        if image.dim() == 3:
+            tokens = (self.config.num_patches**2 + 1, self.config.vit_width)
+            if image.shape[1:] != tokens:
+                raise InputError(
+                    f"images have the shape {tuple(image.shape)}; give a batch, (B, 3, {side}, {side}), or "
+                    f"tokens of the vision transformer, (B, {tokens[0]}, {tokens[1]})"
+                )
+            return image
         if image.shape[-2:] != (side, side):
             raise InputError(
                 f"the images have {image.shape[-2]} x {image.shape[-1]} pixels, and the model takes {side} x "
