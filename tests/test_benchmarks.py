@@ -22,6 +22,7 @@ import memory
 import run as bench
 import scaling
 import steps
+from published import HAS_LAVIS
 
 MEGABYTE = 10**6
 QUICK = measure.Settings(device="cpu", repeats=1, quick=True)
@@ -52,7 +53,7 @@ def test_a_quick_run_prints_and_saves_its_table(tmp_path) -> None:
             median, least, most = map(float, found.groups())
             assert least <= median <= most, name
             ratios += 1
-    assert ratios >= 6
+    assert ratios >= (6 if HAS_LAVIS else 4)
     (figures,) = json.loads(out.with_suffix(".json").read_text()).values()
     assert [row[0] for row in rows] == list(figures)
 

@@ -12,13 +12,13 @@ from sprc.errors import InputError
 from sprc.models import tokenizer as tokenizer_file
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.factory import create_model
-from sprc.models.tokenizer import BERT_SPECIAL_TOKENS, bert_tokenizer
+from sprc.models.tokenizer import BERT_SPECIAL_TOKENS, bert_tokenizer, read_bert_vocabulary
 
 
 def made_vocabulary(**changes):
     """As many entries as bert-base-uncased has, its special tokens in their places; ``changes`` by number."""
     words = [f"word{number}" for number in range(30522)]
-    words[1000:1016] = ["make", "the", "circle", "blue", "\u2028", "\x85", "##s", *"abcdefghi"]
+    words[1000:1016] = ["make", "the", "circle", "blue", "façade", "¾", "##s", *"abcdefghi"]
     for word, number in BERT_SPECIAL_TOKENS.items():
         words[number] = word
     for number, word in changes.items():
@@ -43,6 +43,11 @@ def test_a_vocabulary_s_line_is_its_id(tmp_path, ending):
     assert len(tokenizer) == 30523
     assert tokenizer("make the circles BLUE").input_ids == [101, 1000, 1001, 1002, 1006, 1003, 102]
     assert tokenizer.convert_tokens_to_ids("[DEC]") == 30522
+
+
+def test_only_an_end_of_line_parts_entries(tmp_path):
+    words = made_vocabulary(_1004="\u2028", _1005="\x85")  # which Python takes for ends of lines as well
+    assert read_bert_vocabulary(write(tmp_path / "vocab.txt", words)) == words
 
 
 WRONG = {

@@ -520,14 +520,15 @@ def saved_progress(run_folder: Path) -> Progress | None:
 def in_parallel(module: nn.Module) -> nn.Module:
     """``module``, its gradients averaged over the ranks; without torchrun as it is.
 
-    All that requires a gradient must get one in every step. Buffers are the same on all ranks.
+    All that requires a gradient must get one in every step.
     """
     if world_size() == 1:
         return module
-    # What is frozen is the same on all ranks, and may lie elsewhere.
-    frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen)
-    return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # What is not trained is the same on all ranks, and may lie elsewhere.
+    fixed = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+    fixed += [name for name, _ in module.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, fixed)
+    return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
 
 @contextmanager
