@@ -4,7 +4,7 @@
 # make ablation-switches   the same for gated fusion's switches, one at a time: about an hour
 # make app          a page to search pictures: an index of your own, or the demo's pictures
 # make test         sets up the same and runs all tests (LAVIS's included)
-# make test-numeric  runs the numeric tests as on other processors, and with two threads: about a minute
+# make test-numeric  runs the numeric tests as on other processors, and with two threads: two minutes
 # make test-browser  clicks on the page in Chromium, which must be there (apt-get install chromium)
 # make test-checkout  makes the calls of SPRC's scripts in SPRC's own environment (Python 3.9, torch 2.0.1)
 # make test-modern  runs the tests on a newer Python, without LAVIS, with today's torch and transformers
@@ -80,6 +80,8 @@ NUMERIC := .venv/bin/python -m pytest -q -m numeric -k 'not compiled' tests/test
 test-numeric: .venv/ready
 	env OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default $(NUMERIC) tests/test_against_lavis.py
 	env OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 $(NUMERIC) tests/test_against_lavis.py
+	env OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE ATEN_CPU_CAPABILITY=default $(NUMERIC)
+	env OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE ATEN_CPU_CAPABILITY=avx2 $(NUMERIC)
 	env -u ATEN_CPU_CAPABILITY OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(NUMERIC)
 
 test-browser: .venv/ready
