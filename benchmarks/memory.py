@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 import torch
 import torch.nn.functional as F
-from steps import LOSS_WEIGHTS, make_captions
+from steps import make_captions
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,7 +30,8 @@ from torch.utils._pytree import tree_leaves
 from sprc.config import ModelConfig, read_backbone
 from sprc.grad_cache import Embedder, GradCache
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt, Text
-from sprc.models.tokenizer import make_vocabulary, tokenizer_from_vocabulary
+from sprc.self_check.setting import made_tokenizer
+from sprc.self_check.speed import take_step
 from sprc.training import make_optimizer
 
 BATCHES = (64, 128, 256)
@@ -94,9 +95,7 @@ def as_on_a_gpu() -> Iterator[None]:
 
 def make_model(config: ModelConfig) -> Blip2QformerCirAlignPrompt:
     """The model on fake tensors, its frozen vision transformer as a GPU keeps it."""
-    vocabulary = make_vocabulary(["red"])
-    vocabulary += [f"unused{number}" for number in range(config.vocab_size - 1 - len(vocabulary))]
-    model = Blip2QformerCirAlignPrompt(config, tokenizer_from_vocabulary(vocabulary)).train()
+    model = Blip2QformerCirAlignPrompt(config, made_tokenizer(config.vocab_size)).train()
     for module in model.visual_encoder.modules():  # halve_frozen_vit's way does not go with fake tensors
         if isinstance(module, nn.Linear | nn.Conv2d):
             for name, weights in list(module.named_parameters()):
@@ -130,14 +129,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: int, chunk: 
     samples = {"image": image, "target": target, "text_input": make_captions(batch)}
     mixed_precision = partial(torch.autocast, "cpu", torch.bfloat16)
     cache = GradCache(model, Embedder(model), chunk, mixed_precision) if chunk else None
-    optimizer.zero_grad(set_to_none=True)
-    with mixed_precision():
-        losses = cache.losses(samples) if cache else model(samples)
-        total = sum(LOSS_WEIGHTS[name] * loss for name, loss in losses.items())
-    total.backward()
-    if cache:
-        cache.backward()
-    optimizer.step()
+    take_step(model, optimizer, samples, cache, mixed_precision)
 
 
 def peak_of(config: ModelConfig, batch: int, chunk: int, *, cached: bool) -> float:

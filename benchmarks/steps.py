@@ -38,7 +38,7 @@ from sprc.data.transforms import make_transform
 from sprc.feature_cache import FeatureCache
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.device import place, precision
-from sprc.models.tokenizer import make_vocabulary, tokenizer_from_vocabulary
+from sprc.self_check.setting import LOSS_WEIGHTS, WORDS, made_tokenizer
 from sprc.training import make_optimizer
 
 SMALL = {
@@ -54,16 +54,10 @@ SMALL = {
     "num_query_tokens": 4,
     "embed_dim": 8,
 }
-LOSS_WEIGHTS = {"loss_itc": 1.0, "loss_rtc": 0.4, "loss_align": 0.4}  # CIRR's
 TRIPLETS = 28_225  # of CIRR's training split
 IMAGES = 21_551  # of CIRR's
 BATCH = 64  # the default of --batch-size
 PREPROCESSING = {"transform": "targetpad", "target_ratio": 1.25}
-SENTENCES = (
-    "make the a same dog with its mouth open and on grass instead of wood remove person add more two fewer "
-    "show closer view from side is lying down white black background different angle of breed facing left"
-)
-WORDS = SENTENCES.split()
 
 Samples = dict[str, Tensor | list[str]]
 Step = Callable[[Samples], None]
@@ -80,10 +74,8 @@ def make_config(quick: bool, **changes: Any) -> ModelConfig:
 def make_model(config: ModelConfig, device: str, *, with_vit: bool = False) -> Blip2QformerCirAlignPrompt:
     """The model on ``device``, its vision transformer of one block unless it is asked for."""
     torch.manual_seed(0)
-    vocabulary = make_vocabulary(WORDS)
-    vocabulary += [f"unused{number}" for number in range(config.vocab_size - 1 - len(vocabulary))]
     one_block = ModelConfig(**{**vars(config), "vit_depth": 1})
-    model = Blip2QformerCirAlignPrompt(one_block, tokenizer_from_vocabulary(vocabulary))
+    model = Blip2QformerCirAlignPrompt(one_block, made_tokenizer(config.vocab_size))
     assert len(model.tokenizer) == config.vocab_size
     if with_vit:
         with torch.device("meta"):  # the model's own start of a billion weights takes half a minute

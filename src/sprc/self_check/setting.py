@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from transformers import BertTokenizer
 
 from sprc.config import ModelConfig
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
@@ -82,10 +83,9 @@ class Setting:
         # BERT's 0.02 leaves random layers nearly blind to what they read.
         values["initializer_range"] = width**-0.5
         config = ModelConfig(**{**self.shapes.model, **values, **changes})
-        vocabulary = make_vocabulary(WORDS)
-        vocabulary += [f"unused{number}" for number in range(words - 1 - len(vocabulary))]
+        tokenizer = made_tokenizer(words)
         torch.manual_seed(0)
-        return Blip2QformerCirAlignPrompt(config, tokenizer_from_vocabulary(vocabulary))
+        return Blip2QformerCirAlignPrompt(config, tokenizer)
 
     def placed(self, model: nn.Module) -> nn.Module:
         """A copy of ``model`` on the device, as training places it."""
@@ -137,6 +137,14 @@ class MadeTriplets(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
         image, target = torch.randn(self.shape, generator=torch.Generator().manual_seed(index)).half()
         return {"image": image, "target": target, "text_input": caption(index)}
+
+
+def made_tokenizer(size: int) -> BertTokenizer:
+    """A tokenizer of ``size`` entries, [DEC] among them, that has each of ``WORDS`` as one."""
+    vocabulary = make_vocabulary(WORDS)
+    return tokenizer_from_vocabulary(
+        [*vocabulary, *(f"unused{number}" for number in range(size - 1 - len(vocabulary)))]
+    )
 
 
 def caption(index: int) -> str:

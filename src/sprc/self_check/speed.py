@@ -2,20 +2,21 @@
 
 import time
 from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager
 from itertools import cycle, islice
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from sprc.data.datasets import ImageDataset, SteadyLoader, image_loader
 from sprc.data.transforms import make_transform
 from sprc.errors import ran_out_of_memory
 from sprc.grad_cache import Embedder, GradCache
-from sprc.models.device import place
-from sprc.self_check.machine import own_cores
+from sprc.models.device import own_cores, place
 from sprc.self_check.report import FAIL, NOTE, OK, Line
-from sprc.self_check.setting import LOSS_WEIGHTS, Setting, fill_vit, make_pictures, pixels
+from sprc.self_check.setting import LOSS_WEIGHTS, Samples, Setting, fill_vit, make_pictures, pixels
 from sprc.training import make_optimizer
 
 BATCH = 64  # the documented one; flags are advised where it is what was measured
@@ -118,17 +119,25 @@ def step_of(setting: Setting, model: nn.Module, source: str, batch: int, chunk: 
     optimizer = make_optimizer(model, 1e-9)
     cache = GradCache(model, Embedder(model), chunk, lambda: setting.autocast("auto")) if chunk else None
 
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with setting.autocast("auto"):
-            losses = cache.losses(samples) if cache else model(samples)
-            total = sum(LOSS_WEIGHTS[name] * loss for name, loss in losses.items())
-        total.backward()
-        if cache:
-            cache.backward()
-        optimizer.step()
+    return lambda: take_step(model, optimizer, samples, cache, lambda: setting.autocast("auto"))
 
-    return step
+
+def take_step(
+    model: nn.Module,
+    optimizer: Optimizer,
+    samples: Samples,
+    cache: GradCache | None,
+    mixed_precision: Callable[[], AbstractContextManager],
+) -> None:
+    """What ``Trainer.train_epoch`` computes in a step, and no more: to be timed, or its memory added up."""
+    optimizer.zero_grad(set_to_none=True)
+    with mixed_precision():
+        losses = cache.losses(samples) if cache else model(samples)
+        total = sum(LOSS_WEIGHTS[name] * loss for name, loss in losses.items())
+    total.backward()
+    if cache:
+        cache.backward()
+    optimizer.step()
 
 
 def seconds_of(setting: Setting, work: Callable[[], object], times: int) -> float:
