@@ -33,7 +33,7 @@ from sprc.errors import InputError, Interrupted
 from sprc.fine_tuning import HYPERPARAMETERS
 from sprc.flags import ROOT
 from sprc.locks import hold_lock
-from sprc.models.device import default_device, parse_device
+from sprc.models.device import default_device, own_cores, parse_device
 from sprc.models.gated_fusion import FUSION_STRATEGIES, fusion_class
 from sprc.run_folder import write_json
 from sprc.training import stop_signals
@@ -316,8 +316,7 @@ def cell_environment(num_devices: int) -> dict[str, str]:
 
     SPRC_SWITCHES is left out: it would change cells behind the table's back.
     """
-    has_affinity = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    cores = own_cores()
     environment = {"OMP_NUM_THREADS": str(max(1, cores // num_devices)), **os.environ}
     environment.pop("SPRC_SWITCHES", None)
     # In the log a failure's last line has to come after what was printed before it.

@@ -331,12 +331,17 @@ def memory_explained(device: torch.device, batch_size: int, helps: Iterable[str]
         ) from error
 
 
+def own_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def default_workers(device: torch.device) -> int:
     """``--num-workers`` where it is not given: processes that read images, by the cores this rank may use.
 
     A GPU waits for what two processes read. On a CPU readers and the model share the cores.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = own_cores()
     if world_size() > 1:
         cores //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device.type == "cuda":

@@ -15,6 +15,7 @@ from sprc.models.device import (
     default_device,
     find_driver,
     gpus_are_hidden,
+    own_cores,
     precision,
     sees_gpu,
     start_device,
@@ -69,11 +70,6 @@ def check_machine(setting: Setting) -> Iterator[Line]:
         yield Line(OK, "machine, disk", figures)
     else:
         yield Line(FAIL, "machine, disk", figures, remedy)
-
-
-def own_cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_card(device: torch.device) -> Iterator[Line]:
