@@ -75,30 +75,30 @@ test: .venv/ready
 # With ATen's kernels for processors without AVX-512 and without AVX2, and with a second thread (that does not spin: on
 # a busy machine it would for minutes). `test` has run the machine's own kernels with one thread. TorchDynamo is left
 # out ("compiled"): its import is slow, and what it makes runs the same kernels.
-NUMERIC := .venv/bin/python -m pytest -q -m numeric -k 'not compiled' tests/test_fusion.py tests/test_model_calls.py \
-	tests/test_losses.py tests/test_grad_cache.py tests/test_feature_cache.py
+NUMERIC := .venv/bin/python -m pytest -q -m numeric -k 'not compiled' tests/models/test_fusion.py tests/models/test_model_calls.py \
+	tests/models/test_losses.py tests/training/test_grad_cache.py tests/scoring/test_feature_cache.py
 test-numeric: .venv/ready
-	env OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default $(NUMERIC) tests/test_against_lavis.py
-	env OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 $(NUMERIC) tests/test_against_lavis.py
+	env OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default $(NUMERIC) tests/models/test_against_lavis.py
+	env OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 $(NUMERIC) tests/models/test_against_lavis.py
 	env OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE ATEN_CPU_CAPABILITY=default $(NUMERIC)
 	env OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE ATEN_CPU_CAPABILITY=avx2 $(NUMERIC)
 	env -u ATEN_CPU_CAPABILITY OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(NUMERIC)
 
 test-browser: .venv/ready
-	.venv/bin/python -m pytest -m browser tests/test_browser.py
+	.venv/bin/python -m pytest -m browser tests/search/test_browser.py
 
 # Skipped, and counted as that, where there is no Python 3.9.
 test-checkout: .venv/ready | $(UV)
 	@if $(UV) python find --no-project $(CHECKOUT_PYTHON) > /dev/null 2>&1; then $(MAKE) .venv-checkout/ready; \
 	else echo "no Python 3.9 here: fetch one with $(UV) python install 3.9, or give CHECKOUT_PYTHON=PATH"; fi
-	.venv/bin/python -m pytest tests/test_sprc_checkout.py -k theirs
+	.venv/bin/python -m pytest tests/models/test_sprc_checkout.py -k theirs
 
 test-modern: .venv-modern/ready
 	.venv-modern/bin/python -m pytest -n 2 --dist loadfile
 
 # It takes torch, transformers, pandas, matplotlib, pytest and hypothesis as they are installed, and nothing else.
 test-gpu:
-	$(PYTHON) -m pytest -m gpu tests/test_gpu.py
+	$(PYTHON) -m pytest -m gpu tests/machine/test_gpu.py
 
 bench: .venv/ready
 	.venv/bin/python benchmarks/run.py

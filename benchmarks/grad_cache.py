@@ -8,8 +8,8 @@ from measure import Row, Settings, memory_row, peak_memory, ratio_row, require_m
 from steps import LOSS_WEIGHTS, Samples, backward, make_config, make_model, make_samples
 from torch import nn
 
-from sprc.grad_cache import Embedder, GradCache
 from sprc.models.device import precision
+from sprc.training.grad_cache import Embedder, GradCache
 
 
 def cached_backward(model: nn.Module, device: str, chunk: int, samples: Samples) -> None:

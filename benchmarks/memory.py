@@ -28,11 +28,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sprc.config import ModelConfig, read_backbone
-from sprc.grad_cache import Embedder, GradCache
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt, Text
 from sprc.self_check.setting import made_tokenizer
 from sprc.self_check.speed import take_step
-from sprc.training import make_optimizer
+from sprc.training.grad_cache import Embedder, GradCache
+from sprc.training.loop import make_optimizer
 
 BATCHES = (64, 128, 256)
 BLOCK = 512  # CUDA's allocator gives multiples of it

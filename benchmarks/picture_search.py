@@ -31,9 +31,9 @@ from measure import (
 )
 from torch import Tensor
 
-from sprc.indexing import mean_features
-from sprc.picture_index import FORMAT, open_index
-from sprc.search import Searcher
+from sprc.search.index import FORMAT, open_index
+from sprc.search.indexing import mean_features
+from sprc.search.searcher import Searcher
 
 SHAPES = {"ViT-g": (32, 256), "tiny": (4, 128)}
 QUERIES = 50
@@ -219,8 +219,8 @@ def page(settings: Settings) -> list[Row]:
 
 def make_demo(folder: Path, families: int) -> tuple[Path, Path]:
     """What `make demo` leaves: data with 36 validation pictures a family, and a tiny model, not trained."""
-    from sprc.checkpoint import save_checkpoint
     from sprc.data.cirr import load_cirr
+    from sprc.models.checkpoint import save_checkpoint
     from sprc.models.factory import create_model, model_class
 
     data, models = folder / "demo", folder / "models"

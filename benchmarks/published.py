@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sprc.losses import align_loss, contrastive_loss
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
+from sprc.models.losses import align_loss, contrastive_loss
 
 HAS_LAVIS = importlib.util.find_spec("lavis") is not None
 NO_LAVIS = "LAVIS is not installed here"

@@ -24,7 +24,7 @@ from measure import (
 from published import published_ranking
 from torch import Tensor
 
-from sprc.ranking import cirr_metrics, rank, score_blocks
+from sprc.scoring.ranking import cirr_metrics, rank, score_blocks
 
 TOKENS, WIDTH, SET = 32, 256, 6
 CIRR_VAL = (4181, 2297)  # queries, gallery images

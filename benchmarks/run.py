@@ -93,7 +93,7 @@ def table(columns: dict[str, dict[str, dict]]) -> str:
 
 def save(text: str, file: Path) -> None:
     """Write ``text`` to ``file`` at once."""
-    from sprc.run_folder import write_atomically
+    from sprc.files import write_atomically
 
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, lambda opened: opened.write(text.encode()))

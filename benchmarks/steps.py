@@ -33,13 +33,13 @@ from published import HAS_LAVIS, NO_LAVIS, LavisStep
 from torch import Tensor, nn
 
 from sprc.config import ModelConfig
-from sprc.data.datasets import load_image
+from sprc.data.images import load_image
 from sprc.data.transforms import make_transform
-from sprc.feature_cache import FeatureCache
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.device import place, precision
+from sprc.scoring.feature_cache import FeatureCache
 from sprc.self_check.setting import LOSS_WEIGHTS, WORDS, made_tokenizer
-from sprc.training import make_optimizer
+from sprc.training.loop import make_optimizer
 
 SMALL = {
     "image_size": 28,

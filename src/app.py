@@ -39,7 +39,7 @@ def main() -> None:
         help="another one lets others search and see the indexed pictures; default: %(default)s",
     )
     arguments = parser.parse_args()
-    from sprc.search_app import run_app
+    from sprc.search.app import run_app
 
     run_app(arguments)
 

@@ -214,8 +214,8 @@ def main() -> None:
     """Parse, then call the library (imported late, so that --help is quick)."""
     defaults, given = parse_arguments()
     from sprc.distributed import process_group
-    from sprc.fine_tuning import fine_tune
-    from sprc.resume import own_timeout
+    from sprc.training.fine_tuning import fine_tune
+    from sprc.training.resume import own_timeout
 
     timeout = given.get("timeout", defaults["timeout"])
     if "resume" in given and "timeout" not in given:

@@ -36,7 +36,7 @@ def main() -> None:
     add_scoring_flags(parser)
     arguments = parser.parse_args()
     from sprc.distributed import process_group
-    from sprc.evaluation import run_validation
+    from sprc.scoring.validation import run_validation
 
     with process_group(arguments.timeout):
         run_validation(arguments)

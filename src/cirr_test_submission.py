@@ -25,7 +25,7 @@ def main() -> None:
         folder = arguments.model_path.resolve().parent
         arguments.name = folder.parent.name if folder.name == "saved_models" else arguments.model_path.stem
     from sprc.distributed import process_group
-    from sprc.evaluation import run_submission
+    from sprc.scoring.submission import run_submission
 
     with process_group(arguments.timeout):
         run_submission(arguments)

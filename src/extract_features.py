@@ -51,7 +51,7 @@ def main() -> None:
     add_timeout_flag(parser)
     arguments = parser.parse_args()
     from sprc.distributed import process_group
-    from sprc.feature_extraction import extract_features
+    from sprc.scoring.feature_extraction import extract_features
 
     with process_group(arguments.timeout):
         extract_features(arguments)

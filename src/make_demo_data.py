@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
-from sprc.data.synthetic import SyntheticConfig
-from sprc.data.synthetic_cirr import make_cirr
-from sprc.data.synthetic_fashioniq import FashionIQConfig, make_fashioniq
+from sprc.data.synthetic.cirr import make_cirr
+from sprc.data.synthetic.fashioniq import FashionIQConfig, make_fashioniq
+from sprc.data.synthetic.splits import SyntheticConfig
 from sprc.errors import run_script
 
 SIZES = {

@@ -26,7 +26,7 @@ def main() -> None:
         if not runs:
             raise InputError(f"there is no run in {MODELS}; train one first, for example with make demo")
         run_folder = runs[-1]
-    from sprc.report import report_run
+    from sprc.gates.report import report_run
 
     report_run(
         run_folder,

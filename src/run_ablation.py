@@ -57,8 +57,8 @@ def main() -> None:
     add("training", nargs="*", metavar="-- FLAG", help="of src/blip_fine_tune_2.py")
     arguments = parser.parse_args()
     given = {name: value for name in GRID if (value := getattr(arguments, name))}
-    from sprc.ablation import AblationConfig, check_devices, run_cells
-    from sprc.ablation_report import report_ablation
+    from sprc.ablation.report import report_ablation
+    from sprc.ablation.run import AblationConfig, check_devices, run_cells
 
     config = AblationConfig.read(arguments.config, given)
     failures = run_cells(config, arguments.out, check_devices(arguments.devices))

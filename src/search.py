@@ -22,7 +22,7 @@ def main() -> None:
     add_index_command(commands.add_parser("index", help="index a folder, or bring its index up to date"))
     add_query_command(commands.add_parser("query", help="print the best pictures for a picture and a text"))
     arguments = parser.parse_args()
-    from sprc.search import run_index, run_query
+    from sprc.search.commands import run_index, run_query
 
     (run_index if arguments.command == "index" else run_query)(arguments)
 

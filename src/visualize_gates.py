@@ -76,7 +76,7 @@ def main() -> None:
     add("--out", type=Path, default=None, metavar="FOLDER", help="default: gate_maps beside the checkpoint")
     add_scoring_flags(parser)
     arguments = parser.parse_args()
-    from sprc.visualisation import run_visualisation
+    from sprc.gates.visualisation import run_visualisation
 
     run_visualisation(arguments)
 

@@ -1,16 +1,76 @@
-"""Figures as files: matplotlib without a screen."""
+"""Figures as files: matplotlib without a screen; the cell that a sheet of pictures is made of."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
+import numpy as np
+from matplotlib import colormaps
+from torch import Tensor
 
-from sprc.run_folder import write_atomically
+from sprc.files import write_atomically
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+RIGHT, WRONG = "#2a9d4a", "#c0392b"
+FIXED = (0.0, 1.0)  # the scale on which maps of different images and models compare
+COLORS = "viridis"
+OPACITY = 0.75  # of a map over its image
 
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
     """Write the figure as PNG, atomically, and close it."""
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
     plt.close(figure)
+
+
+class Cell(NamedTuple):
+    """One picture of a sheet or a page: an image, and perhaps a map over it."""
+
+    title: str
+    image: str  # its name
+    values: Tensor | None = None  # (P, P)
+    scale: tuple[float, float] = FIXED
+    right: bool | None = None  # for a candidate: is it the target?
+
+
+def own_scale(values: Tensor) -> tuple[float, float]:
+    """The least and the largest value. Where all are equal but for rounding, 1 % to both sides."""
+    low, high = values.min().item(), values.max().item()
+    if high - low <= 1e-5 * abs(high):
+        low, high = low - 0.01 * abs(low), high + 0.01 * abs(high)
+    return (low, high) if high > low else (low, low + 1.0)
+
+
+def colored(values: Tensor, scale: tuple[float, float]) -> np.ndarray:
+    """A (P, P) map as (P, P, 3) uint8 colors."""
+    low, high = scale
+    scaled = ((values - low) / (high - low)).clamp(0, 1).numpy()
+    return colormaps[COLORS](scaled, bytes=True)[..., :3]
+
+
+def draw_cell(axis: plt.Axes, cell: Cell, image: np.ndarray) -> None:
+    """Draw the image, the map over it with its color bar, and the mark of a right or wrong candidate."""
+    axis.imshow(image)
+    axis.set(xticks=[], yticks=[])
+    axis.set_title(cell.title, fontsize=7, pad=3)
+    if cell.values is not None:
+        low, high = cell.scale
+        shown = axis.imshow(
+            cell.values,
+            cmap=COLORS,
+            vmin=low,
+            vmax=high,
+            alpha=OPACITY,
+            interpolation="nearest",
+            extent=(-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5),
+        )
+        bar = axis.figure.colorbar(shown, cax=axis.inset_axes((1.03, 0, 0.06, 1)), ticks=[low, high])
+        bar.ax.set_yticklabels([f"{low:.3g}", f"{high:.3g}"], fontsize=5.5)
+        bar.ax.tick_params(length=0, pad=2)  # a tick would read as a minus
+    if cell.right is not None:
+        color, mark = (RIGHT, "✓ right") if cell.right else (WRONG, "✗ wrong")
+        axis.set_title(f"{cell.title} {mark}", fontsize=7, pad=3, color=color)
+        for spine in axis.spines.values():
+            spine.set(color=color, linewidth=3)

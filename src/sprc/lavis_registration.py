@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sprc.config import BACKBONES, MODEL_DIR, read_backbone, switches_from_environment
-from sprc.data.scenes import caption_words
+from sprc.data.synthetic.scenes import caption_words
 from sprc.errors import InputError
 from sprc.models import blip2_qformer_cir_align_prompt as model_file
 from sprc.models.device import halve_frozen_vit

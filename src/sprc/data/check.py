@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sprc.data import TYPES, cirr, fashioniq
-from sprc.data.datasets import Report, inspect_images, quote, reporting
+from sprc.data.images import inspect_images
 from sprc.data.missing import describe
+from sprc.data.reading import Report, quote, reporting
 
 # What the authors' own files hold. An image of FashionIQ may be in several split files.
 CIRR_TRIPLETS = {"train": 28_225, "val": 4_181, "test1": 4_148}

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sprc.data.datasets import (
+from sprc.data.datasets import Triplet
+from sprc.data.missing import LeftOut, has_file, leave_out
+from sprc.data.reading import (
     Report,
-    Triplet,
     quote,
     read_field,
     read_json,
@@ -17,7 +18,6 @@ from sprc.data.datasets import (
     require_text,
     stop_at,
 )
-from sprc.data.missing import LeftOut, has_file, leave_out
 from sprc.errors import InputError
 
 SPLITS = ("train", "val", "test1")
@@ -44,7 +44,7 @@ def load_cirr(
     """Read and check the annotations of ``split``: "train", "val" or "test1".
 
     The targets of "test1" are secret, so they are None. ``data_path`` is the folder that holds
-    `cirr_dataset/`. The images themselves are left to :func:`sprc.data.datasets.check_images`; with
+    `cirr_dataset/`. The images themselves are left to :func:`sprc.data.images.check_images`; with
     ``missing_images`` "skip" what has no file is left out, see :func:`without_missing`.
     Raises :class:`InputError` naming the file and the entry. Another ``report`` is told of each such problem
     instead, and what it is about is left out of the split.

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from sprc.data import PROTOCOLS, TYPES
-from sprc.data.datasets import (
+from sprc.data.datasets import Triplet
+from sprc.data.missing import LeftOut, has_file, leave_out
+from sprc.data.reading import (
     Report,
-    Triplet,
     quote,
     read_field,
     read_list,
@@ -18,7 +19,6 @@ from sprc.data.datasets import (
     require_text,
     stop_at,
 )
-from sprc.data.missing import LeftOut, has_file, leave_out
 from sprc.errors import InputError
 
 SPLITS = ("train", "val", "test")
@@ -66,7 +66,7 @@ def load_fashioniq(
     Raises:
         InputError: naming the file and the entry; an image of the gallery without a file is one as well, or a
             split of which nothing remains. Whether the images can be read is left to
-            :func:`sprc.data.datasets.check_images`.
+            :func:`sprc.data.images.check_images`.
     """
     for what, choice, choices in (
         ("split", split, SPLITS),

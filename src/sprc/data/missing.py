@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from sprc.data.datasets import Triplet, quote
+from sprc.data.datasets import Triplet
+from sprc.data.reading import quote
 from sprc.distributed import objects_of_all_ranks
 from sprc.errors import InputError
 

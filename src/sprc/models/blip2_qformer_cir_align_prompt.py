@@ -27,8 +27,8 @@ from transformers import BertTokenizer
 from sprc.config import ModelConfig
 from sprc.distributed import rank
 from sprc.errors import InputError
-from sprc.losses import align_loss, contrastive_loss, gather_rows, similarity
 from sprc.models.gated_fusion import FusionOutput, at_least_float32, fusion_class
+from sprc.models.losses import align_loss, contrastive_loss, gather_rows, similarity
 from sprc.models.qformer import ImageKeys, Layout, QFormer, ScaledImage, batch_of
 from sprc.models.switches import Switches
 from sprc.models.tokenizer import CaptionIds

@@ -23,10 +23,9 @@ from urllib.parse import urlparse
 import torch
 from torch import Tensor
 
-from sprc.archive import verify_archive
 from sprc.distributed import rank
 from sprc.errors import InputError
-from sprc.run_folder import READ_ONLY, write_json
+from sprc.files import READ_ONLY, verify_archive, write_json
 
 
 def cached_path(url: str) -> Path:

@@ -8,7 +8,7 @@ from datetime import date
 from pathlib import Path
 
 from sprc.errors import InputError, OutOfResources, explained
-from sprc.run_folder import write_atomically
+from sprc.files import write_atomically
 from sprc.self_check.attention import check_attention
 from sprc.self_check.machine import check_machine, facts, find_device
 from sprc.self_check.numerics import check_gradients, check_vit

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from sprc.data.cirr import CirrSplit
 from sprc.data.datasets import Triplet
-from sprc.ranking import block_scores
+from sprc.scoring.encoding import EncodedSplit, encode_split
+from sprc.scoring.ranking import block_scores
+from sprc.scoring.recall import metrics, rank_split
 from sprc.self_check.report import FAIL, OK, Line
 from sprc.self_check.setting import MadeTriplets, Setting, caption
-from sprc.validation import EncodedSplit, encode_split, metrics, rank_split
 
 IMAGES, QUERIES, MEMBERS = 24, 48, 6
 # Two candidates whose similarities differ by less may change places: float32 sums in another order, and a

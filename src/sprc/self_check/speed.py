@@ -10,14 +10,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from sprc.data.datasets import ImageDataset, SteadyLoader, image_loader
+from sprc.data.datasets import ImageDataset, SteadyLoader
+from sprc.data.images import image_loader
 from sprc.data.transforms import make_transform
 from sprc.errors import ran_out_of_memory
-from sprc.grad_cache import Embedder, GradCache
 from sprc.models.device import own_cores, place
 from sprc.self_check.report import FAIL, NOTE, OK, Line
 from sprc.self_check.setting import LOSS_WEIGHTS, Samples, Setting, fill_vit, make_pictures, pixels
-from sprc.training import make_optimizer
+from sprc.training.grad_cache import Embedder, GradCache
+from sprc.training.loop import make_optimizer
 
 BATCH = 64  # the documented one; flags are advised where it is what was measured
 VOCABULARY = 30_523  # the published one

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from sprc.errors import Interrupted
-from sprc.grad_cache import Embedder, GradCache
 from sprc.self_check.numerics import BECAUSE, BOUND, OTHER_WHEEL
 from sprc.self_check.report import FAIL, OK, SKIP, Line, bounded
 from sprc.self_check.setting import LOSS_WEIGHTS, MadeTriplets, Samples, Setting, distance, take_gradients
-from sprc.training import Trainer, TrainingConfig
+from sprc.training.grad_cache import Embedder, GradCache
+from sprc.training.loop import Trainer, TrainingConfig
 
 PRECISIONS = ("off", "bf16", "fp16")
 STEPS = 5

@@ -1,0 +1,430 @@
+"""From an ablation's cells to its table (CSV, Markdown, LaTeX) and its plots.
+
+Everything is worked out from the cells' files; metrics are those of the ranks in `ranks.csv`, in percent.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import torch
+
+from sprc.ablation.run import OFF, SWITCHES, Cell, checkpoint_of, find_run, split_to_score
+from sprc.errors import InputError
+from sprc.files import write_atomically, write_csv
+from sprc.models.checkpoint import FUSION, STATE
+from sprc.models.switches import SWITCHES as STATE_SWITCHES
+from sprc.scoring.ranking import cirr_metrics, fashioniq_metrics
+from sprc.training.fine_tuning import HYPERPARAMETERS
+
+matplotlib.use("Agg")  # files only: works without a screen
+from matplotlib import pyplot as plt
+
+from sprc.gates.report import save_figure
+
+RESAMPLES = 10_000
+# For each data set: what the paired test is about, what chooses the epoch, what is plotted.
+HEADLINE = {"cirr": "mean(R@5+R_s@1)", "fashioniq": "average_recall"}
+CRITERION = {"cirr": "arithmetic_mean", "fashioniq": "average_recall"}
+PLOTTED = {
+    "cirr": ["recall_at1", "recall_at5", "group_recall_at1", "arithmetic_mean"],
+    "fashioniq": ["average_recall_at10", "average_recall_at50", "average_recall"],
+}
+
+LEFT_OUT = ("missing_images", "dropped_triplets")  # columns of validation_metrics.csv
+MEANS_OF_SEVEN = ("arithmetic_mean", "harmonic_mean", "geometric_mean")
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """What a finished cell left behind."""
+
+    cell: Cell
+    dataset: str  # "cirr" or "fashioniq"
+    split: str  # what `ranks` were scored on
+    protocol: str | None  # FashionIQ's gallery
+    ranks: pd.DataFrame  # a row a query
+    train: pd.DataFrame  # by epoch, from 0
+    validation: pd.DataFrame  # by epoch, those that were validated
+    step_seconds: float  # median of the epochs' medians
+    checkpoint: Path
+    # Images and triplets by split, where some were; see sprc.data.missing.
+    left_out: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    @property
+    def kept_validation(self) -> float:
+        """The headline metric on the validation split at the epoch that was kept, in percent."""
+        kept = self.validation[CRITERION[self.dataset]].idxmax()  # the first of equals, as in training
+        return float(self.validation.loc[kept, HEADLINE[self.dataset]])
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The benchmark's metrics of ``ranks``, in percent."""
+        if self.dataset == "cirr":
+            columns = (torch.from_numpy(self.ranks[name].to_numpy()) for name in ("rank", "subset_rank"))
+            return cirr_metrics(*columns)
+        groups = self.ranks.groupby("type", sort=False)["rank"]
+        return fashioniq_metrics({name: torch.from_numpy(ranks.to_numpy()) for name, ranks in groups})
+
+
+def read_cell(folder: Path, cell: Cell) -> CellResult:
+    """Read a finished cell's files."""
+    run = find_run(folder)
+    settings = json.loads((run / HYPERPARAMETERS).read_text(encoding="utf-8"))
+    return CellResult(
+        cell=cell,
+        dataset=settings["dataset"],
+        split=split_to_score(settings),
+        protocol=settings["fiq_protocol"] if settings["dataset"] == "fashioniq" else None,
+        ranks=pd.read_csv(folder / "ranks.csv"),
+        train=pd.read_csv(run / "train_metrics.csv", index_col="epoch"),
+        validation=pd.read_csv(run / "validation_metrics.csv", index_col="epoch"),
+        step_seconds=pd.read_csv(run / "step_times.csv")["median_step_seconds"].median(),
+        checkpoint=checkpoint_of(run),
+        left_out={title: found for title, found in settings.get("left_out", {}).items() if found["images"]},
+    )
+
+
+def report_ablation(out: Path, cells: list[Cell], failures: dict[Cell, str]) -> str:
+    """Write `ablation.csv`, `.md` and `.tex`, and if any cell has finished `recall.png` and `losses.png`.
+
+    Args:
+        out: the ablation's folder, where they go.
+        cells: of the grid.
+        failures: those that failed, each with its last line.
+
+    Returns:
+        The Markdown text.
+
+    Raises:
+        InputError: the cells were scored on different queries.
+    """
+    results = [read_cell(out / "cells" / cell.name, cell) for cell in cells if cell not in failures]
+    rows = table(cells, results, failures)
+    write_csv(out / "ablation.csv", rows)
+    text = markdown(rows, results, failures)
+    write_atomically(out / "ablation.md", lambda file: file.write(text.encode()))
+    tex = latex(rows, results, failures)
+    write_atomically(out / "ablation.tex", lambda file: file.write(tex.encode()))
+    if results:
+        names = PLOTTED[results[0].dataset]
+        labels = {name: metric_label(name) for name in names}
+        validation = [(one.cell.variant, one.validation) for one in results]
+        plot_bands(validation, labels, "validation, percent", out / "recall.png")
+        losses = {name: name for name in results[0].train if "loss" in name}
+        plot_bands([(one.cell.variant, one.train) for one in results], losses, "training", out / "losses.png")
+    return text
+
+
+def table(
+    cells: list[Cell], results: list[CellResult], failures: dict[Cell, str]
+) -> list[dict[str, float | int | str | None]]:
+    """A row a variant, its seeds summed up; None where a figure cannot be had.
+
+    - `METRIC_mean`, `METRIC_std`: over seeds; the sample standard deviation, none for a single seed.
+    - `validation_mean`, `validation_std`: the headline metric on the validation split at the epochs that were
+      kept, where the others are of the test split. Choose between variants by it.
+    - `parameters_added`: the fusion's, counted in a checkpoint.
+    - `step_seconds`: median over seeds of a step's wall-clock seconds while training; `step_time_vs_off` is
+      its ratio to off's. Cells that ran side by side have shared the machine.
+    - `epochs_to_off_best`: after how many epochs a run's validation criterion first was at least the best
+      that off with the same seed ever had; the mean over the `off_best_reached` seeds where it was.
+    - `difference`, `_low`, `_high`, `_p`: see :func:`paired_bootstrap`, over the seeds that off has as well.
+    - `missing_images`, `dropped_triplets`: only where image files of the validation split were missing.
+    """
+    of_variant: dict[str, list[Cell]] = {}
+    for cell in cells:
+        of_variant.setdefault(cell.variant, []).append(cell)
+    by_cell = {one.cell: one for one in results}
+    baseline = {one.cell.seed: one for one in results if one.cell.fusion == OFF}
+    metric_names = list(results[0].metrics) if results else []
+    validation = results[0].validation if results else pd.DataFrame()
+    left_out = {name: int(validation[name].iloc[0]) for name in LEFT_OUT if name in validation}
+    if results and results[0].split != "val":
+        metric_names.append("validation")
+    rows = []
+    for variant, members in of_variant.items():
+        done = [by_cell[cell] for cell in members if cell in by_cell]
+        pairs = [(one, baseline[one.cell.seed]) for one in done if one.cell.seed in baseline]
+        failed = [failures[cell] for cell in members if cell in failures]
+        row: dict[str, Any] = {"variant": variant}
+        row |= {name: getattr(members[0], name) for name in SWITCHES}
+        row |= {"seeds": len(done), "failed": len(failed), "error": failed[-1] if failed else None}
+        metrics = [{**one.metrics, "validation": one.kept_validation} for one in done]
+        for name in metric_names:
+            values = [found[name] for found in metrics]
+            row[f"{name}_mean"] = fmean(values) if values else None
+            row[f"{name}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        row["parameters_added"] = fusion_parameters(done[0].checkpoint) if done else None
+        row["step_seconds"] = median(one.step_seconds for one in done) if done else None
+        row["step_time_vs_off"] = (
+            row["step_seconds"] / median(one.step_seconds for one in baseline.values())
+            if done and baseline
+            else None
+        )
+        epochs = [epochs_to_reach(one, other) for one, other in pairs]
+        reached = [value for value in epochs if value is not None]
+        row["epochs_to_off_best"] = fmean(reached) if reached else None
+        row["off_best_reached"] = len(reached) if pairs else None
+        test = compare(pairs) if pairs and members[0].fusion != OFF else None
+        for name in ("difference", "low", "high", "p"):
+            key = name if name == "difference" else f"difference_{name}"
+            row[key] = None if test is None else getattr(test, name)
+        rows.append(row | left_out)
+    return rows
+
+
+def fusion_parameters(checkpoint: Path) -> int:
+    """How many parameters the fusion of a checkpoint has."""
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)[STATE]
+    names = (name for name in state if name.startswith(FUSION) and name != STATE_SWITCHES)
+    return sum(state[name].numel() for name in names)
+
+
+def epochs_to_reach(one: CellResult, baseline: CellResult) -> int | None:
+    """Epochs trained when ``one`` first validated at least as well as ``baseline`` ever did, or None."""
+    criterion = CRITERION[one.dataset]
+    values = one.validation[criterion]
+    reached = values.index[values >= baseline.validation[criterion].max()]
+    return int(reached[0]) + 1 if len(reached) else None
+
+
+class Difference(NamedTuple):
+    """A mean paired difference in percentage points, its bootstrap interval, and a two-sided p-value."""
+
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+def compare(pairs: list[tuple[CellResult, CellResult]]) -> Difference:
+    """Test the headline metric of cells against that of off with the same seeds, query by query.
+
+    Raises :class:`InputError` if they were scored on different queries.
+    """
+    dataset = pairs[0][0].dataset
+    keys = ["pairid"] if dataset == "cirr" else ["type", "number"]
+    first = pairs[0][1].ranks[keys]
+    for one in (one for pair in pairs for one in pair):
+        if not one.ranks[keys].equals(first):
+            raise InputError(
+                f"{one.cell.name} was scored on other queries; delete its folder and run it again"
+            )
+    differences = [query_scores(one.ranks) - query_scores(other.ranks) for one, other in pairs]
+    types = pairs[0][0].ranks["type"] if dataset == "fashioniq" else np.zeros(len(first), int)
+    return paired_bootstrap(np.stack(differences), pd.factorize(types)[0])
+
+
+def query_scores(ranks: pd.DataFrame) -> np.ndarray:
+    """What each query adds to the headline metric, (Q,), in percent.
+
+    CIRR: the mean over queries is mean(R@5 + R_s@1). FashionIQ: the mean over types of the means over a
+    type's queries is the mean of R@10 and R@50.
+    """
+    if "subset_rank" in ranks:
+        return 50.0 * ((ranks["rank"] < 5).to_numpy(int) + (ranks["subset_rank"] < 1).to_numpy(int))
+    return 50.0 * ((ranks["rank"] < 10).to_numpy(int) + (ranks["rank"] < 50).to_numpy(int))
+
+
+def paired_bootstrap(
+    differences: np.ndarray,
+    strata: np.ndarray,
+    *,
+    resamples: int = RESAMPLES,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Difference:
+    """Bootstrap a mean paired difference over seeds and queries, both taken as drawn at random.
+
+    With d[s, q] the score of query q under the variant minus that under off, both of seed s, the statistic is
+    the mean of d over seeds and queries: over a stratum's queries first, then over the strata. A resample
+    draws S seeds and, within each stratum, as many queries as it has, with replacement and independently of
+    each other; every drawn seed meets every drawn query (the pigeonhole bootstrap, Owen 2007, The Annals of
+    Applied Statistics 1(2)). The interval is between percentiles. p is twice the smaller share of resamples
+    on either side of zero, those at zero on both, with one added to share and total. With few seeds their
+    spread is known badly: read the interval as a lower limit of the uncertainty.
+
+    Args:
+        differences: d, (S, Q).
+        strata: (Q,) from 0: FashionIQ's types; all 0 for CIRR.
+        resamples: how many.
+        level: of the interval.
+        seed: of the draws.
+    """
+    rng = np.random.default_rng(seed)
+    num_seeds, num_queries = differences.shape
+    groups = [np.flatnonzero(strata == stratum) for stratum in np.unique(strata)]
+    means = np.empty(resamples)
+    block = max(1, 2_000_000 // num_queries)  # bounds the memory
+    for begin in range(0, resamples, block):
+        count = min(block, resamples - begin)
+        seed_counts = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=count)
+        over_seeds = seed_counts @ differences / num_seeds  # (count, Q)
+        total = np.zeros(count)
+        for group in groups:
+            counts = rng.multinomial(len(group), np.full(len(group), 1 / len(group)), size=count)
+            total += (over_seeds[:, group] * counts).sum(axis=1) / len(group)
+        means[begin : begin + count] = total / len(groups)
+    observed = fmean(differences[:, group].mean() for group in groups)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    # Sums in another order may miss zero by a rounding error.
+    near = 1e-9
+    sides = [(means <= near).sum(), (means >= -near).sum()]
+    p = min(1.0, 2 * (1 + min(sides)) / (1 + resamples))
+    return Difference(float(observed), float(low), float(high), float(p))
+
+
+def metric_label(name: str) -> str:
+    """`group_recall_at1` as R_s@1, `dress_recall_at10` as dress R@10; other names as they are."""
+    found = re.fullmatch(r"(.*?)_?recall_at(\d+)", name)
+    if not found:
+        return name
+    prefix, k = found.groups()
+    return f"R_s@{k}" if prefix == "group" else f"{prefix} R@{k}".strip()
+
+
+def caption(results: list[CellResult]) -> str:
+    """What the table's figures are of, in words."""
+    if not results:
+        return "No cell has finished."
+    one = results[0]
+    name = {"cirr": "CIRR's format", "fashioniq": "FashionIQ's format"}[one.dataset]
+    gallery = f" ({one.protocol} gallery)" if one.protocol else ""
+    if one.split == "test1":
+        where = (
+            "built-in data, held-out test split test1; each run's epoch was chosen on the validation split, "
+            f"where its {HEADLINE[one.dataset]} is what stands under validation"
+        )
+    else:
+        where = "validation split, on which each run's epoch was chosen as well: no test targets at hand"
+    parts = [f"{d['images']} images, {d['triplets']} triplets of {t}" for t, d in one.left_out.items()]
+    left_out = f" Left out, because image files are missing: {'; '.join(parts)}." if parts else ""
+    return (
+        f"{name}{gallery}: {where}.{left_out} Percent, mean and standard deviation over seeds. "
+        f"The difference is that of {HEADLINE[one.dataset]} to off, paired by query and seed, with its 95 % "
+        "bootstrap interval."
+    )
+
+
+def shown_tables(rows: list[dict[str, Any]], pm: str) -> list[list[list[str]]]:
+    """The two tables to print, recall and the rest, as rows of text under their headers.
+
+    The CSV file has every metric; these leave out CIRR's means of the seven recalls. ``pm`` is plus-minus.
+    """
+
+    def figure(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    names = [key.removesuffix("_mean") for key in rows[0] if key.endswith("_mean")]
+    names = [name for name in names if name not in MEANS_OF_SEVEN]
+    recall = [["variant", "seeds", *map(metric_label, names)]]
+    rest = [
+        ["variant", "parameters added", "step time / off", "epochs to off's best", "difference", "95 %", "p"]
+    ]
+    for row in rows:
+        values = []
+        for name in names:
+            spread = row[f"{name}_std"]
+            values.append(
+                figure(row[f"{name}_mean"], ".1f") + (f" {pm} {spread:.1f}" if spread is not None else "")
+            )
+        recall.append([row["variant"], str(row["seeds"]), *values])
+        epochs = figure(row["epochs_to_off_best"], ".1f")
+        if row["off_best_reached"] is not None:
+            epochs += f" ({row['off_best_reached']} of {row['seeds']})"
+        tested = row["difference"] is not None
+        rest.append(
+            [
+                row["variant"],
+                figure(row["parameters_added"], ",d"),
+                figure(row["step_time_vs_off"], ".2f"),
+                epochs,
+                figure(row["difference"], "+.1f"),
+                f"{row['difference_low']:+.1f} to {row['difference_high']:+.1f}" if tested else "-",
+                figure(row["difference_p"], ".4f"),
+            ]
+        )
+    return [recall, rest]
+
+
+def markdown(rows: list[dict[str, Any]], results: list[CellResult], failures: dict[Cell, str]) -> str:
+    """The tables in Markdown, with the failed cells below."""
+    lines = [caption(results)]
+    for rows_of_text in shown_tables(rows, "±"):
+        header, *body = [f"| {' | '.join(cells)} |" for cells in rows_of_text]
+        lines += ["", header, "|---" * len(rows_of_text[0]) + "|", *body]
+    if failures:
+        lines += ["", "Failed:", ""]
+        lines += [f"- {cell.name}: `{message}`" for cell, message in failures.items()]
+    return "\n".join(lines) + "\n"
+
+
+LATEX_SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+LATEX_SPECIAL |= {character: f"\\{character}" for character in "&%$#_{}"}
+
+
+def latex_text(text: str) -> str:
+    """``text`` with LaTeX's special characters escaped."""
+    return "".join(LATEX_SPECIAL.get(character, character) for character in text)
+
+
+def latex(rows: list[dict[str, Any]], results: list[CellResult], failures: dict[Cell, str]) -> str:
+    """The tables in LaTeX, each a `table` with the rules of `booktabs`; the failed cells as comments."""
+    lines = ["% needs \\usepackage{booktabs}"]
+    for rows_of_text, title in zip(
+        shown_tables(rows, "+-"), (caption(results), "Cost and convergence."), strict=True
+    ):
+        header, *body = [
+            " & ".join(latex_text(text).replace("+-", r"$\pm$").replace("R\\_s@", "R$_s$@") for text in cells)
+            + r" \\"
+            for cells in rows_of_text
+        ]
+        columns = "l" + "r" * (len(rows_of_text[0]) - 1)
+        lines += [r"\begin{table}", r"\centering", rf"\caption{{{latex_text(title)}}}"]
+        lines += [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", header, r"\midrule", *body, r"\bottomrule"]
+        lines += [r"\end{tabular}", r"\end{table}"]
+    lines += [f"% failed: {cell.name}: {message}" for cell, message in failures.items()]
+    return "\n".join(lines) + "\n"
+
+
+def plot_bands(
+    runs: Iterable[tuple[str, pd.DataFrame]], columns: dict[str, str], title: str, path: Path
+) -> None:
+    """Draw each column over epochs, a line a variant: the mean over its runs, the band a standard deviation.
+
+    Args:
+        runs: variant and metrics by epoch, from 0; drawn from 1.
+        columns: what is drawn, each in a panel of its own, and what to call it.
+        title: of the figure.
+        path: of the PNG file.
+    """
+    frames: dict[str, list[pd.DataFrame]] = {}
+    for variant, frame in runs:
+        frames.setdefault(variant, []).append(frame)
+    figure, axes = plt.subplots(
+        1, len(columns), figsize=(4 * len(columns), 3.6), layout="constrained", squeeze=False
+    )
+    colors = plt.get_cmap("tab10" if len(frames) <= 10 else "tab20").colors
+    for axis, (column, label) in zip(axes[0], columns.items(), strict=True):
+        for number, (variant, members) in enumerate(frames.items()):
+            values = pd.concat([frame[column] for frame in members], axis=1)
+            epochs, mean, spread = values.index + 1, values.mean(axis=1), values.std(axis=1)
+            color = colors[number % len(colors)]
+            axis.plot(epochs, mean, label=variant, color=color, marker="." if len(values) < 30 else None)
+            if len(members) > 1:
+                axis.fill_between(epochs, mean - spread, mean + spread, color=color, alpha=0.2, linewidth=0)
+        axis.set(title=label, xlabel="epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(visible=True)
+    figure.suptitle(title)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=8)
+    save_figure(figure, path)

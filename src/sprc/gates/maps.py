@@ -1,0 +1,184 @@
+"""Where the fusion edits the reference: maps of its gate and of its change, beside what was retrieved.
+
+A map has a value a patch of the vision transformer's grid, P x P; [CLS], token 0, is left out.
+"""
+
+import textwrap
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sprc.data.captions import process_caption
+from sprc.data.cirr import CirrSplit
+from sprc.data.datasets import Triplet
+from sprc.data.images import Transform, load_image
+from sprc.data.transforms import denormalise
+from sprc.figures import Cell, draw_cell, own_scale, plt, save_figure
+from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
+from sprc.scoring.encoding import EncodedSplit, Split
+from sprc.scoring.ranking import block_scores, target_ranks, top_k
+
+TOP = 5
+
+
+class QueryView(NamedTuple):
+    """A query, what the fusion does to its reference, and what is retrieved for it."""
+
+    triplet: Triplet
+    gate: Tensor | None  # (P, P) in 0..1; None for a strategy without a gate, and without fusion
+    change: Tensor | None  # (P, P), 0 or more; None without fusion
+    rank: int | None  # of the target in the gallery, from 1; None where it is secret
+    top: list[str]  # the best candidates' names, best first
+
+
+def patch_grid(values: Tensor, side: int) -> Tensor:
+    """(B, N) values of image tokens, [CLS] first, to (B, side, side) float32 on the CPU without it."""
+    return values[:, 1:].unflatten(1, (side, side)).float().cpu()
+
+
+@torch.no_grad()
+def fusion_maps(
+    model: Blip2QformerCirAlignPrompt, image_embeds: Tensor, captions: list[str]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The mean over channels of the gate, and of |fused - image|: (B, P, P) each, on the CPU.
+
+    Args:
+        model: in eval mode.
+        image_embeds: (B, N, D) from ``model.encode_image``.
+        captions: B of them, as :func:`process_caption` leaves them.
+
+    Returns:
+        None for what the model does not have: both without fusion, the gate in a strategy without one.
+    """
+    fusion = model.fuse(image_embeds, model.tokenize(captions))
+    if fusion is None:
+        return None, None
+    side = model.config.num_patches
+    change = patch_grid((fusion.fused - image_embeds).abs().mean(dim=2), side)
+    if fusion.gate is None:
+        return None, change
+    # A strategy may have one gate for all channels or all tokens.
+    return patch_grid(fusion.gate.expand_as(fusion.fused).mean(dim=2), side), change
+
+
+def view_queries(
+    model: Blip2QformerCirAlignPrompt,
+    split: Split,
+    encoded: EncodedSplit,
+    rows: list[int],
+    transform: Transform,
+    batch_size: int,
+) -> list[QueryView]:
+    """The queries of the triplets ``rows`` of ``split``, in that order.
+
+    Args:
+        model: in eval mode, on its device.
+        split: of CIRR (a reference is left out of its own ranking) or FashionIQ (it stays in).
+        encoded: ``split``, encoded by ``model``.
+        rows: indices of triplets.
+        transform: the preprocessing the model was trained with.
+        batch_size: references through the model at once.
+    """
+    triplets = [split.triplets[row] for row in rows]
+    ranks, best = rank_gallery(split, encoded, rows)
+    names = list(split.image_paths)
+    views = []
+    for start in range(0, len(triplets), batch_size):
+        batch = triplets[start : start + batch_size]
+        references = torch.stack([load_image(split.image_paths[t.reference], transform) for t in batch])
+        with torch.no_grad():
+            embeds = model.encode_image(references.to(model.device))
+        gates, changes = fusion_maps(model, embeds, [process_caption(t.caption) for t in batch])
+        for i, triplet in enumerate(batch):
+            gate, change = (None if maps is None else maps[i] for maps in (gates, changes))
+            top = [names[candidate] for candidate in best[start + i]]
+            views.append(QueryView(triplet, gate, change, ranks[start + i], top))
+    return views
+
+
+def rank_gallery(
+    split: Split, encoded: EncodedSplit, rows: list[int]
+) -> tuple[list[int | None], list[list[int]]]:
+    """For each of ``rows`` the target's rank, from 1, and the ``TOP`` best gallery indices."""
+    scores = block_scores(encoded.composed[rows], encoded.gallery)
+    references = encoded.references[rows] if isinstance(split, CirrSplit) else None
+    ranks = [None] * len(rows)
+    if encoded.targets is not None:
+        ranks = (target_ranks(scores, encoded.targets[rows], references) + 1).tolist()
+    return ranks, top_k(scores, TOP, references).tolist()
+
+
+def cells_of(view: QueryView) -> list[Cell]:
+    """The pictures of a view: reference, maps, target, candidates.
+
+    Each map is there twice: on the scale from 0 to 1, and on one from its least value to its largest.
+    """
+    triplet = view.triplet
+    cells = [Cell("reference", triplet.reference)]
+    for name, values in (("gate", view.gate), ("change", view.change)):
+        if values is not None:
+            cells.append(Cell(f"{name}, 0 to 1", triplet.reference, values))
+            cells.append(Cell(f"{name}, own scale", triplet.reference, values, own_scale(values)))
+    if triplet.target is not None:
+        cells.append(Cell("target", triplet.target))
+    for place, name in enumerate(view.top, start=1):
+        right = None if triplet.target is None else name == triplet.target
+        cells.append(Cell(f"top {place}", name, right=right))
+    return cells
+
+
+def describe(view: QueryView) -> str:
+    """One line: the pair, the rank if it is known, the caption."""
+    rank = "" if view.rank is None else f", rank {view.rank}"
+    return f"pair {view.triplet.pair_id}{rank}: {' '.join(view.triplet.caption.split())}"
+
+
+def picture_of(split: Split, transform: Transform) -> Callable[[str], np.ndarray]:
+    """A function from an image's name to the image as the model sees it, (S, S, 3) uint8."""
+
+    @lru_cache(maxsize=256)  # queries share candidates; a whole gallery would fill the memory
+    def picture(name: str) -> np.ndarray:
+        image = denormalise(load_image(split.image_paths[name], transform))
+        return (image.permute(1, 2, 0) * 255).round().byte().numpy()
+
+    return picture
+
+
+def draw_sheet(
+    path: Path, views: list[QueryView], picture: Callable[[str], np.ndarray], *, down: bool = False
+) -> None:
+    """Write one PNG: a row a query, or with ``down`` a column a query, so that maps stand side by side.
+
+    ``views`` are of one model and one split; ``picture`` is from :func:`picture_of`.
+    """
+    rows = [cells_of(view) for view in views]
+    wide, high = (len(rows), len(rows[0])) if down else (len(rows[0]), len(rows))
+    # In inches, fixed: a layout that is computed takes seconds a sheet.
+    side, across, between = 1.4, 0.5, 0.25 if down else 0.45
+    left, right, bottom, top = 0.1, across, 0.1 if down else 0.3, 0.85 if down else 0.25
+    width = left + wide * side + (wide - 1) * across + right
+    height = bottom + high * side + (high - 1) * between + top
+    figure, axes = plt.subplots(high, wide, figsize=(width, height), squeeze=False)
+    figure.subplots_adjust(
+        left=left / width,
+        right=1 - right / width,
+        bottom=bottom / height,
+        top=1 - top / height,
+        wspace=across / side,
+        hspace=between / side,
+    )
+    for view, cells, row in zip(views, rows, axes.T if down else axes, strict=True):
+        for cell, axis in zip(cells, row, strict=True):
+            draw_cell(axis, cell, picture(cell.image))
+        # Captions are the users' words: never read them as math markup. One may be wider than its cell.
+        lines = textwrap.wrap(
+            describe(view), 26 if down else 30 * wide, max_lines=4 if down else 1, placeholder=" ..."
+        )
+        at = {"x": 0, "y": 1.2, "va": "bottom"} if down else {"x": 0, "y": -0.05, "va": "top"}
+        row[0].text(**at, s="\n".join(lines), fontsize=7.5, parse_math=False, transform=row[0].transAxes)
+    save_figure(figure, path)

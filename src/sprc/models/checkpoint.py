@@ -1,0 +1,269 @@
+"""Checkpoints: SPRC's two entries, `epoch` and the state dict, and what is needed to rebuild the model.
+
+A published SPRC checkpoint has the two entries alone, and so has one that SPRC's own scripts save; they load
+too, their backbone named on the command line.
+Ours leave out a frozen vision transformer, which the backbone provides, and hold its fingerprint instead.
+"""
+
+import hashlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import BertTokenizer
+
+from sprc.config import ModelConfig, read_backbone
+from sprc.data.synthetic.scenes import caption_words
+from sprc.errors import InputError
+from sprc.files import verify_archive, write_atomically
+from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
+from sprc.models.factory import backbone_weights, model_class
+from sprc.models.switches import FUSION, SWITCHES, VIT, mismatches, read_switches, sizes_of, vocabulary_digest
+from sprc.models.tokenizer import (
+    SPECIAL_TOKENS,
+    bert_tokenizer,
+    make_vocabulary,
+    read_bert_vocabulary,
+    tokenizer_from_vocabulary,
+)
+
+# Of frozen vision transformers, which do not change while they live: hashing 2 GB takes seconds.
+FINGERPRINTS: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+STATE = Blip2QformerCirAlignPrompt.__name__
+
+
+class Checkpoint(NamedTuple):
+    """A loaded checkpoint: the model in eval mode on the CPU, and what the run was told."""
+
+    model: Blip2QformerCirAlignPrompt
+    epoch: int
+    hyperparameters: dict[str, Any]  # empty for a published checkpoint
+    found: str  # one line for the user: what the file holds
+
+
+def save_checkpoint(
+    path: Path,
+    model: Blip2QformerCirAlignPrompt,
+    epoch: int,
+    hyperparameters: dict[str, Any],
+    *,
+    full: bool = False,
+) -> None:
+    """Write the model with all that rebuilds it: config, vocabulary and the run's hyperparameters.
+
+    A frozen vision transformer that the backbone's files hold is left out, unless ``full``; ``left_out`` in
+    the file says so.
+    """
+    tokenizer = model.tokenizer
+    state = model.state_dict()
+    left_out = None
+    if model.config.freeze_vit and not full and "weights" in read_backbone(hyperparameters["backbone"]):
+        vit = {key: value for key, value in state.items() if key.startswith(VIT)}
+        state = {key: value for key, value in state.items() if key not in vit}
+        encoder = model.visual_encoder
+        if encoder not in FINGERPRINTS:
+            FINGERPRINTS[encoder] = fingerprint(vit)
+        left_out = {"backbone": hyperparameters["backbone"], "fingerprint": FINGERPRINTS[encoder]}
+    contents = {
+        "epoch": epoch,
+        STATE: state,
+        "model_config": asdict(model.config),
+        "vocabulary": tokenizer.convert_ids_to_tokens(list(range(tokenizer.vocab_size))),
+        "hyperparameters": hyperparameters,
+        "left_out": left_out,
+    }
+    write_atomically(path, lambda file: torch.save(contents, file))
+
+
+def load_checkpoint(
+    path: Path,
+    *,
+    model_name: str | None = None,
+    backbone: str | None = None,
+    vocab: Path | None = None,
+    switches: dict | None = None,
+) -> Checkpoint:
+    """Rebuild the model of a checkpoint, ours or a published one.
+
+    Args:
+        path: the file.
+        model_name: what the user says it holds; checked against a file of ours.
+        backbone: likewise; a published file needs it.
+        vocab: BERT's `vocab.txt` for a published file, see :func:`sprc.models.tokenizer.bert_tokenizer`. A
+            file of ours carries its vocabulary, and this must be the same.
+        switches: None to score the model as it is. To start a training: fields of :class:`ModelConfig`
+            that the user sets; a fusion that the file does not hold is newly started.
+
+    Raises:
+        InputError: the file is missing, is no checkpoint, is cut short, holds a pickle payload, is one of
+            another model or backbone, or lacks parameters or has some too many (they are listed).
+    """
+    contents = read_contents(path)
+    hyperparameters = contents.get("hyperparameters", {})
+    for flag, given, own in (
+        ("--blip-model-name", model_name, hyperparameters.get("blip_model_name")),
+        ("--backbone", backbone, hyperparameters.get("backbone")),
+    ):
+        if given and own and given != own:
+            raise InputError(f"{flag} {given!r}, but {path} says {own!r}; leave the flag out or give {own}")
+    if "model_config" in contents:
+        backbone = hyperparameters["backbone"]
+        values, tokenizer = contents["model_config"], read_vocabulary(contents["vocabulary"], path)
+        if vocab is not None and read_bert_vocabulary(vocab) != contents["vocabulary"]:
+            raise InputError(f"--vocab {vocab}: {path} carries another vocabulary; leave the flag out")
+    elif backbone is None:
+        raise InputError(f"{path} does not say which backbone it was trained on; pass --backbone")
+    else:
+        values, tokenizer = described_by_state(contents[STATE], backbone, path, vocab)
+
+    state = contents[STATE]
+    usual = read_backbone(backbone)["model"].get("vit_depth", ModelConfig.vit_depth)
+    has_fusion = any(key.startswith(FUSION) for key in state)
+    if switches is None:
+        arguments = {**values, "use_gated_fusion": has_fusion}
+    else:
+        arguments = {**values, **switches}
+    config = ModelConfig.from_dict(arguments, str(path))
+    if len(tokenizer) != config.vocab_size:
+        raise InputError(f"{path}: vocab_size={config.vocab_size}, but its vocabulary makes {len(tokenizer)}")
+    # Building more layers than the file has parameters for could take forever.
+    if max(config.vit_depth, config.num_layers) > len(state) + len(contents.get("left_out") or ()) * 1000:
+        raise InputError(f"{path} holds parameters of another model: too few for its depths")
+    name = model_name or hyperparameters.get("blip_model_name", "blip2_cir_align_prompt")
+    try:
+        model = model_class(name)(config, tokenizer)
+    except (RuntimeError, MemoryError) as error:
+        raise InputError(f"{path} asks for a model that does not fit into memory: {error}") from error
+    fill(model, contents, path, new_fusion=switches is not None and not has_fusion)
+
+    found = f"{path}: {'SPRC with gated fusion' if has_fusion else 'plain SPRC'}, epoch {contents['epoch']}"
+    if not has_fusion:
+        if switches is None:
+            found += "; fusion is off for scoring"
+        else:
+            found += "; gated fusion is newly started" if config.use_gated_fusion else "; fusion is off"
+    elif "model_config" not in contents and SWITCHES not in state:
+        found += (
+            f"; it does not say its fusion's switches: taken are pool={config.pool} and "
+            f"fusion_text={config.fusion_text}"
+        )
+    if config.vit_depth != usual:
+        found += f"; its vision transformer has {config.vit_depth} blocks, that of {backbone} has {usual}"
+    return Checkpoint(model.eval(), contents["epoch"], hyperparameters, found)
+
+
+def described_by_state(
+    state: dict[str, Tensor], backbone: str, path: Path, vocab: Path | None
+) -> tuple[dict[str, Any], BertTokenizer]:
+    """Config and tokenizer of a file that holds a state dict alone.
+
+    The backbone's values, over them what the shapes say, and over these the switches that a fusion's state
+    dict carries. `tiny`, which has no vocabulary of its own, took that of ``sprc.lavis_registration``.
+    """
+    recipe = read_backbone(backbone)
+    told, words = read_switches(state)
+    values = {**recipe["model"], **sizes_of(state), **told}
+    if "weights" in recipe:
+        return values, bert_tokenizer(vocab)
+    tokenizer = tokenizer_from_vocabulary(make_vocabulary(caption_words()))
+    if values.get("vocab_size") != len(tokenizer) or words not in (None, vocabulary_digest(tokenizer)):
+        raise InputError(
+            f"{path} has {values.get('vocab_size')} words and does not hold them, and they are not the "
+            f"{len(tokenizer)} that --backbone {backbone} has in SPRC's own scripts; give its backbone, or "
+            "train with this project's script, whose checkpoints hold their words"
+        )
+    return values, tokenizer
+
+
+def read_vocabulary(words: list[str], path: Path) -> BertTokenizer:
+    """The tokenizer of a file's vocabulary; words that cannot be kept raise :class:`InputError`."""
+    try:
+        return tokenizer_from_vocabulary(words)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is not a checkpoint of this model: its vocabulary is no text") from error
+
+
+def read_contents(path: Path) -> dict[str, Any]:
+    """Read the file's dictionary without running anything in it, and check its entries' kinds."""
+    try:
+        verify_archive(path)
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is missing; give the path of a checkpoint (.pt)") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{path} is a folder; give the path of a checkpoint (.pt)") from error
+    # A broken file comes out of the unpickler as almost any exception.
+    except Exception as error:
+        raise InputError(
+            f"{path} cannot be loaded safely: it is no checkpoint, is cut short, or holds more than tensors"
+        ) from error
+    if not isinstance(contents, dict):
+        raise InputError(f"{path} is not a checkpoint of this model: it lacks a dictionary")
+    kinds = {STATE: dict, "epoch": int}
+    ours = {"model_config": dict, "vocabulary": list, "hyperparameters": dict}
+    if any(key in contents for key in ours):
+        kinds |= ours
+    for key, kind in kinds.items():
+        if not isinstance(contents.get(key), kind):
+            problem = "has a wrong" if key in contents else "lacks"
+            raise InputError(f"{path} is not a checkpoint of this model: it {problem} {key}")
+    if wrong := [key for key, value in contents[STATE].items() if not isinstance(value, Tensor)]:
+        raise InputError(f"{path} holds entries that are no tensors: {wrong[:5]}")
+    if "model_config" in contents:
+        words, told = contents["vocabulary"], contents["hyperparameters"]
+        if not all(isinstance(word, str) for word in words) or not set(SPECIAL_TOKENS) <= set(words):
+            raise InputError(f"{path} is not a checkpoint of this model: its vocabulary is not one of words")
+        for key in ("backbone", "blip_model_name"):
+            if not isinstance(told.get(key), str):
+                raise InputError(f"{path} is not a checkpoint of this model: its hyperparameters lack {key}")
+        left_out = contents.get("left_out")
+        if left_out is not None and not (
+            isinstance(left_out, dict)
+            and all(isinstance(left_out.get(key), str) for key in ("backbone", "fingerprint"))
+        ):
+            raise InputError(f"{path} is not a checkpoint of this model: it has a wrong left_out")
+    return contents
+
+
+def fill(
+    model: Blip2QformerCirAlignPrompt, contents: dict[str, Any], path: Path, *, new_fusion: bool
+) -> None:
+    """Load the file's parameters strictly; only what the file says it leaves out may be missing."""
+    own, state = model.state_dict(), contents[STATE]
+    allowed: dict[str, Tensor] = {
+        key: value for key, value in own.items() if key.endswith("position_ids") or key == SWITCHES
+    }
+    if new_fusion:
+        allowed |= {key: value for key, value in own.items() if key.startswith(FUSION)}
+    if left_out := contents.get("left_out"):
+        allowed |= vit_of_backbone(model.config, left_out, path)
+    if details := mismatches(own, state, allowed):
+        raise InputError(f"{path} holds parameters of another model ({details})")
+    model.load_state_dict({key: state.get(key, allowed.get(key)) for key in own})
+
+
+def vit_of_backbone(config: ModelConfig, left_out: dict[str, str], path: Path) -> dict[str, Tensor]:
+    """The frozen vision transformer that a checkpoint leaves out, from its backbone, verified."""
+    found = backbone_weights(config, read_backbone(left_out["backbone"])["weights"], vit_only=True)
+    model_keys = {key: value for key, value in found.items() if key.startswith(VIT)}
+    with torch.device("meta"):
+        needed = Blip2QformerCirAlignPrompt.vision_transformer(config).state_dict()
+    vit = {VIT + key: model_keys.get(VIT + key) for key in needed}
+    if None in vit.values() or fingerprint(vit) != left_out["fingerprint"]:
+        raise InputError(
+            f"{path} was trained on another {left_out['backbone']} backbone than the one in "
+            f"{torch.hub.get_dir()}/checkpoints; use that one's files, or a checkpoint saved with --save-full"
+        )
+    return vit
+
+
+def fingerprint(state: dict[str, Tensor]) -> str:
+    """A hash of names and values in float16, the same whether the weights are kept in float16 or float32."""
+    digest = hashlib.blake2b(digest_size=16)
+    for key in sorted(state):
+        digest.update(key.encode())
+        digest.update(state[key].detach().cpu().half().contiguous().numpy().tobytes())
+    return digest.hexdigest()

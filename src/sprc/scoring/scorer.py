@@ -1,0 +1,100 @@
+"""A checkpoint with the settings to score it with."""
+
+import argparse
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sprc.data.images import Transform
+from sprc.data.transforms import make_transform
+from sprc.models.checkpoint import Checkpoint, load_checkpoint
+from sprc.models.device import SCORING_HELPS, default_workers, memory_explained, place
+from sprc.scoring.encoding import LARGEST_BATCH, EncodedSplit, Split, encode_split
+from sprc.scoring.feature_cache import open_images
+
+# How a checkpoint that does not say it is scored: as SPRC's are.
+PUBLISHED = {
+    "transform": "targetpad",
+    "target_ratio": 1.25,
+    "batch_size": 32,
+    "save_memory": False,
+    "gallery_dtype": "float32",
+    "cache_dtype": "float16",
+}
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A checkpoint on its device, and the settings to score it with."""
+
+    checkpoint: Checkpoint
+    settings: dict[str, Any]  # PUBLISHED's names, num_workers and feature_cache
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        *,
+        blip_model_name: str | None = None,
+        backbone: str | None = None,
+        vocab: Path | None = None,
+        device: torch.device,
+        feature_cache: Path | None = None,
+        **given: Any,
+    ) -> "Scorer":
+        """Load the checkpoint at ``path``; settings that are not ``given`` are its training's own.
+
+        Raises :class:`InputError`, see :func:`sprc.models.checkpoint.load_checkpoint`.
+        """
+        checkpoint = load_checkpoint(path, model_name=blip_model_name, backbone=backbone, vocab=vocab)
+        print(checkpoint.found, flush=True)
+        for title, found in checkpoint.hyperparameters.get("left_out", {}).items():
+            if title.startswith("train") and found["images"]:
+                print(
+                    f"its training left {found['images']:,} images without a file and {found['triplets']:,} "
+                    f"triplets of {title} out",
+                    flush=True,
+                )
+        place(checkpoint.model, device)
+        own = {name: checkpoint.hyperparameters.get(name, value) for name, value in PUBLISHED.items()}
+        own["num_workers"] = default_workers(device)
+        own["batch_size"] = min(own["batch_size"], LARGEST_BATCH)
+        given = {name: value for name, value in given.items() if value is not None and value is not False}
+        return cls(checkpoint, {**own, **given, "feature_cache": feature_cache})
+
+    @classmethod
+    def from_flags(cls, arguments: argparse.Namespace, device: torch.device) -> "Scorer":
+        """The same from the command line of :func:`sprc.flags.add_scoring_flags`."""
+        names = ("blip_model_name", "backbone", "vocab", "feature_cache", "num_workers", *PUBLISHED)
+        flags = {name: getattr(arguments, name) for name in names}
+        return cls.load(arguments.model_path, device=device, **flags)
+
+    @property
+    def transform(self) -> Transform:
+        """The preprocessing, for pictures to be looked at."""
+        size = self.checkpoint.model.config.image_size
+        return make_transform(self.settings["transform"], size, self.settings["target_ratio"])
+
+    def memory_explained(self) -> AbstractContextManager[None]:
+        """The context in which this scores; see :func:`sprc.models.device.memory_explained`."""
+        settings = self.settings
+        in_use = {"--save-memory": settings["save_memory"]}
+        in_use["--gallery-dtype float16"] = settings["gallery_dtype"] == "float16"
+        helps = [flag for flag in SCORING_HELPS if not in_use.get(flag)]
+        return memory_explained(self.checkpoint.model.device, settings["batch_size"], helps)
+
+    def encode(self, splits: list[Split]) -> list[EncodedSplit]:
+        """The splits as vectors, all their images looked at before the first is encoded."""
+        settings, model = self.settings, self.checkpoint.model
+        load = open_images(
+            model,
+            {name: settings[name] for name in ("transform", "target_ratio")},
+            [path for split in splits for path in split.image_paths.values()],
+            **{n: settings[n] for n in ("feature_cache", "cache_dtype", "batch_size", "num_workers")},
+        )
+        encoding = {n: settings[n] for n in ("batch_size", "num_workers", "save_memory", "gallery_dtype")}
+        with self.memory_explained():
+            return [encode_split(model, split, load, **encoding) for split in splits]

@@ -1,0 +1,88 @@
+"""The two files that CIRR's server takes (``cirr_test_submission.py``)."""
+
+import argparse
+from pathlib import Path
+
+from sprc.data.cirr import CirrSplit, load_cirr
+from sprc.distributed import from_main
+from sprc.errors import InputError
+from sprc.files import compact_json, write_atomically
+from sprc.gates.maps import TOP
+from sprc.models.device import start_device
+from sprc.scoring.encoding import EncodedSplit
+from sprc.scoring.recall import rank_split
+from sprc.scoring.scorer import Scorer
+
+TOP_IN_SET = 3
+# Where CIRR's authors score test1, and the largest file that is taken there.
+SERVER = "https://cirr.cecs.anu.edu.au/test_process/"
+LARGEST_SUBMISSION = 5_000_000  # bytes
+
+
+def run_submission(arguments: argparse.Namespace) -> tuple[Path, Path]:
+    """Write CIRR's two submission files for test1 and return their paths.
+
+    Both are checked first, so that a file exists only if it is right.
+    """
+    if arguments.missing_images == "skip":
+        raise InputError(
+            "--missing-images skip: CIRR's server wants every query of test1, ranked over all its images; "
+            "restore the files and leave the flag out"
+        )
+    device = start_device(arguments.device)
+    split = load_cirr(arguments.data_path, "test1")
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--out {arguments.out} cannot be made ({error.strerror}); give another folder"
+        ) from error
+    scorer = Scorer.from_flags(arguments, device)
+    with scorer.memory_explained():
+        (encoded,) = scorer.encode([split])
+        return from_main(lambda: write_submission(arguments, split, encoded))
+
+
+def write_submission(
+    arguments: argparse.Namespace, split: CirrSplit, encoded: EncodedSplit
+) -> tuple[Path, Path]:
+    """Rank, check and write what :func:`run_submission` promises."""
+    ranking = rank_split(split, encoded, k=TOP)
+    names = list(split.image_paths)
+    ids = [str(triplet.pair_id) for triplet in split.triplets]
+    files = []
+    for metric, rows in (("recall", ranking.top), ("recall_subset", ranking.set_order[:, :TOP_IN_SET])):
+        ranked = {pair_id: [names[i] for i in row] for pair_id, row in zip(ids, rows.tolist(), strict=True)}
+        check_submission(split, metric, ranked)
+        text = compact_json({"version": "rc2", "metric": metric, **ranked})
+        if len(text) > LARGEST_SUBMISSION:
+            raise InputError(
+                f"the {metric} submission would have {len(text):,} bytes, and CIRR's server takes at most "
+                f"{LARGEST_SUBMISSION:,}; {len(ids):,} queries of {arguments.data_path} are not CIRR's "
+                "test1: correct --data-path"
+            )
+        files.append((arguments.out / f"{metric}_submission_{arguments.name}.json", text))
+    for path, text in files:
+        write_atomically(path, lambda file, text=text: file.write(text))
+        print(f"wrote {path} ({len(text):,} bytes)")
+    print(f"send both to CIRR's evaluation server, {SERVER}")
+    return tuple(path for path, _ in files)
+
+
+def check_submission(split: CirrSplit, metric: str, ranked: dict[str, list[str]]) -> None:
+    """Raise :class:`InputError` unless CIRR's server would take ``ranked``.
+
+    Every pair id of the split once, with 50 names of the split (or 3 of the image set), each once, and
+    never the reference.
+    """
+    if sorted(ranked) != sorted(str(triplet.pair_id) for triplet in split.triplets):
+        raise InputError(f"the {metric} submission does not hold every pair id of {split.name} once")
+    for triplet in split.triplets:
+        row = ranked[str(triplet.pair_id)]
+        allowed = set(triplet.members) if metric == "recall_subset" else set(split.image_paths)
+        wanted = min(TOP_IN_SET if metric == "recall_subset" else TOP, len(allowed) - 1)
+        if len(row) != wanted or len(set(row)) != wanted or not set(row) <= allowed - {triplet.reference}:
+            raise InputError(
+                f"the {metric} submission for pair {triplet.pair_id} is not {wanted} different names of "
+                f"{'its image set' if metric == 'recall_subset' else split.name} without its reference"
+            )

@@ -1,0 +1,66 @@
+"""What tests of the search share: a model that was not trained, and the two commands without a process."""
+
+import argparse
+import struct
+import zlib
+
+import torch
+
+from sprc.data.cirr import load_cirr
+from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
+from sprc.models.checkpoint import save_checkpoint
+from sprc.models.factory import create_model
+from sprc.search.commands import run_index, run_query
+
+TEXT = "make the small circle blue"
+
+
+def save_model(path, data, seed, **switches):
+    torch.manual_seed(seed)
+    captions = [triplet.caption for triplet in load_cirr(data, "train").triplets]
+    model = create_model(Blip2QformerCirAlignPrompt, "tiny", captions=captions, **switches)
+    if model.gated_fusion is not None:
+        with torch.no_grad():  # an edit that is felt
+            model.gated_fusion.alpha.fill_(3.0)
+    told = {
+        "backbone": "tiny",
+        "blip_model_name": "blip2_cir_align_prompt",
+        "batch_size": 8,
+        "num_workers": 0,
+    }
+    save_checkpoint(path, model, 3, told)
+    return path
+
+
+def make_index(path, folder, checkpoint, **flags):
+    """As `search.py index` does, in this process."""
+    names = ("blip_model_name", "backbone", "vocab", "transform", "target_ratio", "batch_size", "num_workers")
+    given = {**dict.fromkeys(names), "device": "cpu", "rebuild": False, **flags}
+    run_index(argparse.Namespace(folder=folder, model_path=checkpoint, index=path, **given))
+
+
+def query(index, **flags):
+    """As `search.py query` does, in this process."""
+    given = {"image": "a/dev-0-0-img0.png", "text": TEXT, "top": 5, "candidates": 1000, "engine": "exact"}
+    given |= {
+        "sheet": None,
+        "json": False,
+        "keep_reference": False,
+        "model_path": None,
+        "vocab": None,
+        "device": "cpu",
+    }
+    run_query(argparse.Namespace(index=index, **{**given, **flags}))
+
+
+def png_header(width, height):
+    """A PNG that claims a size and holds nothing."""
+
+    def chunk(kind, content):
+        check = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + check
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    )

@@ -1,0 +1,191 @@
+"""The benchmarks run, their table holds together, what they measure with is right. No figure is judged."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from contextlib import nullcontext
+
+import pytest
+import torch
+from helpers.runner import ENVIRONMENT, ROOT
+
+from sprc.config import ModelConfig
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import fusion
+import grad_cache
+import measure
+import memory
+import run as bench
+import scaling
+import steps
+from published import HAS_LAVIS
+
+MEGABYTE = 10**6
+QUICK = measure.Settings(device="cpu", repeats=1, quick=True)
+
+
+def test_a_quick_run_prints_and_saves_its_table(tmp_path) -> None:
+    out = tmp_path / "results.md"
+    names = ("epoch", "fusion", "overhead", "ranking")
+    command = [sys.executable, ROOT / "benchmarks" / "run.py", "--quick", "--repeats", "2", "--device", "cpu"]
+    command = [*map(str, command), "--out", str(out), "--only", *names]
+    result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert out.read_text() == result.stdout
+
+    head, rule, *rows = (
+        [cell.strip() for cell in line[1:-2].split("|")] for line in result.stdout.splitlines()
+    )
+    assert head[:2] == ["measured", "wanted"]
+    assert re.search(r"cores, 1 threads, torch \d.*, quick, \d{4}-\d\d-\d\d$", head[2])
+    assert rule == ["---"] * 3
+    for name in ("epoch", "fusion, naive", "fusion on against off", "ranking, published"):
+        assert any(row[0].startswith(name) for row in rows), name
+    ratios = 0
+    for name, wanted, cell in rows:
+        judged = cell.endswith(("; reached", "; **not reached**"))
+        assert judged == (wanted != "") or cell.startswith(measure.NOT_MEASURED), name
+        if found := re.match(r"([\d.]+) x \(([\d.]+) to ([\d.]+)\)", cell):
+            median, least, most = map(float, found.groups())
+            assert least <= median <= most, name
+            ratios += 1
+    assert ratios >= (6 if HAS_LAVIS else 4)
+    (figures,) = json.loads(out.with_suffix(".json").read_text()).values()
+    assert [row[0] for row in rows] == list(figures)
+
+
+def test_a_column_of_another_machine_stays_and_gaps_are_empty() -> None:
+    def cells(**found: str) -> dict:
+        return {
+            name: {"wanted": "2 x", "cell": cell, "date": f"2026-01-0{day}"}
+            for day, (name, cell) in enumerate(found.items(), start=1)
+        }
+
+    lines = bench.table({"one": cells(a="1", b="2"), "other": cells(b="3")}).splitlines()
+    assert lines[0] == "| measured | wanted | one, 2026-01-01 to 2026-01-02 | other, 2026-01-01 |"
+    assert lines[2:] == ["| a | 2 x | 1 |  |", "| b | 2 x | 2 | 3 |"]
+
+
+def test_ratios_are_taken_turn_by_turn() -> None:
+    row = measure.ratio_row("name", "3 x or more", [2.0, 9.0, 4.0], [1.0, 3.0, 1.0], least=3)
+    assert row.cell == "3.00 x (2.00 to 4.00); 4.00 s against 1.00 s; reached"
+    row = measure.ratio_row("name", "1.1 x or less", [0.002, 0.009, 0.004], [0.001] * 3, most=1.1)
+    assert row.cell == "4.00 x (2.00 to 9.00); 4 ms against 1 ms; **not reached**"
+
+
+def test_sides_take_turns_after_a_warm_up() -> None:
+    done = []
+    sides = {name: lambda name=name: done.append(name) for name in "AB"}
+    times = measure.side_by_side(sides, QUICK._replace(repeats=2), before=lambda: done.append("-"))
+    assert "".join(done) == "AB" + "-A-B-A-B"
+    assert {name: len(seconds) for name, seconds in times.items()} == {"A": 2, "B": 2}
+
+
+def allocate(megabytes: int, pieces: int):
+    """Work that holds ``megabytes`` at once, in equal pieces, after as much again was freed."""
+
+    def work() -> None:
+        for _ in range(2):
+            held = [torch.ones(megabytes * MEGABYTE // 4 // pieces) for _ in range(pieces)]
+            assert len(held) == pieces
+            del held
+
+    return work
+
+
+def test_peak_memory_of_a_known_allocation() -> None:
+    peak = measure.peak_memory(allocate, 200, 100, device="cpu")
+    assert peak.extra == pytest.approx(200 * MEGABYTE, rel=0.05)
+    assert peak.whole > peak.extra
+
+
+def test_what_lives_at_once_is_added_up() -> None:
+    with memory.Peak() as peak:
+        first = torch.empty(1024)  # 4,096 bytes
+        first.view(32, 32).add_(1)  # no new ones
+        second = first * 2
+        del first
+        third = second + 1
+        del second, third
+    assert (peak.now, peak.most) == (0, 8192)
+
+
+def test_the_estimate_of_fake_tensors_is_that_of_real_ones(monkeypatch) -> None:
+    config = ModelConfig(**{**steps.SMALL, "dropout": 0.0, "fusion_dropout": 0.0})
+    found = {}
+    for kind in ("fake", "real"):
+        found[kind] = [
+            memory.peak_of(config, batch, chunk, cached=cached)
+            for batch, chunk, cached in ((4, 0, True), (8, 0, False), (8, 2, False))
+        ]
+        monkeypatch.setattr(memory, "FakeTensorMode", lambda **_: nullcontext())
+    assert found["fake"] == pytest.approx(found["real"], rel=0.02)
+    _, whole, in_chunks = found["fake"]
+    assert in_chunks < whole
+
+
+def test_memory_that_runs_out_is_a_row_and_no_crash(capsys) -> None:
+    with pytest.raises(MemoryError, match="killed"):
+        measure.in_fresh_process(os._exit, 1)
+    case = bench.Case("what was to be measured", "test_benchmarks", "too_large")
+    (row,) = bench.measure(case, QUICK)
+    assert row.name == "what was to be measured"
+    assert row.cell.startswith("not measured; not enough memory (needs 9999999 GB of memory")
+
+
+def too_large(_: measure.Settings) -> None:
+    measure.require_memory(9999999)
+
+
+def test_the_fusion_benchmark_sees_a_difference_from_the_formula(monkeypatch) -> None:
+    module, inputs = fusion.make_inputs(2, 24, True, "cpu")
+    fusion.assert_equal(module, inputs)
+
+    def without_alpha(module, image, text, mask):
+        return image + (fusion.naive_fusion(module, image, text, mask) - image) / module.alpha.detach()
+
+    monkeypatch.setitem(fusion.SIDES, "naive", without_alpha)
+    with pytest.raises(AssertionError, match="differs from the formula"):
+        fusion.assert_equal(module, inputs)
+
+
+def test_captions_are_of_cirrs_length() -> None:
+    lengths = [len(caption.split()) for caption in steps.make_captions(2000)]
+    assert 10.5 < sum(lengths) / len(lengths) < 12.5
+    assert min(lengths) >= 3
+    assert max(lengths) <= 28
+
+
+def test_the_cached_step_is_held_against_the_plain_one(monkeypatch) -> None:
+    grad_cache.assert_equal(QUICK)
+    monkeypatch.setattr(grad_cache.GradCache, "backward", lambda self: None)
+    with pytest.raises((AssertionError, TypeError)):
+        grad_cache.assert_equal(QUICK)
+
+
+def test_bytes_of_a_ring_are_those_of_its_steps() -> None:
+    """R - 1 steps that add up parts of 1 / R, and R - 1 that hand the sums round."""
+    for ranks in (2, 8):
+        sent = sum(4_000 / ranks for _ in range(2) for _ in range(ranks - 1))
+        assert scaling.ring_bytes(4_000, ranks) == pytest.approx(sent)
+    moved = scaling.step_bytes(parameters=1_000, ranks=2, batch=1)
+    assert moved == {"gradients": 4_000, "features": 32_768, "their gradients": 65_536}
+    low, high = scaling.efficiency(1.0, {"gradients": 1e9, "features": 5e8}, gigabytes=1)
+    assert (low, high) == pytest.approx((1 / 2.5, 1 / (1 + 1 / 3 + 0.5)))
+
+
+def test_the_step_on_lavis_equals_ours() -> None:
+    pytest.importorskip("lavis", reason="LAVIS is not installed")
+    from published import LavisStep
+
+    model = steps.make_model(steps.make_config(True, use_gated_fusion=False), "cpu")
+    theirs = LavisStep(model)
+    samples = steps.make_samples(model.config, 3, "cpu")
+    steps.assert_equal(model, theirs, samples)
+    theirs.bert.encoder.layer[1].output.dense.weight.data = torch.zeros(24, 48)
+    with pytest.raises(AssertionError):
+        steps.assert_equal(model, theirs, samples)
