@@ -4,10 +4,11 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from threading import Lock
+from typing import NamedTuple, TypeVar
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from sprc.distributed import objects_of_all_ranks, rank, world_size
 from sprc.errors import InputError
 
+T = TypeVar("T")
 Transform = Callable[[Image.Image], Tensor]
 Loader = Callable[[Path], Tensor]  # see image_loader; a feature cache is another
 # The bytes that close a complete file of the format; a few bytes of garbage after them do no harm.
@@ -31,7 +33,9 @@ def image_loader(transform: Transform, formats: tuple[str, ...] | None = None) -
     return partial(load_image, transform=transform, formats=formats)
 
 
-def load_image(path: Path, transform: Transform, formats: tuple[str, ...] | None = None) -> Tensor:
+def load_image(
+    path: Path, transform: Callable[[Image.Image], T], formats: tuple[str, ...] | None = None
+) -> T:
     """Open and decode the image at ``path``, of any format or one of ``formats``; return ``transform`` of it.
 
     Raises :class:`InputError` naming the file if it is missing, cut short, not an image, so large that
@@ -82,27 +86,56 @@ def inspect_images(paths: list[Path], decode: bool = False) -> list[ImageFinding
         return list(tqdm(found, "Checking images", total=len(paths), delay=1, unit="image"))
 
 
+class _Strictness:
+    """Pillow's switches, which belong to the whole process, and the number of blocks that want them set.
+
+    The first to enter sets them and the last to leave puts them back, in whatever order threads do.
+    """
+
+    def __init__(self) -> None:
+        self.lock = Lock()
+        self.inside = 0
+        self.before = ExitStack()
+        if hasattr(os, "register_at_fork"):  # a child must not find the lock held by a thread it lacks
+            release = self.lock.release
+            os.register_at_fork(before=self.lock.acquire, after_in_parent=release, after_in_child=release)
+
+    def enter(self) -> None:
+        with self.lock:
+            if self.inside == 0:
+                # Importing LAVIS's data sets switches it on for everyone.
+                before = ImageFile.LOAD_TRUNCATED_IMAGES
+                self.before.callback(setattr, ImageFile, "LOAD_TRUNCATED_IMAGES", before)
+                self.before.enter_context(warnings.catch_warnings())
+                ImageFile.LOAD_TRUNCATED_IMAGES = False
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+            self.inside += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                self.before.close()
+
+
+_STRICTNESS = _Strictness()
+
+
 @contextmanager
 def strict_pillow() -> Iterator[None]:
-    """Make Pillow refuse what it would fill with grey or only warn of.
-
-    The switches belong to the whole process, so enter this outside of threads.
-    """
-    # Importing LAVIS's data sets switches it on for everyone.
-    load_truncated, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    """Make Pillow refuse what it would fill with grey or only warn of, in all threads of the process."""
+    _STRICTNESS.enter()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            yield
+        yield
     finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = load_truncated
+        _STRICTNESS.leave()
 
 
 def _inspect_image(path: Path, decode: bool) -> ImageFinding:
     try:
         with Image.open(path) as image:
             _refuse_long(image)
-            marker = _END_MARKERS.get(image.format)
+            marker = _END_MARKERS.get(image.format or "")
             # Decoding settles it, so that this check and load_image never disagree on a file it suspects.
             if decode or (marker and marker not in _read_tail(path)):
                 image.load()
