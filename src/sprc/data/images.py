@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -51,7 +51,7 @@ def load_image(
     return transform(image)
 
 
-def check_images(image_paths: dict[str, Path], names: Iterable[str]) -> None:
+def check_images(image_paths: Mapping[T, Path], names: Iterable[T]) -> None:
     """Look at the images of ``names`` before a run, as :func:`inspect_images` does without decoding.
 
     The ranks share the work. Raises one :class:`InputError` with the number of bad images and what is wrong

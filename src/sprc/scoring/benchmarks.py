@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from sprc.data import PROTOCOLS, TYPES
-from sprc.data.check import Examine, examine_cirr, examine_fashioniq
+from sprc.data.check import Findings, examine_cirr, examine_fashioniq
 from sprc.data.cirr import canonical_split, edits_of_test1, load_cirr, load_cirr_test
 from sprc.data.fashioniq import load_fashioniq
 from sprc.data.missing import left_out_columns, left_out_text, tell_left_out
@@ -60,7 +60,7 @@ class Benchmark(ABC):
     parts: ClassVar[tuple[str, ...]] = ("",)
     part_column: ClassVar[str | None] = None  # of the file of ranks, where there are parts to tell apart
     id_column: ClassVar[str]  # of the file of ranks: a triplet's pair_id
-    examine: ClassVar[Examine]  # of sprc.data.check, for its check_dataset
+    examine: ClassVar["staticmethod[[Path, Findings, str], None]"]  # for check_dataset
     edits: ClassVar[str]  # where the built-in data in this format tell the edits of a split
     protocols: ClassVar[tuple[str, ...]] = ()
     training_protocol: ClassVar[str | None] = None
