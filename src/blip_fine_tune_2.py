@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sprc.config import AMP, BACKBONES, FUSION_STARTS, FUSION_TEXTS, GALLERY_DTYPES, POOLS
-from sprc.data import PROTOCOLS, TRANSFORMS
+from sprc.data import DATASETS, DATASETS_METAVAR, PROTOCOLS, TRANSFORMS
 from sprc.errors import run_script
 from sprc.flags import ROOT, add_cache_flags, add_missing_flag, add_timeout_flag, add_vocab_flag
 
@@ -33,7 +33,7 @@ def parse_arguments() -> tuple[dict[str, Any], dict[str, Any]]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--dataset", type=str.lower, choices=("cirr", "fashioniq"), metavar="{CIRR,FashionIQ}")
+    add("--dataset", type=str.lower, choices=tuple(DATASETS), metavar=DATASETS_METAVAR)
     add("--blip-model-name", default="blip2_cir_align_prompt", metavar="NAME", help="default: %(default)s")
     add(
         "--backbone", default="pretrain", metavar="NAME", help=f"{', '.join(BACKBONES)}; default: %(default)s"

@@ -7,7 +7,7 @@ A published SPRC checkpoint does not say what it is: add --backbone pretrain.
 import argparse
 from pathlib import Path
 
-from sprc.data import PROTOCOLS
+from sprc.data import DATASETS, DATASETS_METAVAR, PROTOCOLS
 from sprc.errors import run_script
 from sprc.flags import add_scoring_flags
 
@@ -18,7 +18,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--dataset", required=True, type=str.lower, choices=("cirr", "fashioniq"), metavar="{CIRR,FashionIQ}")
+    add("--dataset", required=True, type=str.lower, choices=tuple(DATASETS), metavar=DATASETS_METAVAR)
     add(
         "--fiq-protocol",
         default="original",
@@ -28,7 +28,8 @@ def main() -> None:
     add(
         "--split",
         default="val",
-        choices=("val", "test1"),
+        choices=("val", "test1", "test"),
+        metavar="{val,test1}",
         help="test1: only of the built-in data in CIRR's format; default: %(default)s",
     )
     add("--save-ranks", type=Path, default=None, metavar="FILE", help="CSV: the rank of each target, from 0")

@@ -8,6 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from sprc.data import DATASETS, DATASETS_METAVAR
 from sprc.errors import run_script
 from sprc.flags import ROOT, add_missing_flag
 
@@ -20,7 +21,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--dataset", required=True, type=str.lower, choices=("cirr", "fashioniq"), metavar="{CIRR,FashionIQ}")
+    add("--dataset", required=True, type=str.lower, choices=tuple(DATASETS), metavar=DATASETS_METAVAR)
     add(
         "--data-path",
         type=Path,
@@ -31,10 +32,10 @@ def main() -> None:
     add("--decode", action="store_true", help="decode every image; by default only both ends are read")
     arguments = parser.parse_args()
     from sprc.data.check import check_dataset
+    from sprc.scoring.benchmarks import benchmark_class
 
-    findings = check_dataset(
-        arguments.dataset, arguments.data_path, arguments.decode, arguments.missing_images
-    )
+    examine = benchmark_class(arguments.dataset).examine
+    findings = check_dataset(examine, arguments.data_path, arguments.decode, arguments.missing_images)
     looked = "decoded" if arguments.decode else "looked at without decoding (--decode decodes them)"
     for line in findings.counts:
         print(line)

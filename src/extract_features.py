@@ -10,11 +10,12 @@ import argparse
 from pathlib import Path
 
 from sprc.config import BACKBONES
-from sprc.data import PROTOCOLS, TRANSFORMS
+from sprc.data import DATASETS, DATASETS_METAVAR, PROTOCOLS, TRANSFORMS
 from sprc.errors import run_script
 from sprc.flags import ROOT, add_cache_flags, add_missing_flag, add_timeout_flag, add_vocab_flag
 
 SPLITS = ("train", "val", "test")
+SPELLINGS = (*SPLITS, "test1")  # CIRR's own name of its test split
 
 
 def main() -> None:
@@ -23,9 +24,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--dataset", required=True, type=str.lower, choices=("cirr", "fashioniq"), metavar="{CIRR,FashionIQ}")
+    add("--dataset", required=True, type=str.lower, choices=tuple(DATASETS), metavar=DATASETS_METAVAR)
     add_cache_flags(parser, required=True)
-    add("--splits", nargs="+", default=SPLITS, choices=SPLITS, help="default: train val test")
+    add("--splits", nargs="+", default=SPLITS, choices=SPELLINGS, help="default: train val test")
     add("--blip-model-name", default="blip2_cir_align_prompt", metavar="NAME", help="default: %(default)s")
     add(
         "--backbone", default="pretrain", metavar="NAME", help=f"{', '.join(BACKBONES)}; default: %(default)s"

@@ -11,7 +11,7 @@ Writes PNG sheets, one HTML page that needs no network, localisation.csv and pro
 import argparse
 from pathlib import Path
 
-from sprc.data import PROTOCOLS, TYPES
+from sprc.data import DATASETS, DATASETS_METAVAR, PROTOCOLS, TYPES
 from sprc.errors import run_script
 from sprc.flags import add_scoring_flags, text
 
@@ -22,7 +22,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--dataset", required=True, type=str.lower, choices=("cirr", "fashioniq"), metavar="{CIRR,FashionIQ}")
+    add("--dataset", required=True, type=str.lower, choices=tuple(DATASETS), metavar=DATASETS_METAVAR)
     add("--split", default="val", help="train, val, or test1 (FashionIQ: test); default: %(default)s")
     add("--fiq-type", default=TYPES[0], choices=TYPES, help="FashionIQ's type; default: %(default)s")
     add(

@@ -8,13 +8,13 @@ from pathlib import Path
 from sprc.errors import InputError
 
 
-def create_run_folder(models: Path, dataset: str, model_name: str) -> Path:
-    """Make ``models/clip_finetuned_on_{cirr|fiq}_{name}_{time}`` and return it.
+def create_run_folder(models: Path, short_name: str, model_name: str) -> Path:
+    """Make ``models/clip_finetuned_on_{short_name}_{model_name}_{time}`` and return it.
 
-    Two runs that start in the same second get different folders.
+    ``short_name`` is the benchmark's, "cirr" or "fiq". Two runs that start in the same second get different
+    folders.
     """
-    short = {"CIRR": "cirr", "FashionIQ": "fiq"}[dataset]
-    stem = f"clip_finetuned_on_{short}_{model_name}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    stem = f"clip_finetuned_on_{short_name}_{model_name}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
     for attempt in range(1000):
         folder = models / (f"{stem}-{attempt}" if attempt else stem)
         try:

@@ -7,8 +7,7 @@ import pytest
 from helpers.runner import ROOT
 
 # Where mypy is told to look away, and why. Nowhere else.
-EXEMPTIONS = {
-}
+EXEMPTIONS = {}
 
 
 @pytest.mark.slow
@@ -24,5 +23,7 @@ def test_the_exemptions_are_listed():
     for path in sorted((ROOT / "src").rglob("*.py")):
         for line in path.read_text(encoding="utf-8").splitlines():
             if "type: ignore" in line:
-                found.setdefault(str(path.relative_to(ROOT / "src" / "sprc")), []).append(line.split("#")[0].strip())
+                found.setdefault(str(path.relative_to(ROOT / "src" / "sprc")), []).append(
+                    line.split("#")[0].strip()
+                )
     assert found == EXEMPTIONS

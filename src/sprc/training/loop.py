@@ -51,8 +51,12 @@ STOP_SIGNALS = tuple(signum for signum in (signal.SIGINT, signal.SIGTERM, SIGHUP
 class TrainingConfig:
     """How long, how fast, with which weights. A value that cannot work raises :class:`InputError`."""
 
-    dataset: str = "CIRR"
     num_epochs: int = 10
+    # Of the one-cycle schedule: the epochs it spans, the share of them after which the rate is at its peak,
+    # and the peak over the first rate.
+    schedule_epochs: int = 80
+    warm_up: float = 1 / 50
+    start_divisor: float = 25.0
     batch_size: int = 64  # of all ranks together
     grad_cache: int = (
         0  # triplets a rank embeds at once, see sprc.training.grad_cache; 0 embeds all of its own
@@ -133,24 +137,16 @@ def make_optimizer(
     return AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), eps=1e-7, weight_decay=0.05, fused=True)
 
 
-def schedule_span(dataset: str, num_epochs: int) -> int:
-    """Epochs that the learning rate's schedule spans.
-
-    CIRR's spans 80 however few are run (more, if more are run), so ten epochs stay near the peak. FashionIQ's
-    warm-up takes 1.5 epochs: one epoch is the first of two.
-    """
-    return max(80 if dataset == "CIRR" else 2, num_epochs)
-
-
-def make_schedule(dataset: str, optimizer: Optimizer, steps_per_epoch: int, num_epochs: int) -> LRScheduler:
+def make_schedule(config: TrainingConfig, optimizer: Optimizer, steps_per_epoch: int) -> LRScheduler:
     """SPRC's one-cycle schedule, stepped once a batch, up to each group's own rate."""
-    span = schedule_span(dataset, num_epochs)
-    if dataset == "CIRR":
-        shape = {"pct_start": 1 / 50, "epochs": span}
-    else:
-        shape = {"pct_start": 1.5 / span, "div_factor": 100.0, "epochs": span}
-    rates = [group["lr"] for group in optimizer.param_groups]
-    return OneCycleLR(optimizer, max_lr=rates, steps_per_epoch=steps_per_epoch, **shape)
+    return OneCycleLR(
+        optimizer,
+        max_lr=[group["lr"] for group in optimizer.param_groups],
+        epochs=max(config.schedule_epochs, config.num_epochs),
+        steps_per_epoch=steps_per_epoch,
+        pct_start=config.warm_up,
+        div_factor=config.start_divisor,
+    )
 
 
 class EpochOrder(Sampler[int]):
@@ -231,7 +227,7 @@ class Trainer:
             pin_memory=model.device.type == "cuda",
         )
         self.optimizer = make_optimizer(model, config.learning_rate, config.other_rates)
-        self.schedule = make_schedule(config.dataset, self.optimizer, self.steps_per_epoch, config.num_epochs)
+        self.schedule = make_schedule(config, self.optimizer, self.steps_per_epoch)
         self.precision = precision(config.amp, model.device)
         # float16's gradients would vanish without scaling; bfloat16 has float32's range.
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=self.precision is torch.float16)
