@@ -29,6 +29,9 @@ from sprc.training.fine_tuning import chunk_of
 from sprc.training.loop import EpochOrder, TrainingConfig
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def out(data, trained, tmp_path_factory):
     """What several_ranks.py leaves."""
