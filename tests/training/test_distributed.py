@@ -28,7 +28,6 @@ from sprc.models.gated_fusion import FUSION_STRATEGIES
 from sprc.training.fine_tuning import chunk_of
 from sprc.training.loop import EpochOrder, TrainingConfig
 
-
 pytestmark = pytest.mark.slow
 
 
