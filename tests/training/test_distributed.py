@@ -28,6 +28,8 @@ from sprc.models.gated_fusion import FUSION_STRATEGIES
 from sprc.training.fine_tuning import chunk_of
 from sprc.training.loop import EpochOrder, TrainingConfig
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def out(data, trained, tmp_path_factory):
