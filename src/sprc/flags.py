@@ -8,7 +8,9 @@ from pathlib import Path
 from sprc.config import CACHE_DTYPES, GALLERY_DTYPES
 from sprc.data import MISSING_IMAGES, TRANSFORMS
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+SOURCE = Path(__file__).resolve().parent.parent
+# Where data and models are by default: the checkout, or for an installed package the working directory.
+ROOT = SOURCE.parent if (SOURCE / "blip_fine_tune_2.py").is_file() else Path()
 INDEX = ROOT / "picture_index"  # of `search.py index`
 
 
