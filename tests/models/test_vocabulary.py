@@ -4,6 +4,7 @@ from threading import Event
 
 import pytest
 import torch
+import transformers.utils
 from helpers.runner import assert_one_clear_line, run, train
 from helpers.small_models import VOCABULARY, small_config
 
@@ -41,7 +42,7 @@ def vocab(tmp_path_factory):
 def test_a_vocabulary_s_line_is_its_id(tmp_path, ending):
     tokenizer = bert_tokenizer(write(tmp_path / "vocab.txt", made_vocabulary(), ending))
     assert len(tokenizer) == 30523
-    assert tokenizer("make the circles BLUE").input_ids == [101, 1000, 1001, 1002, 1006, 1003, 102]
+    assert tokenizer.encode("make the circles BLUE") == [101, 1000, 1001, 1002, 1006, 1003, 102]
     assert tokenizer.convert_tokens_to_ids("[DEC]") == 30522
 
 
@@ -78,13 +79,13 @@ def test_the_cache_is_read_under_either_name_and_no_network_is_asked(tmp_path, m
     (repo / "refs" / "main").write_text("0123456789abcdef")
     write(repo / "snapshots" / "0123456789abcdef" / "vocab.txt", made_vocabulary())
     asked = []
-    cached_file = tokenizer_file.cached_file
+    cached_file = transformers.utils.cached_file
 
     def watched(*arguments, local_files_only):
         asked.append(local_files_only)
         return cached_file(*arguments, local_files_only=local_files_only, cache_dir=str(tmp_path))
 
-    monkeypatch.setattr(tokenizer_file, "cached_file", watched)
+    monkeypatch.setattr(transformers.utils, "cached_file", watched)
     assert bert_tokenizer().get_vocab() == bert_tokenizer(vocab).get_vocab()
     assert set(asked) == {True}
 
@@ -97,7 +98,7 @@ def test_a_hub_that_does_not_answer_is_not_waited_for_long(monkeypatch):
             raise OSError("not cached")
         answered.append(answer.wait(60))
 
-    monkeypatch.setattr(tokenizer_file, "cached_file", cached_file)
+    monkeypatch.setattr(transformers.utils, "cached_file", cached_file)
     monkeypatch.setattr(tokenizer_file, "HUB_SECONDS", 0.05)
     with pytest.raises(InputError, match=r"could not be fetched; .*--vocab FILE"):
         bert_tokenizer()
@@ -107,7 +108,7 @@ def test_a_hub_that_does_not_answer_is_not_waited_for_long(monkeypatch):
 
 def test_what_the_hub_gives_is_taken(monkeypatch, vocab):
     monkeypatch.setattr(
-        tokenizer_file,
+        transformers.utils,
         "cached_file",
         lambda name, file, local_files_only: None if local_files_only else str(vocab),
     )

@@ -22,7 +22,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import BertTokenizer
 
 from sprc.config import ModelConfig
 from sprc.distributed import rank
@@ -31,7 +30,7 @@ from sprc.models.gated_fusion import FusionOutput, at_least_float32, fusion_clas
 from sprc.models.losses import align_loss, contrastive_loss, gather_rows, similarity
 from sprc.models.qformer import ImageKeys, Layout, QFormer, ScaledImage, batch_of
 from sprc.models.switches import Switches
-from sprc.models.tokenizer import CaptionIds
+from sprc.models.tokenizer import CaptionIds, WordPiece
 from sprc.models.vision import ClipViT, EvaViT
 
 
@@ -58,7 +57,7 @@ class Blip2QformerCirAlignPrompt(nn.Module):
         tokenizer: a BERT tokenizer of ``config.vocab_size`` entries.
     """
 
-    def __init__(self, config: ModelConfig, tokenizer: BertTokenizer) -> None:
+    def __init__(self, config: ModelConfig, tokenizer: WordPiece) -> None:
         super().__init__()
         self.config = config
         self.tokenizer = tokenizer

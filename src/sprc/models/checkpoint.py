@@ -13,7 +13,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import BertTokenizer
 
 from sprc.config import ModelConfig, read_backbone
 from sprc.data.synthetic.scenes import caption_words
@@ -24,6 +23,7 @@ from sprc.models.factory import backbone_weights, model_class
 from sprc.models.switches import FUSION, SWITCHES, VIT, mismatches, read_switches, sizes_of, vocabulary_digest
 from sprc.models.tokenizer import (
     SPECIAL_TOKENS,
+    WordPiece,
     bert_tokenizer,
     make_vocabulary,
     read_bert_vocabulary,
@@ -157,7 +157,7 @@ def load_checkpoint(
 
 def described_by_state(
     state: dict[str, Tensor], backbone: str, path: Path, vocab: Path | None
-) -> tuple[dict[str, Any], BertTokenizer]:
+) -> tuple[dict[str, Any], WordPiece]:
     """Config and tokenizer of a file that holds a state dict alone.
 
     The backbone's values, over them what the shapes say, and over these the switches that a fusion's state
@@ -178,7 +178,7 @@ def described_by_state(
     return values, tokenizer
 
 
-def read_vocabulary(words: list[str], path: Path) -> BertTokenizer:
+def read_vocabulary(words: list[str], path: Path) -> WordPiece:
     """The tokenizer of a file's vocabulary; words that cannot be kept raise :class:`InputError`."""
     try:
         return tokenizer_from_vocabulary(words)

@@ -159,7 +159,7 @@ class Searcher:
         ]
         if unknown:
             notes.append(f"the model does not know: {', '.join(unknown)}")
-        if len(tokenizer(caption).input_ids) > most or len(text.split()) > len(caption.split()):
+        if len(tokenizer.encode(caption)) > most or len(text.split()) > len(caption.split()):
             notes.append(f"the text is long: the model reads its first {most - 2} word pieces")
         return notes
 
