@@ -22,6 +22,7 @@ from sprc.config import AMP, BACKBONES, FUSION_STARTS, FUSION_TEXTS, GALLERY_DTY
 from sprc.data import PROTOCOLS, TRANSFORMS
 from sprc.errors import run_script
 from sprc.flags import ROOT, add_cache_flags, add_missing_flag, add_timeout_flag, add_vocab_flag
+from sprc.start_up import no_collection
 
 
 def parse_arguments() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -213,9 +214,10 @@ def parse_arguments() -> tuple[dict[str, Any], dict[str, Any]]:
 def main() -> None:
     """Parse, then call the library (imported late, so that --help is quick)."""
     defaults, given = parse_arguments()
-    from sprc.distributed import process_group
-    from sprc.training.fine_tuning import fine_tune
-    from sprc.training.resume import own_timeout
+    with no_collection():
+        from sprc.distributed import process_group
+        from sprc.training.fine_tuning import fine_tune
+        from sprc.training.resume import own_timeout
 
     timeout = given.get("timeout", defaults["timeout"])
     if "resume" in given and "timeout" not in given:

@@ -11,6 +11,7 @@ from pathlib import Path
 from sprc.data import TRANSFORMS
 from sprc.errors import run_script
 from sprc.flags import INDEX, add_engine_flags, add_vocab_flag, text
+from sprc.start_up import no_collection
 
 
 def main() -> None:
@@ -22,7 +23,8 @@ def main() -> None:
     add_index_command(commands.add_parser("index", help="index a folder, or bring its index up to date"))
     add_query_command(commands.add_parser("query", help="print the best pictures for a picture and a text"))
     arguments = parser.parse_args()
-    from sprc.search.commands import run_index, run_query
+    with no_collection():
+        from sprc.search.commands import run_index, run_query
 
     (run_index if arguments.command == "index" else run_query)(arguments)
 

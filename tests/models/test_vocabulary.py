@@ -7,13 +7,16 @@ import torch
 import transformers.utils
 from helpers.runner import assert_one_clear_line, run, train
 from helpers.small_models import VOCABULARY, small_config
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from sprc.data.captions import process_caption
 from sprc.errors import InputError
 from sprc.models import tokenizer as tokenizer_file
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.checkpoint import load_checkpoint, save_checkpoint
 from sprc.models.factory import create_model
-from sprc.models.tokenizer import BERT_SPECIAL_TOKENS, bert_tokenizer, read_bert_vocabulary
+from sprc.models.tokenizer import BERT_SPECIAL_TOKENS, WordPiece, bert_tokenizer, read_bert_vocabulary
 
 
 def made_vocabulary(**changes):
@@ -44,6 +47,64 @@ def test_a_vocabulary_s_line_is_its_id(tmp_path, ending):
     assert len(tokenizer) == 30523
     assert tokenizer.encode("make the circles BLUE") == [101, 1000, 1001, 1002, 1006, 1003, 102]
     assert tokenizer.convert_tokens_to_ids("[DEC]") == 30522
+
+
+LETTERS = (
+    "abzABZ019 \t\n$`^~<'-_.!?…ßÉéİıΣσςǅﬁ½¾中日本語가각한ﾊﾞか"
+    "\u3099가\u0301\u0323\u200b\u200d\u00ad\u2028\u00a0\u3000👗"
+)
+ODD = st.one_of(
+    st.text(st.sampled_from(LETTERS), max_size=30),
+    st.text(max_size=20),
+    st.lists(st.sampled_from([*VOCABULARY[5:], "don't", "façade", "x" * 101, "MAKE", "[sep]"])).map(" ".join),
+)
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """transformers' own tokenizer over the letters, and which of them are pieces of ours."""
+    pieces = sorted({*"".join(LETTERS.split()).lower(), *"abcdefghijklmnopqrstuvwxyz"})
+    words = [*BERT_SPECIAL_TOKENS, *pieces, *(f"##{piece}" for piece in pieces), *VOCABULARY[5:], "facade"]
+    words = list(dict.fromkeys(words))
+    file = write(tmp_path_factory.mktemp("theirs") / "vocab.txt", words)
+    theirs = transformers.BertTokenizer(str(file))
+    if getattr(theirs, "is_fast", False):
+        pytest.skip("a tokenizer in Rust, which has Unicode's tables of its own")
+    theirs.add_special_tokens({"bos_token": "[DEC]"})
+    return theirs, WordPiece(words)
+
+
+@given(text=ODD)
+@settings(
+    max_examples=300,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_odd_captions_are_read_as_transformers_reads_them(theirs, text):
+    theirs, ours = theirs
+    for words in (text, process_caption(text)):
+        assert ours.encode(words) == theirs(words).input_ids
+        assert ours.encode(words, 7) == theirs(words, truncation=True, max_length=7).input_ids
+        assert ours.tokenize(words) == theirs.tokenize(words)
+
+
+def test_entries_and_ids_are_those_of_transformers(theirs):
+    theirs, ours = theirs
+    assert (len(ours), ours.vocab_size, ours.pad_token_id) == (len(theirs), theirs.vocab_size, 0)
+    assert ours.get_vocab() == theirs.get_vocab()
+    numbers = list(range(len(ours)))
+    assert ours.convert_ids_to_tokens(numbers) == theirs.convert_ids_to_tokens(numbers)
+    for token in ("[DEC]", "[UNK]", "facade", "nothing"):
+        assert ours.convert_tokens_to_ids(token) == theirs.convert_tokens_to_ids(token)
+
+
+def test_every_letter_is_read_as_transformers_reads_it(theirs):
+    theirs, ours = theirs
+    for first in range(0, 0x30000, 16):
+        text = "".join(f"a{chr(code)}b " for code in range(first, first + 16))
+        assert ours.tokenize(text) == theirs.tokenize(text), f"{first:x}"
 
 
 def test_only_an_end_of_line_parts_entries(tmp_path):

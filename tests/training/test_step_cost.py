@@ -7,6 +7,7 @@ import torch
 from helpers.small_models import CAPTIONS, TOO_LONG, random_images, small_config
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
 

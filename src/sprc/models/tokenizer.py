@@ -1,6 +1,6 @@
 """BERT's tokenizer with BLIP-2's extra [DEC] token, over the published vocabulary or the data's own.
 
-It is written out here because importing transformers for it takes as long as a search; a test compares the two.
+It is written out here because importing transformers takes longer than a search; a test compares the two.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sprc.errors import InputError
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 DEC = "[DEC]"
 LONGEST_WORD = 100  # letters; a longer one is unknown
-# First and last of the blocks whose letters BERT takes for a word each: Chinese, Japanese and Korean ideographs.
+# First and last letters of the blocks of ideographs, each of which BERT takes for a word.
 IDEOGRAPHS = (
     *((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F)),
     *((0x2B740, 0x2B81F), (0x2B820, 0x2CEAF), (0x2F800, 0x2FA1F)),
@@ -70,7 +70,7 @@ class _Parted(dict):
     def __missing__(self, code: int) -> str:
         letter = chr(code)
         kind = unicodedata.category(letter)
-        # Of ASCII all that is neither letter nor number nor space, such as $ and `, which Unicode calls symbols.
+        # Of ASCII the symbols too, such as $ and `.
         symbol = letter.isascii() and not letter.isalnum() and letter != " "
         parted = f" {letter} " if symbol or kind[0] == "P" else "" if kind == "Mn" else letter
         self[code] = parted

@@ -9,7 +9,6 @@ from PIL import Image
 from sprc.data.images import strict_pillow
 from sprc.data.transforms import to_eight_bits
 from sprc.errors import InputError
-from sprc.figures import Cell, draw_cell, plt, save_figure
 from sprc.search.index import (
     PictureIndex,
     printable,
@@ -71,6 +70,8 @@ def draw_results(
     path: Path, reference: Image.Image, text: str, results: list[tuple[Result, Image.Image]]
 ) -> None:
     """Write a PNG: the reference, the text, and the results with their scores and names, best first."""
+    from sprc.figures import Cell, draw_cell, plt, save_figure
+
     cells = [("reference", "", reference)]
     cells += [
         (f"{place}: {result.score:.4f}", result.name, image)
