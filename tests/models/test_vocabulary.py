@@ -53,10 +53,11 @@ LETTERS = (
     "abzABZ019 \t\n$`^~<'-_.!?…ßÉéİıΣσςǅﬁ½¾中日本語가각한ﾊﾞか"
     "\u3099가\u0301\u0323\u200b\u200d\u00ad\u2028\u00a0\u3000👗"
 )
+WORDS = [word for word in VOCABULARY if not word.startswith("[")]  # special tokens come as words, never so
 ODD = st.one_of(
     st.text(st.sampled_from(LETTERS), max_size=30),
     st.text(max_size=20),
-    st.lists(st.sampled_from([*VOCABULARY[5:], "don't", "façade", "x" * 101, "MAKE", "[sep]"])).map(" ".join),
+    st.lists(st.sampled_from([*WORDS, "don't", "façade", "x" * 101, "MAKE", "[sep]"])).map(" ".join),
 )
 
 
@@ -64,7 +65,7 @@ ODD = st.one_of(
 def theirs(tmp_path_factory):
     """transformers' own tokenizer over the letters, and which of them are pieces of ours."""
     pieces = sorted({*"".join(LETTERS.split()).lower(), *"abcdefghijklmnopqrstuvwxyz"})
-    words = [*BERT_SPECIAL_TOKENS, *pieces, *(f"##{piece}" for piece in pieces), *VOCABULARY[5:], "facade"]
+    words = [*BERT_SPECIAL_TOKENS, *pieces, *(f"##{piece}" for piece in pieces), *WORDS, "facade"]
     words = list(dict.fromkeys(words))
     file = write(tmp_path_factory.mktemp("theirs") / "vocab.txt", words)
     theirs = transformers.BertTokenizer(str(file))
