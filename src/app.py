@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sprc.errors import run_script
 from sprc.flags import INDEX, ROOT, add_engine_flags, add_vocab_flag
+from sprc.start_up import no_collection
 
 
 def main() -> None:
@@ -39,9 +40,10 @@ def main() -> None:
         help="another one lets others search and see the indexed pictures; default: %(default)s",
     )
     arguments = parser.parse_args()
-    from sprc.search.app import run_app
+    with no_collection():
+        from sprc.search.app import run_app
 
-    run_app(arguments)
+    run_app(**vars(arguments))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ def main() -> None:
     with no_collection():
         from sprc.search.commands import run_index, run_query
 
-    (run_index if arguments.command == "index" else run_query)(arguments)
+    flags = vars(arguments)
+    (run_index if flags.pop("command") == "index" else run_query)(**flags)
 
 
 def add_index_command(parser: argparse.ArgumentParser) -> None:

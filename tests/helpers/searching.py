@@ -1,6 +1,5 @@
 """What tests of the search share: a model that was not trained, and the two commands without a process."""
 
-import argparse
 import struct
 import zlib
 
@@ -36,7 +35,7 @@ def make_index(path, folder, checkpoint, **flags):
     """As `search.py index` does, in this process."""
     names = ("blip_model_name", "backbone", "vocab", "transform", "target_ratio", "batch_size", "num_workers")
     given = {**dict.fromkeys(names), "device": "cpu", "rebuild": False, **flags}
-    run_index(argparse.Namespace(folder=folder, model_path=checkpoint, index=path, **given))
+    run_index(folder, model_path=checkpoint, index=path, **given)
 
 
 def query(index, **flags):
@@ -50,7 +49,7 @@ def query(index, **flags):
         "vocab": None,
         "device": "cpu",
     }
-    run_query(argparse.Namespace(index=index, **{**given, **flags}))
+    run_query(index=index, **{**given, **flags})
 
 
 def png_header(width, height):

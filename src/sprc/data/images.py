@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -25,6 +25,13 @@ _TAIL_BYTES = 4096
 # Every image is padded to a square at most, which for longer ones would take gigabytes.
 _LONGEST_SIDE = 16_384
 _EXIF_ORIENTATION = 0x0112
+
+
+@cache
+def own_formats() -> tuple[str, ...]:
+    """What Pillow decodes by itself. An EPS, for one, it hands to another program."""
+    Image.init()
+    return tuple(sorted({"AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"} & set(Image.OPEN)))
 
 
 def image_loader(transform: Transform, formats: tuple[str, ...] | None = None) -> Loader:

@@ -43,6 +43,17 @@ class Checkpoint(NamedTuple):
     hyperparameters: dict[str, Any]  # empty for a published checkpoint
     found: str  # one line for the user: what the file holds
 
+    def told(self) -> list[str]:
+        """Lines for the user: what the file holds, and what its training left out."""
+        lines = [self.found]
+        for title, left_out in self.hyperparameters.get("left_out", {}).items():
+            if title.startswith("train") and left_out["images"]:
+                lines.append(
+                    f"its training left {left_out['images']:,} images without a file and "
+                    f"{left_out['triplets']:,} triplets of {title} out"
+                )
+        return lines
+
 
 def save_checkpoint(
     path: Path,

@@ -50,14 +50,8 @@ class Scorer:
         Raises :class:`InputError`, see :func:`sprc.models.checkpoint.load_checkpoint`.
         """
         checkpoint = load_checkpoint(path, model_name=blip_model_name, backbone=backbone, vocab=vocab)
-        print(checkpoint.found, flush=True)
-        for title, found in checkpoint.hyperparameters.get("left_out", {}).items():
-            if title.startswith("train") and found["images"]:
-                print(
-                    f"its training left {found['images']:,} images without a file and {found['triplets']:,} "
-                    f"triplets of {title} out",
-                    flush=True,
-                )
+        for line in checkpoint.told():
+            print(line, flush=True)
         place(checkpoint.model, device)
         own = {name: checkpoint.hyperparameters.get(name, value) for name, value in PUBLISHED.items()}
         own["num_workers"] = default_workers(device)

@@ -1,6 +1,5 @@
 """The commands of ``search.py``: index a folder, and query it."""
 
-import argparse
 import json
 import signal
 import sys
@@ -10,53 +9,84 @@ from typing import Any
 import torch
 from PIL import Image
 
-from sprc.data.images import load_image
+from sprc.data.captions import require_words
+from sprc.data.images import own_formats
 from sprc.errors import InputError, Interrupted
-from sprc.models.device import memory_explained, place, start_device
-from sprc.scoring.scorer import Scorer
-from sprc.search.index import (
-    PictureIndex,
-    identity_of,
-    open_index,
-    printable,
-)
-from sprc.search.indexing import FORMATS, check_folder, file_digest, search_transform, update_index
+from sprc.models.device import default_workers, memory_explained, place, start_device
+from sprc.scoring.retriever import Retriever
+from sprc.search.folder import check_folder
+from sprc.search.index import PictureIndex, Result, identity_of, open_index, printable
+from sprc.search.indexing import update_index
 from sprc.search.pictures import draw_results, open_thumbnail, thumbnail
-from sprc.search.searcher import Searcher, load_model, require_engine, require_search_text
+from sprc.search.searcher import Searcher, find_reference, load_model, require_engine
 
 SHOWN = 20  # of the pictures left out
+SIDE = 256  # of a picture on a sheet
+# Pictures at once where neither the user nor the checkpoint says, and the most that a checkpoint may say: its
+# training may have had many GPUs.
+BATCH, LARGEST_BATCH = 32, 64
 
 
-def run_index(arguments: argparse.Namespace) -> None:
-    """Index a folder of pictures and print what was done; see :func:`sprc.search.indexing.update_index`."""
-    device = start_device(arguments.device)
-    folder = arguments.folder
+def run_index(
+    folder: Path,
+    *,
+    index: Path,
+    model_path: Path,
+    blip_model_name: str | None,
+    backbone: str | None,
+    vocab: Path | None,
+    transform: str | None,
+    target_ratio: float | None,
+    batch_size: int | None,
+    num_workers: int | None,
+    device: str | None,
+    rebuild: bool,
+) -> None:
+    """Index a folder of pictures and print what was done. The flags of `search.py index`."""
+    on = start_device(device)
     check_folder(folder)
-    names = ("blip_model_name", "backbone", "transform", "target_ratio", "batch_size", "num_workers", "vocab")
-    scorer = load_model(arguments.model_path, **{name: getattr(arguments, name) for name in names})
+    retriever = load_model(
+        model_path,
+        blip_model_name=blip_model_name,
+        backbone=backbone,
+        vocab=vocab,
+        transform=transform,
+        target_ratio=target_ratio,
+    )
     # A published checkpoint does not say what it is: remember what it was called.
-    scored_as = {name: getattr(arguments, name) for name in ("blip_model_name", "backbone")}
-    scored_as["model_path"] = str(arguments.model_path.resolve())
-    if arguments.vocab is not None:
-        scored_as["vocab"] = str(arguments.vocab.resolve())
-    index_pictures(arguments.index, folder, scorer, device, scored_as, rebuild=arguments.rebuild)
+    scored_as = {"blip_model_name": blip_model_name, "backbone": backbone}
+    scored_as["model_path"] = str(model_path.resolve())
+    if vocab is not None:
+        scored_as["vocab"] = str(vocab.resolve())
+    reading = {"batch_size": batch_size, "num_workers": num_workers}
+    index_pictures(index, folder, retriever, on, scored_as, **reading, rebuild=rebuild)
 
 
 def index_pictures(
     path: Path,
     folder: Path,
-    scorer: Scorer,
+    retriever: Retriever,
     device: torch.device,
     scored_as: dict[str, Any],
     *,
+    batch_size: int | None = None,
+    num_workers: int | None = None,
     rebuild: bool,
 ) -> None:
-    """Bring the index at ``path`` up to date with ``folder`` and print what was done."""
-    identity = identity_of(scorer)
-    place(scorer.checkpoint.model, device)
+    """Bring the index at ``path`` up to date with ``folder`` and print what was done.
+
+    The batch size is by default the training's own, the number of processes that read by the cores.
+    """
+    identity = identity_of(retriever.model, retriever.transform_name, retriever.target_ratio)
+    place(retriever.model, device)
+    if batch_size is None:
+        batch_size = min(retriever.checkpoint.hyperparameters.get("batch_size", BATCH), LARGEST_BATCH)
+    if num_workers is None:
+        num_workers = default_workers(device)
+    reading = {"batch_size": batch_size, "num_workers": num_workers}
     try:
-        with memory_explained(device, scorer.settings["batch_size"], ["a smaller --batch-size"]):
-            update = update_index(path, folder, scorer, identity, scored_as, rebuild=rebuild)
+        with memory_explained(device, batch_size, ["a smaller --batch-size"]):
+            update = update_index(path, folder, retriever, identity, scored_as, **reading, rebuild=rebuild)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         raise Interrupted(signal.SIGINT) from None
@@ -71,65 +101,64 @@ def index_pictures(
             print(f"  {printable(name)}: {printable(reason)}")
 
 
-def run_query(arguments: argparse.Namespace) -> None:
-    """Print the best pictures for a reference and a text; draw them too, with ``sheet``."""
-    device = start_device(arguments.device, file=sys.stderr)  # stdout is the results' alone
-    require_search_text(arguments.text, "--text")
-    if arguments.top < 1:
-        raise InputError(f"--top {arguments.top}: give a whole number of at least 1")
-    require_engine(arguments.engine, arguments.candidates)
-    if arguments.sheet is not None and not arguments.sheet.absolute().parent.is_dir():
-        raise InputError(f"--sheet {arguments.sheet}: its folder does not exist; make it, or give another")
-    path, name = find_reference(open_index(arguments.index), arguments.image)
-    searcher = Searcher.open(
-        arguments.index,
-        model_path=arguments.model_path,
-        vocab=arguments.vocab,
-        device=str(device),
-        engine=arguments.engine,
-        candidates=arguments.candidates,
+def run_query(
+    *,
+    index: Path,
+    image: str,
+    text: str,
+    top: int,
+    keep_reference: bool,
+    sheet: Path | None,
+    json: bool,
+    model_path: Path | None,
+    vocab: Path | None,
+    engine: str,
+    candidates: int,
+    device: str | None,
+) -> None:
+    """Print the best pictures for a reference and a text, and draw them; the flags of `search.py query`."""
+    on = start_device(device, file=sys.stderr)  # stdout is the results' alone
+    require_words(text, "--text")
+    if top < 1:
+        raise InputError(f"--top {top}: give a whole number of at least 1")
+    require_engine(engine, candidates)
+    if sheet is not None and not sheet.absolute().parent.is_dir():
+        raise InputError(f"--sheet {sheet}: its folder does not exist; make it, or give another")
+    opened = open_index(index)
+    path, _ = find_reference(opened, image, "--image")
+    searcher = Searcher.of(
+        opened,
+        model_path=model_path,
+        vocab=vocab,
+        device=str(on),
+        engine=engine,
+        candidates=candidates,
     )
-    index = searcher.index
-    pixels = load_image(path, search_transform(searcher.scorer.transform), FORMATS)
-    leave_out = [] if arguments.keep_reference else searcher.copies(digest=file_digest(path), name=name)
-    query = searcher.compose(searcher.encode(pixels), arguments.text)
-    results = searcher.best(query, arguments.top, leave_out)
-    for note in searcher.notes(arguments.text):
+    results = searcher.search(path, text, top=top, keep_reference=keep_reference)
+    for note in searcher.notes(text):
         print(f"note: {note}", file=sys.stderr)
-    if arguments.sheet is not None:
-        side = 256
-        with Image.open(path, formats=FORMATS) as image:
-            reference = thumbnail(image, side)
-        drawn = [(result, open_thumbnail(index, result.name, side)) for result in results]
-        draw_results(arguments.sheet, reference, arguments.text, drawn)
-        print(f"wrote {arguments.sheet}", file=sys.stderr)
+    if sheet is not None:
+        draw_sheet(sheet, opened, path, text, results)
+    if json:
+        print_json(path, text, results)
+        return
+    for rank, result in enumerate(results, start=1):
+        print(f"{rank:>3}  {result.score:.4f}  {printable(str(result.path))}")
+
+
+def draw_sheet(sheet: Path, index: PictureIndex, path: Path, text: str, results: list[Result]) -> None:
+    """Write a PNG of the reference at ``path``, the text and the results."""
+    with Image.open(path, formats=own_formats()) as image:
+        reference = thumbnail(image, SIDE)
+    drawn = [(result, open_thumbnail(index.path_of(result.name), SIDE)) for result in results]
+    draw_results(sheet, reference, text, drawn)
+    print(f"wrote {sheet}", file=sys.stderr)
+
+
+def print_json(path: Path, text: str, results: list[Result]) -> None:
+    """Print the results as JSON."""
     rows = [
-        {"rank": rank, "score": result.score, "path": str(index.folder / result.name)}
+        {"rank": rank, "score": result.score, "path": str(result.path)}
         for rank, result in enumerate(results, start=1)
     ]
-    if arguments.json:
-        print(json.dumps({"image": str(path), "text": arguments.text, "results": rows}, indent=1))
-    else:
-        for row in rows:
-            print(f"{row['rank']:>3}  {row['score']:.4f}  {printable(row['path'])}")
-
-
-def find_reference(index: PictureIndex, given: str) -> tuple[Path, str | None]:
-    """The file that ``--image`` names, and its name in the index if it is one of its pictures.
-
-    A file, or else the name of a picture of the index. Raises :class:`InputError` if it is neither.
-    """
-    path = Path(given)
-    if not path.is_file():
-        if path.is_dir():
-            raise InputError(f"--image {given} is a folder; give a picture")
-        if given not in index.number:
-            raise InputError(
-                f"--image {given} is neither a file nor a picture of the index {index.path}; "
-                f"its pictures have names such as {printable(index.names[0])}"
-            )
-        path = index.path_of(given)
-    resolved = path.resolve()
-    if resolved.is_relative_to(index.folder):
-        return path, str(resolved.relative_to(index.folder))
-    return path, None
+    print(json.dumps({"image": str(path), "text": text, "results": rows}, indent=1))

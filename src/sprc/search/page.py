@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from threading import Lock
+from typing import Any, NamedTuple
 
 import streamlit as st
 from PIL import Image, ImageOps
@@ -21,14 +22,14 @@ from torch import Tensor
 
 from sprc.data.captions import process_caption
 from sprc.data.cirr import load_cirr
+from sprc.data.images import own_formats
 from sprc.data.transforms import denormalise
 from sprc.errors import InputError
 from sprc.figures import FIXED, OPACITY, colored, own_scale
 from sprc.models.fusion_maps import fusion_maps
-from sprc.search.index import printable
-from sprc.search.indexing import FORMATS
+from sprc.search.index import Result, open_index, printable
 from sprc.search.pictures import open_thumbnail, read_picture, thumbnail
-from sprc.search.searcher import Result, Searcher
+from sprc.search.searcher import Searcher
 
 MOST_BYTES = 10 * 2**20  # of a picture that is sent
 MOST_PIXELS = 40 * 10**6
@@ -45,7 +46,7 @@ class Reference(NamedTuple):
     """The picture that a search starts from."""
 
     tokens: Tensor  # (1, N, D), on the model's device
-    copies: list[int]  # gallery indices of the same picture, which are no results
+    digest: str  # of its file's bytes: the same pictures of the index are no results
     name: str
     small: bytes  # a picture to be shown
     pixels: Tensor  # (3, S, S)
@@ -65,26 +66,54 @@ class Step(NamedTuple):
     text: str
 
 
-@lru_cache(maxsize=1)
-def open_searcher(
-    changed: int,
+class Opened(NamedTuple):
+    """The searcher of all who look at the page."""
+
+    settings: dict[str, Any]
+    changed: int  # when its index did, in nanoseconds
+    searcher: Searcher
+
+
+_opened: list[Opened] = []  # one, or none yet
+_opening = Lock()  # browsers have a thread each
+
+
+def current_searcher(
+    *,
     index: str,
     model_path: str | None,
+    device: str | None,
+    engine: str,
+    candidates: int,
     vocab: str | None = None,
-    **settings: str | int | None,
 ) -> Searcher:
-    """The index with its model, once for all who look at the page, and again when it has ``changed``."""
-    paths = {"model_path": model_path and Path(model_path), "vocab": vocab and Path(vocab)}
-    return Searcher.open(Path(index), **paths, **settings)
+    """The index as it is now, with its model, which is loaded anew only where the index has another.
 
-
-def current_searcher(index: str, **settings: str | int | None) -> Searcher:
-    """The index as it is now; the settings are those of ``Searcher.open``, paths as text."""
+    The settings are those of ``Searcher.open``.
+    """
     try:
         changed = (Path(index) / "pictures.json").stat().st_mtime_ns
     except OSError:
         changed = 0  # opening it says what is wrong
-    return open_searcher(changed, index, **settings)
+    settings = {"index": index, "model_path": model_path, "vocab": vocab, "device": device}
+    settings |= {"engine": engine, "candidates": candidates}
+    with _opening:
+        before = _opened[0] if _opened and _opened[0].settings == settings else None
+        if before is None or before.changed != changed:
+            found = open_index(Path(index))
+            if before is not None and before.searcher.index.identity == found.identity:
+                searcher = before.searcher.with_index(found)
+            else:
+                searcher = Searcher.of(
+                    found,
+                    model_path=model_path and Path(model_path),
+                    vocab=vocab and Path(vocab),
+                    device=device,
+                    engine=engine,
+                    candidates=candidates,
+                )
+            _opened[:] = [Opened(settings, changed, searcher)]
+        return _opened[0].searcher
 
 
 @lru_cache(maxsize=8)
@@ -125,13 +154,20 @@ def on_square(image: Image.Image, side: int) -> Image.Image:
     return ImageOps.pad(image, (side, side), color="#eeeeee")
 
 
-@lru_cache(maxsize=4096)
 def small_picture(searcher: Searcher, name: str) -> bytes | None:
     """A picture of the index; None if it is gone or broken since it was indexed."""
+    index = searcher.index
     try:
-        return as_bytes(on_square(open_thumbnail(searcher.index, name, SMALL), SMALL))
+        index.path_of(name)
+        return _small_picture(index.folder, name, index.pictures[index.number[name]].digest)
     except InputError:
         return None
+
+
+@lru_cache(maxsize=4096)
+def _small_picture(folder: Path, name: str, _digest: str) -> bytes:
+    """The same of a name that :meth:`PictureIndex.path_of` has passed; a changed file has another digest."""
+    return as_bytes(on_square(open_thumbnail(folder / name, SMALL), SMALL))
 
 
 def draw_map(pixels: Tensor, shown: Map | None, opacity: float) -> bytes:
@@ -156,7 +192,8 @@ def take(searcher: Searcher, name: str) -> None:
         shown = shortened(printable(name), 80, end=True)
         st.session_state.problem = f"{shown} is not in the index, or is gone or broken since it was indexed."
         return
-    use(searcher, image, searcher.copies(name=name), name)
+    index = searcher.index
+    use(searcher, image, index.pictures[index.number[name]].digest, name)
 
 
 def take_upload(searcher: Searcher, key: str) -> None:
@@ -173,11 +210,10 @@ def take_upload(searcher: Searcher, key: str) -> None:
     except InputError as error:
         st.session_state.problem = f"This picture was refused: {error}."
         return
-    digest = hashlib.blake2b(data, digest_size=16).hexdigest()
-    use(searcher, image, searcher.copies(digest=digest), "your picture")
+    use(searcher, image, hashlib.blake2b(data, digest_size=16).hexdigest(), "your picture")
 
 
-def use(searcher: Searcher, image: Image.Image, copies: list[int], name: str) -> None:
+def use(searcher: Searcher, image: Image.Image, digest: str, name: str) -> None:
     """Make ``image`` the reference; what was searched before becomes a step of the chain."""
     try:
         pixels = searcher.pixels(image)
@@ -189,7 +225,7 @@ def use(searcher: Searcher, image: Image.Image, copies: list[int], name: str) ->
     if state.reference is not None and process_caption(text):
         state.steps = [*state.steps, Step(state.reference, text)][-MOST_STEPS:]
     small = as_bytes(on_square(thumbnail(image, SMALL), SMALL))
-    state.reference = Reference(searcher.encode(pixels), copies, name, small, pixels)
+    state.reference = Reference(searcher.encode(pixels), digest, name, small, pixels)
     state.text = ""
 
 
@@ -213,12 +249,14 @@ def turn(by: int) -> None:
 
 
 def start_state(searcher: Searcher) -> None:
-    """What a browser starts with: nothing, or the query that its address names."""
+    """What a browser starts with, and with another model: nothing, or the query that its address names."""
     state = st.session_state
-    if "steps" in state:
+    if state.get("identity") == searcher.index.identity:
         return
+    state.identity = searcher.index.identity  # another model's tokens are of no use to it
     state.steps, state.reference, state.text = [], None, ""
-    state.uploads, state.page, state.problem, state.found = 0, 0, None, {}
+    state.uploads, state.page, state.problem = 0, 0, None
+    state.index, state.found = searcher.index, {}
     if name := st.query_params.get("reference"):
         take(searcher, name)
         state.text = st.query_params.get("text", "")[:MOST_LETTERS]
@@ -229,23 +267,26 @@ def start_state(searcher: Searcher) -> None:
 
 def search(searcher: Searcher, text: str, strength: float, top: int) -> tuple[list[Result], float]:
     """The results and how many seconds they took; those of the last queries are remembered."""
-    reference, found = st.session_state.reference, st.session_state.found
-    key = (id(searcher), id(reference), text, strength, top)
+    state = st.session_state
+    if state.index is not searcher.index:
+        state.index, state.found = searcher.index, {}
+    reference, found = state.reference, state.found
+    key = (id(reference), text, strength, top)
     if key not in found:
         start = time.perf_counter()
         query = searcher.compose(reference.tokens, text, strength)
-        results = searcher.best(query, top, reference.copies)
+        results = searcher.best(query, top, searcher.copies(digest=reference.digest))
         while len(found) >= 32:
             found.pop(next(iter(found)))
-        # With the objects whose numbers are in the key, so that no other gets their numbers.
-        found[key] = results, time.perf_counter() - start, searcher, reference
+        # With the object whose number is in the key, so that no other gets its number.
+        found[key] = results, time.perf_counter() - start, reference
     return found[key][:2]
 
 
 # --- the page
 
 
-def show(samples: str | None = None, **settings: str | int | None) -> None:
+def show(samples: str | None = None, **settings: Any) -> None:
     """Draw the page.
 
     Args:
@@ -278,7 +319,7 @@ def show(samples: str | None = None, **settings: str | int | None) -> None:
             show_query(searcher)
     with choice:
         show_choice(searcher, samples)
-    index, epoch, engine = searcher.index, searcher.scorer.checkpoint.epoch, searcher.engine
+    index, epoch, engine = searcher.index, searcher.retriever.checkpoint.epoch, searcher.engine
     left_out = f", {len(index.left_out)} files left out" if index.left_out else ""
     fusion = "with" if searcher.has_fusion else "without"
     st.caption(
@@ -353,7 +394,7 @@ def edit_maps(searcher: Searcher, text: str, strength: float) -> dict[str, Map]:
     """The maps of the edit that the text makes of the reference; none without text or fusion."""
     if not text or not searcher.has_fusion:
         return {}
-    model = searcher.scorer.checkpoint.model
+    model = searcher.retriever.model
     gate, change = fusion_maps(model, st.session_state.reference.tokens, [process_caption(text)])
     change = strength * change[0]
     maps = {"change, own scale": Map(change, own_scale(change))}
@@ -439,7 +480,7 @@ def show_choice(searcher: Searcher, samples: str | None) -> None:
         key = f"upload-{state.uploads}"
         st.file_uploader(
             f"A picture of at most {MOST_BYTES // 2**20} MB and {MOST_PIXELS // 10**6} million pixels "
-            f"({', '.join(FORMATS)}). It is not stored.",
+            f"({', '.join(own_formats())}). It is not stored.",
             key=key,
             on_change=take_upload,
             args=(searcher, key),
