@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ UNWRITABLE = "fill it where it can be written (extract_features.py), or give ano
 
 def open_images(
     model: Blip2QformerCirAlignPrompt,
-    preprocessing: dict[str, object],
+    preprocessing: dict[str, Any],
     paths: Iterable[Path],
     *,
     feature_cache: Path | None,
@@ -86,7 +87,7 @@ def open_images(
     read_at_once = batch_size if read_at_once is None else read_at_once
     if feature_cache is None:
         check_shared_memory(read_at_once * pixel_bytes(model), num_workers)
-        check_images({path: path for path in paths}, paths)
+        check_images({str(path): path for path in paths}, map(str, paths))
         return image_loader(transform)
     cache = FeatureCache(feature_cache, model, preprocessing, cache_dtype)
     check_shared_memory(read_at_once * cache.record_bytes, num_workers)
@@ -116,7 +117,7 @@ class FeatureCache:
     """
 
     def __init__(
-        self, folder: Path, model: Blip2QformerCirAlignPrompt, preprocessing: dict[str, object], dtype: str
+        self, folder: Path, model: Blip2QformerCirAlignPrompt, preprocessing: dict[str, Any], dtype: str
     ) -> None:
         config = model.config
         if not config.freeze_vit:
@@ -210,7 +211,7 @@ class FeatureCache:
                 computed = len(missing)
                 if missing:
                     self._check_disk(computed)
-                    check_images({path: path for path in missing.values()}, missing.values())
+                    check_images({str(path): path for path in missing.values()}, map(str, missing.values()))
                     found |= self._compute(missing, model, transform, batch_size, num_workers)
         self.records |= {path: found[digest] for path, digest in digests.items()}
         return computed
@@ -364,7 +365,7 @@ def weights_digest(state: dict[str, Tensor]) -> str:
 
     def of_one(item: tuple[str, Tensor]) -> bytes:
         name, value = item
-        values = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        values = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
         head = f"{name} {value.dtype} {tuple(value.shape)}".encode()
         return hashlib.blake2b(values, digest_size=16, key=hashlib.blake2b(head).digest()).digest()
 

@@ -8,6 +8,7 @@ import json
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,20 +56,21 @@ def run_app(
             index = data_path / "picture_index"
             index_demo(data_path, demo, models_path, index, on)
     # Here and not at the first visit, which then has its answer at once. The page finds them loaded.
-    from sprc.search.page import MOST_BYTES, current_searcher, warm_up
+    from sprc.search.page import MOST_BYTES, shared_searcher, warm_up
 
-    settings = {
+    settings: dict[str, Any] = {
         "index": str(index.resolve()),
-        "model_path": model_path and str(model_path.resolve()),
-        "vocab": vocab and str(vocab.resolve()),
+        "model_path": None if model_path is None else str(model_path.resolve()),
+        "vocab": None if vocab is None else str(vocab.resolve()),
         "engine": engine,
         "candidates": candidates,
         "device": str(on),
     }
-    searcher = current_searcher(**settings)
+    searcher = shared_searcher(**settings).current()
     inside = demo.resolve().is_relative_to(searcher.index.folder)
-    samples = str(data_path.resolve()) if inside else None
-    warm_up(searcher, samples and Path(samples))
+    samples = data_path.resolve() if inside else None
+    warm_up(searcher, samples)
+    settings["samples"] = None if samples is None else str(samples)
     options = {
         "server.address": address,
         "server.port": port,
@@ -81,7 +83,7 @@ def run_app(
     }
     flags = [f"--{name}={value}" for name, value in options.items()]
     try:
-        cli.main(["run", __file__, *flags, "--", json.dumps({"samples": samples, **settings})])
+        cli.main(["run", __file__, *flags, "--", json.dumps(settings)])
     except SystemExit as end:
         if end.code:
             raise

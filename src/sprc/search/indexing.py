@@ -9,9 +9,10 @@ changed one is. A line in `new.txt` follows its features, so a killed run loses 
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -49,7 +50,8 @@ FILES = (
 )
 
 
-class Update(NamedTuple):
+@dataclass(frozen=True)
+class Update:
     """What a run of :func:`update_index` did, in pictures."""
 
     index: PictureIndex

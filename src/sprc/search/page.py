@@ -6,18 +6,16 @@ texts are shown by ``st.text``, which knows no markup; all other elements get fi
 """
 
 import hashlib
-import io
 import random
 import sys
 import time
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from threading import Lock
 from typing import Any, NamedTuple
 
 import streamlit as st
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from sprc.data.captions import process_caption
@@ -27,12 +25,13 @@ from sprc.data.transforms import denormalise
 from sprc.errors import InputError
 from sprc.figures import FIXED, OPACITY, colored, own_scale
 from sprc.models.fusion_maps import fusion_maps
-from sprc.search.index import Result, open_index, printable
-from sprc.search.pictures import open_thumbnail, read_picture, thumbnail
-from sprc.search.searcher import Searcher
+from sprc.search.index import Result, printable
+from sprc.search.pictures import as_bytes, on_square, open_thumbnail, read_picture, thumbnail
+from sprc.search.searcher import Searcher, SharedSearcher
 
 MOST_BYTES = 10 * 2**20  # of a picture that is sent
 MOST_PIXELS = 40 * 10**6
+MOST_INDEXED = Image.MAX_IMAGE_PIXELS or MOST_PIXELS  # of a picture of the index
 MOST_LETTERS = 500  # of a text
 MOST_STEPS = 30  # kept of a chain of edits
 SIDE = 224  # of the reference
@@ -66,54 +65,24 @@ class Step(NamedTuple):
     text: str
 
 
-class Opened(NamedTuple):
-    """The searcher of all who look at the page."""
-
-    settings: dict[str, Any]
-    changed: int  # when its index did, in nanoseconds
-    searcher: Searcher
-
-
-_opened: list[Opened] = []  # one, or none yet
-_opening = Lock()  # browsers have a thread each
-
-
-def current_searcher(
-    *,
+@lru_cache(maxsize=1)
+def shared_searcher(
     index: str,
     model_path: str | None,
     device: str | None,
     engine: str,
     candidates: int,
     vocab: str | None = None,
-) -> Searcher:
-    """The index as it is now, with its model, which is loaded anew only where the index has another.
-
-    The settings are those of ``Searcher.open``.
-    """
-    try:
-        changed = (Path(index) / "pictures.json").stat().st_mtime_ns
-    except OSError:
-        changed = 0  # opening it says what is wrong
-    settings = {"index": index, "model_path": model_path, "vocab": vocab, "device": device}
-    settings |= {"engine": engine, "candidates": candidates}
-    with _opening:
-        before = _opened[0] if _opened and _opened[0].settings == settings else None
-        if before is None or before.changed != changed:
-            found = open_index(Path(index))
-            if before is not None and before.searcher.index.identity == found.identity:
-                searcher = before.searcher.with_index(found)
-            else:
-                searcher = Searcher.of(
-                    found,
-                    model_path=model_path and Path(model_path),
-                    vocab=vocab and Path(vocab),
-                    device=device,
-                    engine=engine,
-                    candidates=candidates,
-                )
-            _opened[:] = [Opened(settings, changed, searcher)]
-        return _opened[0].searcher
+) -> SharedSearcher:
+    """The index with its model, for all who look at the page. The settings are those of ``Searcher.open``."""
+    return SharedSearcher(
+        Path(index),
+        model_path=Path(model_path) if model_path else None,
+        vocab=Path(vocab) if vocab else None,
+        device=device,
+        engine=engine,
+        candidates=candidates,
+    )
 
 
 @lru_cache(maxsize=8)
@@ -129,7 +98,7 @@ def warm_up(searcher: Searcher, samples: Path | None) -> None:
     """Ask a query and draw its answer, so that the first visit does not wait for what is done but once."""
     try:
         data = searcher.index.path_of(searcher.index.names[0]).read_bytes()
-        pixels = searcher.pixels(read_picture(data, Image.MAX_IMAGE_PIXELS))
+        pixels = searcher.pixels(read_picture(data, MOST_INDEXED))
         found = [] if samples is None else samples_of(samples, searcher.index.folder)
     except (InputError, OSError):  # gone or broken by now: the page says so where it is asked for
         return
@@ -139,35 +108,22 @@ def warm_up(searcher: Searcher, samples: Path | None) -> None:
     draw_map(pixels, None, OPACITY)
 
 
-# --- pictures as bytes
-
-
-def as_bytes(image: Image.Image, kind: str = "JPEG") -> bytes:
-    """The picture as a file."""
-    file = io.BytesIO()
-    image.save(file, kind, **({"quality": 90} if kind == "JPEG" else {}))
-    return file.getvalue()
-
-
-def on_square(image: Image.Image, side: int) -> Image.Image:
-    """The picture as large as fits on a light square, so that those of a grid stand in line."""
-    return ImageOps.pad(image, (side, side), color="#eeeeee")
+# --- pictures
 
 
 def small_picture(searcher: Searcher, name: str) -> bytes | None:
     """A picture of the index; None if it is gone or broken since it was indexed."""
     index = searcher.index
     try:
-        index.path_of(name)
-        return _small_picture(index.folder, name, index.pictures[index.number[name]].digest)
+        return small_bytes(index.path_of(name), index.pictures[index.number[name]].digest)
     except InputError:
         return None
 
 
 @lru_cache(maxsize=4096)
-def _small_picture(folder: Path, name: str, _digest: str) -> bytes:
-    """The same of a name that :meth:`PictureIndex.path_of` has passed; a changed file has another digest."""
-    return as_bytes(on_square(open_thumbnail(folder / name, SMALL), SMALL))
+def small_bytes(path: Path, _digest: str) -> bytes:
+    """The same by its path; a picture that changes and is indexed again has another digest."""
+    return as_bytes(on_square(open_thumbnail(path, SMALL), SMALL))
 
 
 def draw_map(pixels: Tensor, shown: Map | None, opacity: float) -> bytes:
@@ -187,7 +143,7 @@ def take(searcher: Searcher, name: str) -> None:
     """Make a picture of the index the reference."""
     try:
         data = searcher.index.path_of(name).read_bytes()
-        image = read_picture(data, Image.MAX_IMAGE_PIXELS)
+        image = read_picture(data, MOST_INDEXED)
     except (InputError, OSError):  # whose words tell of this machine's folders
         shown = shortened(printable(name), 80, end=True)
         st.session_state.problem = f"{shown} is not in the index, or is gone or broken since it was indexed."
@@ -291,12 +247,12 @@ def show(samples: str | None = None, **settings: Any) -> None:
 
     Args:
         samples: a folder with `cirr_dataset/`, whose validation queries are offered ready-made.
-        settings: of :func:`current_searcher`.
+        settings: of :func:`shared_searcher`.
     """
     st.set_page_config("Search pictures", layout="wide")
     st.html(f"<style>{STYLE}</style>")
     try:
-        searcher = current_searcher(**settings)
+        searcher = shared_searcher(**settings).current()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         st.error("The index cannot be used. The terminal that started this page says why.")
@@ -370,7 +326,7 @@ def show_query(searcher: Searcher) -> None:
             maps = edit_maps(searcher, text, strength)
             chosen = st.selectbox("Map of the edit", list(maps), key="map") if maps else None
     with picture:
-        show_reference(maps.get(chosen), opacity)
+        show_reference(maps[chosen] if chosen else None, opacity)
     if not text:
         st.info("Say what should change: type a sentence and press Enter.")
         return
@@ -395,8 +351,9 @@ def edit_maps(searcher: Searcher, text: str, strength: float) -> dict[str, Map]:
     if not text or not searcher.has_fusion:
         return {}
     model = searcher.retriever.model
-    gate, change = fusion_maps(model, st.session_state.reference.tokens, [process_caption(text)])
-    change = strength * change[0]
+    gate, changes = fusion_maps(model, st.session_state.reference.tokens, [process_caption(text)])
+    assert changes is not None  # there is a fusion
+    change = strength * changes[0]
     maps = {"change, own scale": Map(change, own_scale(change))}
     if gate is not None:
         maps = {
@@ -430,7 +387,7 @@ def show_results(searcher: Searcher, results: list[Result], seconds: float, kind
 
 
 def show_grid(
-    searcher: Searcher, names: list[str], key: str, label: str, below: Callable[[int], None]
+    searcher: Searcher, names: list[str], key: str, label: str, below: Callable[[int], object]
 ) -> None:
     """Pictures of the index; ``below`` draws what stands under the picture of a number."""
     with st.container(horizontal=True, key=f"{key}s"):

@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from sprc.data.images import own_formats, strict_pillow
 from sprc.data.transforms import to_eight_bits, upright
@@ -58,6 +58,18 @@ def open_thumbnail(path: Path, side: int) -> Image.Image:
             return thumbnail(image, side)
     except Exception as error:
         raise InputError(f"{printable(path)} cannot be read any more; run `search.py index` again") from error
+
+
+def as_bytes(image: Image.Image, kind: str = "JPEG") -> bytes:
+    """The picture as a file."""
+    file = io.BytesIO()
+    image.save(file, kind, **({"quality": 90} if kind == "JPEG" else {}))
+    return file.getvalue()
+
+
+def on_square(image: Image.Image, side: int) -> Image.Image:
+    """The picture as large as fits on a light square, so that those of a grid stand in line."""
+    return ImageOps.pad(image, (side, side), color="#eeeeee")
 
 
 def draw_results(

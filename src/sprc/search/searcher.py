@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -230,6 +231,47 @@ class Searcher:
         if len(tokenizer.encode(caption)) > most or len(text.split()) > len(caption.split()):
             notes.append(f"the text is long: the model reads its first {most - 2} word pieces")
         return notes
+
+
+class SharedSearcher:
+    """The searcher of an index as it is now, for threads that share it.
+
+    The settings are those of :meth:`Searcher.open`. A model is loaded anew only if the index has another.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        model_path: Path | None,
+        vocab: Path | None,
+        device: str | None,
+        engine: str,
+        candidates: int,
+    ) -> None:
+        self.path = path
+        self.settings: dict[str, Any] = {"model_path": model_path, "vocab": vocab, "device": device}
+        self.settings |= {"engine": engine, "candidates": candidates}
+        self._lock = Lock()
+        self._opened: tuple[int, Searcher] | None = None  # with when its index changed, in nanoseconds
+
+    def current(self) -> Searcher:
+        """Raises :class:`InputError`, see :meth:`Searcher.open`."""
+        try:
+            changed = (self.path / "pictures.json").stat().st_mtime_ns
+        except OSError:
+            changed = 0  # opening it says what is wrong
+        with self._lock:
+            if self._opened is None or self._opened[0] != changed:
+                index = open_index(self.path)
+                before = self._opened and self._opened[1]
+                if before and before.index.identity == index.identity:
+                    searcher = before.with_index(index)
+                else:
+                    self._opened = before = None  # the old model goes before the new one comes
+                    searcher = Searcher.of(index, **self.settings)
+                self._opened = changed, searcher
+            return self._opened[1]
 
 
 def find_reference(index: PictureIndex, given: str, what: str) -> tuple[Path, str | None]:
