@@ -254,7 +254,7 @@ def test_a_new_index_keeps_the_model_and_a_new_model_lets_the_old_one_go(
     monkeypatch.setattr(searcher_module, "load_model", lambda *a, **b: loads.append(a) or own(*a, **b))
     page = open_page(index, reference="dev-0-0-img0.png", text=TEXT)
     settings = {"model_path": None, "engine": "exact", "candidates": 1000, "device": "cpu"}
-    old = weakref.ref(page_module.shared_searcher(index=str(index), **settings).current().retriever.model)
+    old = weakref.ref(page_module.current_searcher(index=str(index), **settings).retriever.model)
     assert len(loads) == 1
     # A picture more, before the others: the reference is left out by its bytes, not by its old number.
     shutil.copy(folder / "dev-0-0-img0.png", folder / "aaa.png")

@@ -56,7 +56,7 @@ def run_app(
             index = data_path / "picture_index"
             index_demo(data_path, demo, models_path, index, on)
     # Here and not at the first visit, which then has its answer at once. The page finds them loaded.
-    from sprc.search.page import MOST_BYTES, shared_searcher, warm_up
+    from sprc.search.page import MOST_BYTES, current_searcher, warm_up
 
     settings: dict[str, Any] = {
         "index": str(index.resolve()),
@@ -66,7 +66,7 @@ def run_app(
         "candidates": candidates,
         "device": str(on),
     }
-    searcher = shared_searcher(**settings).current()
+    searcher = current_searcher(**settings)
     inside = demo.resolve().is_relative_to(searcher.index.folder)
     samples = data_path.resolve() if inside else None
     warm_up(searcher, samples)

@@ -65,8 +65,16 @@ class Step(NamedTuple):
     text: str
 
 
+def current_searcher(**settings: Any) -> Searcher:
+    """The index as it is now, with its model, for all who look at the page.
+
+    The settings are those of ``Searcher.open``, paths as text. Raises :class:`InputError` as that does.
+    """
+    return _shared_searcher(**dict(sorted(settings.items()))).current()  # a cache heeds their order
+
+
 @lru_cache(maxsize=1)
-def shared_searcher(
+def _shared_searcher(
     index: str,
     model_path: str | None,
     device: str | None,
@@ -74,7 +82,6 @@ def shared_searcher(
     candidates: int,
     vocab: str | None = None,
 ) -> SharedSearcher:
-    """The index with its model, for all who look at the page. The settings are those of ``Searcher.open``."""
     return SharedSearcher(
         Path(index),
         model_path=Path(model_path) if model_path else None,
@@ -247,12 +254,12 @@ def show(samples: str | None = None, **settings: Any) -> None:
 
     Args:
         samples: a folder with `cirr_dataset/`, whose validation queries are offered ready-made.
-        settings: of :func:`shared_searcher`.
+        settings: of :func:`current_searcher`.
     """
     st.set_page_config("Search pictures", layout="wide")
     st.html(f"<style>{STYLE}</style>")
     try:
-        searcher = shared_searcher(**settings).current()
+        searcher = current_searcher(**settings)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         st.error("The index cannot be used. The terminal that started this page says why.")
