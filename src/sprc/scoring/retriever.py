@@ -32,8 +32,9 @@ from sprc.scoring.ranking import score_blocks
 
 Picture = str | Path | Image.Image
 
-# How a checkpoint that does not say it is prepared for: as SPRC's are.
+# How pictures are prepared for a checkpoint that does not say it: as for SPRC's.
 PREPROCESSING = {"transform": "targetpad", "target_ratio": 1.25}
+BATCH = 32  # pictures at once where nobody says how many
 
 
 def load(
@@ -129,7 +130,7 @@ class Retriever:
         images: Picture | Sequence[Picture],
         texts: str | Sequence[str],
         *,
-        batch_size: int = 32,
+        batch_size: int = BATCH,
         num_workers: int | None = None,
         progress: bool = True,
     ) -> Tensor:
@@ -184,7 +185,7 @@ class Retriever:
         self,
         images: Picture | Sequence[Picture],
         *,
-        batch_size: int = 32,
+        batch_size: int = BATCH,
         num_workers: int | None = None,
         progress: bool = True,
     ) -> Tensor:
@@ -314,13 +315,17 @@ def as_list(given: Any, kind: Any, name: str) -> list[Any]:
 def check_pictures(pictures: list[Picture]) -> None:
     """Look at the pictures that are files, before any is encoded; :class:`InputError` for a bad one."""
     paths = list(dict.fromkeys(Path(p) for p in pictures if not isinstance(p, Image.Image)))
-    for path in paths:
+    bad = [
+        (path, found.problem)
+        for path, found in zip(paths, inspect_images(paths), strict=True)
+        if found.problem
+    ]
+    if bad:
+        path, problem = bad[0]
         if not path.exists():
-            raise InputError(f"the picture {path} does not exist; correct its path")
-    problems = [finding.problem for finding in inspect_images(paths) if finding.problem]
-    if problems:
-        others = f" ({len(problems)} of {len(paths)} pictures cannot be used)" if len(paths) > 1 else ""
-        raise InputError(f"{problems[0]}{others}")
+            problem = f"the picture {path} does not exist; correct its path"
+        others = f" ({len(bad)} of {len(paths)} pictures cannot be used)" if len(paths) > 1 else ""
+        raise InputError(f"{problem}{others}")
 
 
 def counted(count: int, name: str) -> str:

@@ -14,12 +14,12 @@ from sprc.models.checkpoint import Checkpoint, load_checkpoint
 from sprc.models.device import SCORING_HELPS, default_workers, memory_explained, place
 from sprc.scoring.encoding import LARGEST_BATCH, EncodedSplit, Split, encode_split
 from sprc.scoring.feature_cache import open_images
+from sprc.scoring.retriever import BATCH, PREPROCESSING
 
 # How a checkpoint that does not say it is scored: as SPRC's are.
 PUBLISHED = {
-    "transform": "targetpad",
-    "target_ratio": 1.25,
-    "batch_size": 32,
+    **PREPROCESSING,
+    "batch_size": BATCH,
     "save_memory": False,
     "gallery_dtype": "float32",
     "cache_dtype": "float16",

@@ -13,7 +13,8 @@ from sprc.data.captions import require_words
 from sprc.data.images import own_formats
 from sprc.errors import InputError, Interrupted
 from sprc.models.device import default_workers, memory_explained, place, start_device
-from sprc.scoring.retriever import Retriever
+from sprc.scoring.encoding import LARGEST_BATCH
+from sprc.scoring.retriever import BATCH, Retriever
 from sprc.search.folder import check_folder
 from sprc.search.index import PictureIndex, Result, identity_of, open_index, printable
 from sprc.search.indexing import update_index
@@ -22,9 +23,6 @@ from sprc.search.searcher import Searcher, find_reference, load_model, require_e
 
 SHOWN = 20  # of the pictures left out
 SIDE = 256  # of a picture on a sheet
-# Pictures at once where neither the user nor the checkpoint says, and the most that a checkpoint may say: its
-# training may have had many GPUs.
-BATCH, LARGEST_BATCH = 32, 64
 
 
 def run_index(
