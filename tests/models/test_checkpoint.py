@@ -17,7 +17,7 @@ from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPromp
 from sprc.models.checkpoint import STATE, load_checkpoint, save_checkpoint
 from sprc.models.factory import create_model
 from sprc.models.switches import SWITCHES
-from sprc.models.tokenizer import SPECIAL_TOKENS, tokenizer_from_vocabulary
+from sprc.models.tokenizer import SPECIAL_TOKENS, WordPiece
 from sprc.training.fine_tuning import start_model
 
 HYPERPARAMETERS = {"blip_model_name": "blip2_cir_align_prompt", "backbone": "tiny", "seed": 3}
@@ -288,7 +288,7 @@ def clip_vit_l_shapes(depth):
 def test_a_published_vit_l_checkpoint_loads(tmp_path, monkeypatch, depth, switches):
     """23 blocks, as SPRC builds it; 21 as LAVIS 1.0.2 does. True shapes, each of one number, repeated."""
     words = [*SPECIAL_TOKENS, *(f"word{number}" for number in range(30522 - len(SPECIAL_TOKENS)))]
-    monkeypatch.setattr(checkpoint, "bert_tokenizer", lambda _: tokenizer_from_vocabulary(words))
+    monkeypatch.setattr(checkpoint, "bert_tokenizer", lambda _: WordPiece(words))
     config = ModelConfig(**{**read_backbone("pretrain_vitL")["model"], "use_gated_fusion": False})
     assert config.vit_depth == 23
     path = tmp_path / "sprc_vitL.pt"

@@ -15,7 +15,7 @@ from sprc.config import ModelConfig, read_backbone
 from sprc.data.cirr import load_cirr
 from sprc.data.synthetic.scenes import caption_words
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
-from sprc.models.tokenizer import make_vocabulary, tokenizer_from_vocabulary
+from sprc.models.tokenizer import WordPiece, make_vocabulary
 from sprc.run_folder import find_checkpoint
 from sprc.scoring.encoding import encode_split
 from sprc.scoring.feature_cache import open_images
@@ -97,7 +97,7 @@ def test_what_is_saved_loads_again_and_scores_alike(model, split, data, trained,
 
 def test_a_published_checkpoint_takes_its_backbone_s_name(tmp_path, split):
     """As published: a state dict alone. Its vocabulary is here that of `tiny`."""
-    words = tokenizer_from_vocabulary(make_vocabulary(caption_words()))
+    words = WordPiece(make_vocabulary(caption_words()))
     config = ModelConfig.from_dict({**read_backbone("tiny")["model"], "vocab_size": len(words)}, "tiny")
     torch.save(
         {"epoch": 4, "Blip2QformerCirAlignPrompt": Blip2QformerCirAlignPrompt(config, words).state_dict()},

@@ -1,10 +1,11 @@
 """How an image file is read and checked."""
 
+import importlib
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -30,7 +31,10 @@ _EXIF_ORIENTATION = 0x0112
 @cache
 def own_formats() -> tuple[str, ...]:
     """What Pillow decodes by itself. An EPS, for one, it hands to another program."""
-    Image.init()
+    Image.preinit()
+    for plugin in ("Avif", "Tiff", "WebP"):  # Image.init would import thirty more
+        with suppress(ImportError):  # an older Pillow's
+            importlib.import_module(f"PIL.{plugin}ImagePlugin")
     return tuple(sorted({"AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"} & set(Image.OPEN)))
 
 

@@ -27,7 +27,6 @@ from sprc.models.tokenizer import (
     bert_tokenizer,
     make_vocabulary,
     read_bert_vocabulary,
-    tokenizer_from_vocabulary,
 )
 
 # Of frozen vision transformers, which do not change while they live: hashing 2 GB takes seconds.
@@ -179,7 +178,7 @@ def described_by_state(
     values = {**recipe["model"], **sizes_of(state), **told}
     if "weights" in recipe:
         return values, bert_tokenizer(vocab)
-    tokenizer = tokenizer_from_vocabulary(make_vocabulary(caption_words()))
+    tokenizer = WordPiece(make_vocabulary(caption_words()))
     if values.get("vocab_size") != len(tokenizer) or words not in (None, vocabulary_digest(tokenizer)):
         raise InputError(
             f"{path} has {values.get('vocab_size')} words and does not hold them, and they are not the "
@@ -192,7 +191,7 @@ def described_by_state(
 def read_vocabulary(words: list[str], path: Path) -> WordPiece:
     """The tokenizer of a file's vocabulary; words that cannot be kept raise :class:`InputError`."""
     try:
-        return tokenizer_from_vocabulary(words)
+        return WordPiece(words)
     except (ValueError, TypeError) as error:
         raise InputError(f"{path} is not a checkpoint of this model: its vocabulary is no text") from error
 

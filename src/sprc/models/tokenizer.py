@@ -152,11 +152,6 @@ class WordPiece:
         return pieces or [self.unk_token]
 
 
-def tokenizer_from_vocabulary(vocabulary: list[str]) -> WordPiece:
-    """BERT's uncased WordPiece over ``vocabulary`` (one entry an id), with [DEC] added at the end."""
-    return WordPiece(vocabulary)
-
-
 class CaptionIds(dict):
     """The token ids of a caption, cut to ``max_length`` of them: ``ids[caption]``, worked out once a caption.
 
