@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from sprc.data.captions import process_caption
 from sprc.data.cirr import load_cirr
 from sprc.errors import InputError, Interrupted
 from sprc.flags import INDEX
@@ -101,8 +102,9 @@ def index_demo(data_path: Path, pictures: Path, models: Path, path: Path, device
     if missing is None and not found:
         missing = f"a checkpoint in {models}"
     own = None
-    if missing is None:
-        words = make_vocabulary(triplet.caption for triplet in load_cirr(data_path, "train").triplets)
+    if missing is None:  # `tiny` takes its words from the captions that it is trained on
+        triplets = load_cirr(data_path, "train").triplets
+        words = make_vocabulary(process_caption(triplet.caption) for triplet in triplets)
         own = next((file for file in found if is_tiny_with(words, file)), None)
     if own is None:
         missing = missing or f"a checkpoint in {models} that was trained with --backbone tiny on {data_path}"
@@ -120,7 +122,7 @@ def index_demo(data_path: Path, pictures: Path, models: Path, path: Path, device
 
 
 def is_tiny_with(words: list[str], checkpoint: Path) -> bool:
-    """Whether a checkpoint is of the backbone `tiny`, whose words are those of the captions it learnt."""
+    """Whether a checkpoint is of the backbone `tiny`, with these words."""
     try:
         contents = read_contents(checkpoint)
     except InputError:
