@@ -2,9 +2,6 @@
 
 import re
 
-from sprc.data.reading import require_text
-from sprc.errors import InputError
-
 _TO_SPACE = str.maketrans(dict.fromkeys('.!"()*#:;~', " "))
 _WHITESPACE_RUN = re.compile(r"\s\s+")
 
@@ -20,10 +17,3 @@ def process_caption(text: str, max_words: int = 50) -> str:
     text = _WHITESPACE_RUN.sub(" ", text.lower().translate(_TO_SPACE))
     words = text.rstrip("\n").strip(" ").split(" ")
     return " ".join(words[:max_words])
-
-
-def require_words(text: str, what: str) -> None:
-    """Raise :class:`InputError` if ``text`` is no text or holds no word; ``what`` names it."""
-    require_text(text, what)
-    if not process_caption(text):
-        raise InputError(f"{what} {text!r} holds no word; say what to change, such as 'make it red'")

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from sprc.data.captions import process_caption, require_words
+from sprc.data.captions import process_caption
 from sprc.data.datasets import SteadyLoader
 from sprc.data.images import Transform, inspect_images, load_image
+from sprc.data.reading import require_words
 from sprc.data.shared_memory import check_shared_memory
 from sprc.data.transforms import make_transform
 from sprc.errors import InputError

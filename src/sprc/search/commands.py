@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from sprc.data.captions import require_words
 from sprc.data.images import own_formats
+from sprc.data.reading import require_words
 from sprc.errors import InputError, Interrupted
 from sprc.models.device import default_workers, memory_explained, place, start_device
 from sprc.scoring.encoding import LARGEST_BATCH

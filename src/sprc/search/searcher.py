@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sprc.data.captions import process_caption, require_words
+from sprc.data.captions import process_caption
 from sprc.data.images import load_image, own_formats
+from sprc.data.reading import require_words
 from sprc.data.transforms import upright_first
 from sprc.errors import InputError
 from sprc.files import file_digest
