@@ -18,8 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from sprc.distributed import rank
 from sprc.errors import InputError
+from sprc.processes import rank
 
 # What a failed write asks of the user. A reason that is not known is taken for a full disk.
 ADVICE = {

@@ -531,30 +531,3 @@ def in_parallel(module: nn.Module) -> nn.Module:
     fixed += [name for name, _ in module.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, fixed)
     return DistributedDataParallel(module, gradient_as_bucket_view=True)
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Within it :data:`STOP_SIGNALS` only fill the list; a second SIGINT or SIGTERM acts at once, as usual.
-
-    Of several ranks each may be sent the same one twice, by torchrun and by Slurm. There torchrun itself
-    kills what has not ended half a minute after a signal. SIGHUP comes twice where a session is closed, from
-    the shell and from the kernel; under nohup it is ignored, and stays so.
-    """
-    received: list[int] = []
-    before = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
-    if SIGHUP is not None and before[SIGHUP] is signal.SIG_IGN:
-        del before[SIGHUP]
-
-    def note(signum: int, _frame: object) -> None:
-        received.append(signum)
-        if world_size() == 1 and signum != SIGHUP:
-            signal.signal(signum, before[signum])
-
-    for signum in before:
-        signal.signal(signum, note)
-    try:
-        yield received
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
