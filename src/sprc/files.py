@@ -21,6 +21,11 @@ from typing import IO, Any, BinaryIO
 from sprc.errors import InputError
 from sprc.processes import rank
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 # What a failed write asks of the user. A reason that is not known is taken for a full disk.
 ADVICE = {
     errno.ENOENT: "its folder is gone; make it again",
@@ -111,11 +116,6 @@ def append_csv(path: Path, row: dict[str, Any]) -> None:
             writer.writeheader()
         writer.writerow(row)
 
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 # What a disk says that has no file locks: some network disks, some that a program provides.
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)

@@ -149,7 +149,7 @@ def write_once(root: Path, config: SyntheticConfig, write: Callable[[Path, Synth
     Raises :class:`InputError` if the folder exists and was made otherwise, or cannot be written.
     """
     arguments = {name: value for name, value in asdict(config).items() if value is not False}
-    made_by = {"generator": "sprc.data.synthetic.splits", "version": GENERATOR_VERSION, **arguments}
+    made_by = {"generator": "sprc.data.synthetic", "version": GENERATOR_VERSION, **arguments}
     if root.exists():
         record = root / "made_by.json"
         if not record.is_file() or record.read_bytes() != json_text(made_by).encode():
