@@ -28,13 +28,13 @@ class RunFolder(os.PathLike[str]):
         return str(self.path)
 
     @classmethod
-    def create(cls, models: Path, dataset: str, model_name: str) -> RunFolder:
-        """Make ``models/clip_finetuned_on_{cirr|fiq}_{name}_{time}`` and return it.
+    def create(cls, models: Path, short_name: str, model_name: str) -> RunFolder:
+        """Make ``models/clip_finetuned_on_{short_name}_{model_name}_{time}`` and return it.
 
-        ``dataset`` is "CIRR" or "FashionIQ". Two runs that start in the same second get different folders.
+        ``short_name`` is the benchmark's, "cirr" or "fiq". Two runs that start in the same second get
+        different folders.
         """
-        short = {"CIRR": "cirr", "FashionIQ": "fiq"}[dataset]
-        stem = f"{START}{short}_{model_name}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
+        stem = f"{START}{short_name}_{model_name}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
         for attempt in range(1000):
             folder = cls(models / (f"{stem}-{attempt}" if attempt else stem))
             try:

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 
-from sprc.data.cirr import CirrSplit
+from sprc.data.split import Split
 from sprc.data.transforms import make_transform
 from sprc.distributed import process_group, rank, world_size
 from sprc.errors import InputError, Interrupted, run_script
@@ -183,7 +183,7 @@ class Validation:
 
     def __call__(self, stop_if_asked):
         self.epoch, self.read = self.epoch + 1, 0
-        split = CirrSplit("val", TRIPLETS, {name: Path("folder") / name for name in NAMES})
+        split = Split("val", TRIPLETS, {name: Path("folder") / name for name in NAMES})
         options = {"batch_size": 1, "num_workers": 0, "on_batch": stop_if_asked}
         encode_split(self.model, split, self.load, **options)
         return {"recall": 0.0}
@@ -266,7 +266,7 @@ def encode(folder):
             read.append(path.name)
             return pixels[path.name]
 
-        split = CirrSplit("val", TRIPLETS, {name: Path("folder") / name for name in NAMES})
+        split = Split("val", TRIPLETS, {name: Path("folder") / name for name in NAMES})
         encoded = encode_split(model, split, load, batch_size=2, num_workers=0, gallery_dtype=dtype)
         found = {"gallery": encoded.gallery, "composed": encoded.composed, "text": encoded.text_only}
         torch.save({**found, "read": read}, folder / f"encoded_{fusion}_{rank()}.pt")

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sprc.data.cirr import CirrSplit
-from sprc.data.datasets import Triplet
+from sprc.data.split import Split, Triplet
 from sprc.errors import InputError
 from sprc.scoring.encoding import EncodedSplit, member_indices
 from sprc.scoring.submission import write_submission
@@ -25,7 +24,7 @@ def submit(out, queries):
         members = tuple(names[(number + step) % IMAGES] for step in range(6))
         triplets.append(Triplet(12_000 + number, members[0], None, "", members))
     index = {name: i for i, name in enumerate(names)}
-    split = CirrSplit("test1", triplets, {name: Path(name) for name in names})
+    split = Split("test1", triplets, {name: Path(name) for name in names})
     generator = torch.Generator().manual_seed(0)
     encoded = EncodedSplit(
         gallery=F.normalize(torch.randn(IMAGES, 1, 4, generator=generator), dim=-1),

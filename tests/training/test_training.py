@@ -18,6 +18,7 @@ from sprc.errors import InputError, Interrupted, run_script
 from sprc.files import write_atomically, write_csv, write_json
 from sprc.models.device import precision
 from sprc.run_folder import create_run_folder
+from sprc.scoring.benchmarks import benchmark_class
 from sprc.training.loop import (
     STOP_SIGNALS,
     Trainer,
@@ -345,7 +346,14 @@ def test_the_schedule_spans_and_peaks_where_it_was_published(dataset, epochs, sp
     """OneCycleLR by its definition: cosine from lr * first up to lr, then down to lr * first / 1e4."""
     steps, rate = 40, 1e-3
     optimizer = make_optimizer(Recorder(), rate)
-    schedule = make_schedule(dataset, optimizer, steps, epochs)
+    benchmark = benchmark_class(dataset)
+    config = TrainingConfig(
+        num_epochs=epochs,
+        schedule_epochs=benchmark.schedule_span(epochs),
+        warm_up=benchmark.warm_up(benchmark.schedule_span(epochs)),
+        start_divisor=benchmark.start_divisor,
+    )
+    schedule = make_schedule(config, optimizer, steps)
     peak = peak_share * span * steps - 1
     total = span * steps
     for step in range(min(total, epochs * steps) - 1):
@@ -408,7 +416,7 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path):
 
 
 def test_two_runs_of_one_second_get_two_folders(tmp_path):
-    folders = {create_run_folder(tmp_path, "CIRR", "blip2_cir_align_prompt") for _ in range(5)}
+    folders = {create_run_folder(tmp_path, "cirr", "blip2_cir_align_prompt") for _ in range(5)}
     assert len(folders) == 5
     assert all(f.name.startswith("clip_finetuned_on_cirr_blip2_cir_align_prompt_20") for f in folders)
     assert all((folder / "saved_models").is_dir() for folder in folders)

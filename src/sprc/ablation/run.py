@@ -28,12 +28,12 @@ import yaml
 from tqdm import tqdm
 
 from sprc.config import FUSION_STARTS, FUSION_TEXTS, POOLS
-from sprc.data.cirr import edits_of_test1
 from sprc.errors import InputError, Interrupted
 from sprc.files import hold_lock, write_json
 from sprc.flags import ROOT
 from sprc.models.device import default_device, own_cores, parse_device
 from sprc.models.gated_fusion import FUSION_STRATEGIES, fusion_class
+from sprc.scoring.benchmarks import benchmark_class
 from sprc.training.fine_tuning import HYPERPARAMETERS
 from sprc.training.loop import stop_signals
 
@@ -423,9 +423,5 @@ def checkpoint_of(run_folder: Path) -> Path:
 
 
 def split_to_score(settings: dict[str, Any]) -> str:
-    """The held-out "test1" where its targets are at hand (the built-in data in CIRR's format), else "val".
-
-    ``settings`` are a run's hyperparameters.
-    """
-    held_out = settings["dataset"] == "cirr" and edits_of_test1(Path(settings["data_path"])).exists()
-    return "test1" if held_out else "val"
+    """What a cell is scored on; ``settings`` are its run's hyperparameters."""
+    return benchmark_class(settings["dataset"]).split_to_report(Path(settings["data_path"]))

@@ -5,14 +5,14 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from sprc.data.cirr import load_cirr
 from sprc.data.missing import describe, left_out_columns
 from sprc.errors import InputError
 from sprc.figures import plt, save_figure
 from sprc.files import write_atomically
 from sprc.gates.maps import draw_sheet, picture_of, view_queries
 from sprc.models.device import start_device
-from sprc.scoring.recall import modality_table
+from sprc.scoring.benchmarks import CIRR
+from sprc.scoring.recall import rank_modalities
 from sprc.scoring.scorer import Scorer
 
 
@@ -31,16 +31,16 @@ def report_run(
     """
     on = start_device(device)
     plot_curves(run_folder)
-    checkpoint_file = run_folder / "saved_models" / "tuned_clip_arithmetic.pt"
+    checkpoint_file = run_folder / "saved_models" / f"{CIRR.checkpoint}.pt"
     if not checkpoint_file.exists():
         raise InputError(f"{checkpoint_file} is missing; train with --save-training --save-best")
     scorer = Scorer.load(checkpoint_file, device=on)
     checkpoint = scorer.checkpoint
     told = checkpoint.hyperparameters
-    if told["dataset"] != "cirr":
+    if told["dataset"] != CIRR.key:
         raise InputError(f"{run_folder} was trained on {told['dataset']}; reports are made of CIRR runs")
     place = Path(told["data_path"]) if data_path is None else data_path
-    split = load_cirr(place, "val", missing_images=told.get("missing_images", "error"))
+    split = CIRR.read(place, "val", missing_images=told.get("missing_images", "error"))
     (encoded,) = scorer.encode([split])
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(split.triplets), generator=generator)[:queries].tolist()
@@ -48,7 +48,9 @@ def report_run(
     views = view_queries(checkpoint.model, split, encoded, rows, scorer.transform, batch_size)
     draw_sheet(run_folder / "gate_maps.png", views, picture_of(split, scorer.transform))
     print(f"wrote {run_folder / 'gate_maps.png'}")
-    table = pd.DataFrame(modality_table(split, encoded)).T.rename_axis("query")
+    rankings = rank_modalities(split, encoded)
+    recalls = {query: CIRR.metrics_of({"": ranking}) for query, ranking in rankings.items()}
+    table = pd.DataFrame(recalls).T.rename_axis("query")
     table = table.assign(**left_out_columns([split]))
     text = table.to_csv(lineterminator="\n")
     write_atomically(run_folder / "recall_table.csv", lambda file: file.write(text.encode()))

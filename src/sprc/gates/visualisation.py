@@ -10,12 +10,10 @@ import torch
 from tqdm import tqdm
 
 from sprc.data.captions import process_caption
-from sprc.data.cirr import load_cirr, load_cirr_test
-from sprc.data.datasets import Triplet
-from sprc.data.fashioniq import load_fashioniq
 from sprc.data.images import check_images
 from sprc.data.missing import left_out_columns, left_out_text, tell_left_out
 from sprc.data.reading import quote, require_text
+from sprc.data.split import Split, Triplet
 from sprc.errors import InputError
 from sprc.files import write_csv
 from sprc.gates.localisation import as_text, localise, read_edits, require_squares
@@ -23,7 +21,7 @@ from sprc.gates.maps import draw_sheet, picture_of, view_queries
 from sprc.gates.page import write_page
 from sprc.gates.probe import probe
 from sprc.models.device import start_device
-from sprc.scoring.encoding import Split
+from sprc.scoring.benchmarks import benchmark_class
 from sprc.scoring.scorer import Scorer
 
 ROWS = 8  # queries on a sheet
@@ -46,7 +44,10 @@ def run_visualisation(arguments: argparse.Namespace) -> None:
     split = load_split(arguments)
     if arguments.missing_images == "skip":
         tell_left_out([split])
-    edits = read_edits(arguments.data_path, split) if arguments.localisation else None
+    benchmark = benchmark_class(arguments.dataset)
+    edits = None
+    if arguments.localisation:
+        edits = read_edits(benchmark.edits_file(arguments.data_path, split), split)
     groups = choose(split, arguments)
     if arguments.probe and any(triplet.target is None for triplet in split.triplets):
         raise InputError(f"--probe: the split {split.name} keeps its targets secret; give --split val")
@@ -79,7 +80,7 @@ def run_visualisation(arguments: argparse.Namespace) -> None:
         print(as_text(rows))
         print(f"wrote {out / 'localisation.csv'}")
     if arguments.probe:
-        rows = [{**row, **left_out_columns([split])} for row in probe(scorer, split)]
+        rows = [{**row, **left_out_columns([split])} for row in probe(scorer, benchmark, split)]
         write_csv(out / "probe.csv", rows)
         shown = [name for name in rows[0] if "recall" in name or name.startswith("mean(")]
         print(
@@ -90,13 +91,13 @@ def run_visualisation(arguments: argparse.Namespace) -> None:
 
 def load_split(arguments: argparse.Namespace) -> Split:
     """The split that the flags name; FashionIQ's is of one type."""
-    missing = {"missing_images": arguments.missing_images}
-    if arguments.dataset == "cirr":
-        if arguments.probe and arguments.split == "test1":
-            return load_cirr_test(arguments.data_path, **missing)
-        return load_cirr(arguments.data_path, arguments.split, **missing)
-    return load_fashioniq(
-        arguments.data_path, arguments.split, arguments.fiq_type, arguments.fiq_protocol, **missing
+    return benchmark_class(arguments.dataset).read(
+        arguments.data_path,
+        arguments.split,
+        part=arguments.fiq_type,
+        protocol=arguments.fiq_protocol,
+        missing_images=arguments.missing_images,
+        with_targets=arguments.probe,
     )
 
 

@@ -5,11 +5,8 @@ from pathlib import Path
 
 import torch
 
-from sprc.data import TYPES
-from sprc.data.cirr import load_cirr
-from sprc.data.fashioniq import load_fashioniq
-from sprc.data.missing import tell_left_out
 from sprc.models.device import default_workers, place, start_device
+from sprc.scoring.benchmarks import benchmark_class
 from sprc.scoring.feature_cache import open_images
 from sprc.training.fine_tuning import start_model
 
@@ -38,25 +35,10 @@ def extract_features(arguments: argparse.Namespace) -> None:
 
 def image_paths(arguments: argparse.Namespace) -> list[Path]:
     """The images that training on the splits, or scoring them, reads."""
-    if arguments.dataset == "cirr":
-        names = {"test": "test1"}
-        splits = [
-            load_cirr(arguments.data_path, names.get(name, name), missing_images=arguments.missing_images)
-            for name in arguments.splits
-        ]
-    else:
-        splits = [
-            load_fashioniq(
-                arguments.data_path,
-                name,
-                dress_type,
-                # Training needs the triplets' images alone.
-                "val-split" if name == "train" else arguments.fiq_protocol,
-                missing_images=arguments.missing_images,
-            )
-            for name in arguments.splits
-            for dress_type in TYPES
-        ]
-    if arguments.missing_images == "skip":
-        tell_left_out(splits)
+    splits = benchmark_class(arguments.dataset).read_parts(
+        arguments.data_path,
+        arguments.splits,
+        arguments.fiq_protocol,
+        missing_images=arguments.missing_images,
+    )
     return [path for split in splits for path in split.image_paths.values()]

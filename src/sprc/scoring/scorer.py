@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from sprc.data.images import Transform
+from sprc.data.split import Split
 from sprc.data.transforms import make_transform
 from sprc.models.checkpoint import Checkpoint, load_checkpoint
 from sprc.models.device import SCORING_HELPS, default_workers, memory_explained, place
-from sprc.scoring.encoding import LARGEST_BATCH, EncodedSplit, Split, encode_split
+from sprc.scoring.encoding import LARGEST_BATCH, EncodedSplit, encode_split
 from sprc.scoring.feature_cache import open_images
 
 # How a checkpoint that does not say it is scored: as SPRC's are.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from sprc.config import BACKBONES, CACHE_DTYPES, GALLERY_DTYPES, MODEL_SWITCHES
-from sprc.data import MISSING_IMAGES, PROTOCOLS, TRANSFORMS
+from sprc.data import DATASETS, DATASETS_METAVAR, MISSING_IMAGES, PROTOCOLS, TRANSFORMS
 from sprc.settings import ROOT, like, setting
 
 
@@ -14,7 +14,7 @@ from sprc.settings import ROOT, like, setting
 class DatasetSettings:
     """Which benchmark."""
 
-    dataset: str = setting(parse=str.lower, choices=("cirr", "fashioniq"), metavar="{CIRR,FashionIQ}")
+    dataset: str = setting(parse=str.lower, choices=tuple(DATASETS), metavar=DATASETS_METAVAR)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +169,8 @@ class ValidationSettings(ScoringSettings, ProtocolSettings, DatasetSettings):
 
     split: str = setting(
         "val",
-        choices=("val", "test1"),
+        choices=("val", "test1", "test"),
+        metavar="{val,test1}",
         help="test1: only of the built-in data in CIRR's format; default: %(default)s",
     )
     save_ranks: Path | None = setting(None, metavar="FILE", help="CSV: the rank of each target, from 0")
@@ -187,6 +188,7 @@ class SubmissionSettings(ScoringSettings):
 
 
 EXTRACTED = ("train", "val", "test")
+SPELLINGS = (*EXTRACTED, "test1")  # CIRR's own name of its test split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +208,7 @@ class ExtractionSettings(
     feature_cache: Path = setting(
         metavar="DIR", help="where the tokens go; what is there is verified, what is missing computed"
     )
-    splits: Sequence[str] = setting(EXTRACTED, choices=EXTRACTED, help="default: train val test")
+    splits: Sequence[str] = setting(EXTRACTED, choices=SPELLINGS, help="default: train val test")
     fiq_protocol: str = like(
         ProtocolSettings,
         "fiq_protocol",

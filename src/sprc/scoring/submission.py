@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from sprc.data.cirr import CirrSplit, load_cirr
+from sprc.data.cirr import load_cirr
+from sprc.data.split import Split
 from sprc.distributed import from_main
 from sprc.errors import InputError
 from sprc.files import compact_json, write_atomically
@@ -43,9 +44,7 @@ def run_submission(arguments: argparse.Namespace) -> tuple[Path, Path]:
         return from_main(lambda: write_submission(arguments, split, encoded))
 
 
-def write_submission(
-    arguments: argparse.Namespace, split: CirrSplit, encoded: EncodedSplit
-) -> tuple[Path, Path]:
+def write_submission(arguments: argparse.Namespace, split: Split, encoded: EncodedSplit) -> tuple[Path, Path]:
     """Rank, check and write what :func:`run_submission` promises."""
     ranking = rank_split(split, encoded, k=TOP)
     names = list(split.image_paths)
@@ -69,7 +68,7 @@ def write_submission(
     return tuple(path for path, _ in files)
 
 
-def check_submission(split: CirrSplit, metric: str, ranked: dict[str, list[str]]) -> None:
+def check_submission(split: Split, metric: str, ranked: dict[str, list[str]]) -> None:
     """Raise :class:`InputError` unless CIRR's server would take ``ranked``.
 
     Every pair id of the split once, with 50 names of the split (or 3 of the image set), each once, and

@@ -3,12 +3,11 @@
 import argparse
 from typing import Any
 
-from sprc.data.cirr import CirrSplit
 from sprc.distributed import from_main
 from sprc.errors import InputError
 from sprc.files import compact_json, write_atomically, write_csv
 from sprc.models.device import start_device
-from sprc.scoring.benchmark import Benchmark
+from sprc.scoring.benchmarks import Benchmark, benchmark_class
 from sprc.scoring.encoding import EncodedSplit
 from sprc.scoring.ranking import Ranking
 from sprc.scoring.recall import rank_split
@@ -29,8 +28,7 @@ def run_validation(arguments: argparse.Namespace) -> dict[str, float | str]:
         if file is not None and not file.absolute().parent.is_dir():
             name = f"--{flag.replace('_', '-')} {file}"
             raise InputError(f"{name}: its folder does not exist; make it, or give another")
-    benchmark = Benchmark.load(
-        arguments.dataset,
+    benchmark = benchmark_class(arguments.dataset).load(
         arguments.data_path,
         arguments.fiq_protocol,
         arguments.split,
@@ -67,9 +65,9 @@ def named_rankings(benchmark: Benchmark, rankings: list[Ranking]) -> list[dict[s
     for split, ranking in zip(benchmark.splits, rankings, strict=True):
         names = list(split.image_paths)
         for triplet, row in zip(split.triplets, ranking.top.tolist(), strict=True):
-            entry = {"pairid": triplet.pair_id} if benchmark.name == "CIRR" else {"type": split.dress_type}
-            entry |= {"reference": triplet.reference, "caption": triplet.caption, "target": triplet.target}
-            result.append({**entry, "ranking": [names[i] for i in row]})
+            entry = {"reference": triplet.reference, "caption": triplet.caption, "target": triplet.target}
+            key = benchmark.ranking_key(split, triplet)
+            result.append({**key, **entry, "ranking": [names[i] for i in row]})
     return result
 
 
@@ -81,10 +79,9 @@ def query_ranks(benchmark: Benchmark, rankings: list[Ranking]) -> list[dict[str,
     """
     rows = []
     for split, ranking in zip(benchmark.splits, rankings, strict=True):
-        for number, (triplet, rank) in enumerate(zip(split.triplets, ranking.ranks.tolist(), strict=True)):
-            if isinstance(split, CirrSplit):
-                set_rank = ranking.set_ranks[number].item()
-                rows.append({"pairid": triplet.pair_id, "rank": rank, "subset_rank": set_rank})
-            else:
-                rows.append({"type": split.dress_type, "number": triplet.pair_id, "rank": rank})
+        columns = {"rank": ranking.ranks, "subset_rank": ranking.set_ranks}
+        lists = {name: ranks.tolist() for name, ranks in columns.items() if ranks is not None}
+        for number, triplet in enumerate(split.triplets):
+            own = {name: ranks[number] for name, ranks in lists.items()}
+            rows.append({**benchmark.query_key(split, triplet), **own})
     return rows

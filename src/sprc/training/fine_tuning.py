@@ -13,6 +13,7 @@ from sprc.config import ModelConfig, switches_from_environment
 from sprc.data.captions import process_caption
 from sprc.data.datasets import TripletDataset
 from sprc.data.missing import names_left_out
+from sprc.data.split import triplets_of
 from sprc.distributed import from_main, rank, world_size
 from sprc.errors import InputError, Interrupted
 from sprc.files import write_json
@@ -28,7 +29,7 @@ from sprc.models.device import (
 from sprc.models.factory import create_model, model_class
 from sprc.models.switches import vocabulary_digest
 from sprc.run_folder import create_run_folder
-from sprc.scoring.benchmark import Benchmark, triplets_of
+from sprc.scoring.benchmarks import Benchmark, benchmark_class
 from sprc.scoring.encoding import LARGEST_BATCH, encode_split
 from sprc.scoring.feature_cache import open_images
 from sprc.scoring.recall import rank_split
@@ -59,12 +60,6 @@ MODEL_SWITCHES = (
     "fusion_text",
 )
 
-# The published weights of the losses; FashionIQ's is the unweighted sum.
-LOSS_WEIGHTS = {
-    "cirr": {"loss_rtc": 0.4, "loss_align": 0.4},
-    "fashioniq": {"loss_rtc": 1.0, "loss_align": 1.0},
-}
-
 
 def fine_tune(defaults: dict[str, Any], given: dict[str, Any]) -> Path:
     """Train, write the run folder and return it; or go on with the run of ``--resume``.
@@ -89,15 +84,15 @@ def fine_tune(defaults: dict[str, Any], given: dict[str, Any]) -> Path:
     if arguments.log_fusion_every < 0:
         raise InputError(f"--log-fusion-every {arguments.log_fusion_every} is too small; 0 logs nothing")
     writer = tensorboard_writer() if arguments.tensorboard else None  # on all ranks, so that all complain
-    for name, weight in LOSS_WEIGHTS[arguments.dataset].items():
+    for name, weight in benchmark_class(arguments.dataset).loss_weights.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, weight)
     device = start_device(arguments.device, arguments.amp)
     if arguments.num_workers is None:
         arguments.num_workers = default_workers(device)
     missing_images = arguments.missing_images
-    benchmark = Benchmark.load(
-        arguments.dataset, arguments.data_path, arguments.fiq_protocol, missing_images=missing_images
+    benchmark = benchmark_class(arguments.dataset).load(
+        arguments.data_path, arguments.fiq_protocol, missing_images=missing_images
     )
     config = training_config(arguments, benchmark)
     if arguments.compile:
@@ -114,7 +109,7 @@ def fine_tune(defaults: dict[str, Any], given: dict[str, Any]) -> Path:
     if arguments.fusion_lr is not None and model.gated_fusion is None:
         raise InputError(f"--fusion-lr {arguments.fusion_lr}: fusion is off; leave the flag out")
     digests = {
-        "data_path": digest_of_data(benchmark, triplets),
+        "data_path": digest_of_data(benchmark.splits, triplets),
         "model_path": digest_of_file(arguments.model_path),
         "vocab": vocabulary_digest(model.tokenizer),
     }
@@ -138,7 +133,7 @@ def fine_tune(defaults: dict[str, Any], given: dict[str, Any]) -> Path:
         rest_vit(model)
     if resume is None:
         name = arguments.blip_model_name
-        run_folder = from_main(lambda: create_run_folder(arguments.models_path, benchmark.name, name))
+        run_folder = from_main(lambda: create_run_folder(arguments.models_path, benchmark.short_name, name))
         print(f"run folder: {run_folder}", flush=True)
     else:
         run_folder = resume
@@ -201,9 +196,12 @@ def fine_tune(defaults: dict[str, Any], given: dict[str, Any]) -> Path:
 
 def training_config(arguments: argparse.Namespace, benchmark: Benchmark) -> TrainingConfig:
     """The flags that the loop needs; :class:`InputError` names one that cannot work."""
+    span = benchmark.schedule_span(arguments.num_epochs)
     return TrainingConfig(
-        dataset=benchmark.name,
         num_epochs=arguments.num_epochs,
+        schedule_epochs=span,
+        warm_up=benchmark.warm_up(span),
+        start_divisor=benchmark.start_divisor,
         batch_size=arguments.batch_size,
         grad_cache=chunk_of(arguments),
         learning_rate=arguments.learning_rate,

@@ -32,70 +32,11 @@ from sprc.models.device import default_workers, precision
 from sprc.processes import stop_signals
 from sprc.run_folder import RunFolder
 from sprc.training.grad_cache import Embedder, GradCache
-from sprc.training.schedule import make_optimizer, make_schedule
-from sprc.training.settings import LoopSettings
+from sprc.training.recipe import TrainingConfig, make_optimizer, make_schedule
 from sprc.training.state import Progress, RunState
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig(LoopSettings):
-    """How long, how fast, with which weights. A value that cannot work raises :class:`InputError`.
-
-    ``batch_size`` is that of all ranks together; ``grad_cache`` are the triplets that a rank embeds at once,
-    see :mod:`sprc.training.grad_cache`, and None embeds all of its own.
-    """
-
-    dataset: str = "CIRR"
-    # Of the parameters whose names start with a key; a rate that a model's part needs for itself.
-    other_rates: dict[str, float] = field(default_factory=dict)
-    loss_weights: dict[str, float] = field(default_factory=dict)  # a loss that is not named weighs 1
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("num_epochs", 1),
-            ("batch_size", 1),
-            ("validation_frequency", 1),
-            ("checkpoint_every", 0),
-            ("grad_cache", 1),
-            ("num_workers", 0),
-            ("seed", 0),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"--{name.replace('_', '-')} {value} is too small; the least is {least}")
-        rates = {"--learning-rate": self.learning_rate}
-        rates |= {f"the learning rate of {prefix}*": rate for prefix, rate in self.other_rates.items()}
-        for name, rate in rates.items():
-            if not 0 < rate < math.inf:
-                raise InputError(f"{name} {rate} must be a positive number")
-        for name, weight in self.loss_weights.items():
-            if not 0 <= weight < math.inf:
-                raise InputError(f"--{name.replace('_', '-')} {weight} must be a number of at least 0")
-
-        if self.amp not in AMP:
-            raise InputError(f"--amp {self.amp!r} is unknown; choose from {', '.join(AMP)}")
-
-    def check_fits(self, num_triplets: int) -> None:
-        """Raise :class:`InputError` if ``num_triplets`` do not fill a batch, or the ranks cannot share it."""
-        if num_triplets < self.batch_size:
-            raise InputError(
-                f"--batch-size {self.batch_size} is larger than the training set of {num_triplets} triplets"
-            )
-        ranks = world_size()
-        if left := self.batch_size % ranks:
-            less, more = self.batch_size - left, self.batch_size - left + ranks
-            raise InputError(
-                f"--batch-size {self.batch_size} is that of all ranks together and does not divide by their "
-                f"number, {ranks}; give {f'{less} or {more}' if less else more}"
-            )
-        if self.grad_cache is not None and self.grad_cache >= self.batch_size // ranks:
-            raise InputError(
-                f"--grad-cache {self.grad_cache} saves nothing: a rank's batch is {self.batch_size // ranks} "
-                "triplets; give fewer than that, or leave the flag out"
-            )
 
 
 class EpochOrder(Sampler[int]):
@@ -166,7 +107,7 @@ class Trainer:
             pin_memory=model.device.type == "cuda",
         )
         self.optimizer = make_optimizer(model, config.learning_rate, config.other_rates)
-        self.schedule = make_schedule(config.dataset, self.optimizer, self.steps_per_epoch, config.num_epochs)
+        self.schedule = make_schedule(config, self.optimizer, self.steps_per_epoch)
         self.precision = precision(config.amp, model.device)
         # float16's gradients would vanish without scaling; bfloat16 has float32's range.
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=self.precision is torch.float16)
@@ -208,8 +149,8 @@ class Trainer:
     ) -> None:
         """Train up to ``config.num_epochs``, writing the CSV files of metrics.
 
-        That of step times holds each epoch's median wall-clock seconds a step, reading the batch included, and
-        the share of the epoch in which this process waited for a batch, while a GPU may still have been at
+        That of step times holds each epoch's median wall-clock seconds a step, reading the batch included,
+        and the share of the epoch in which this process waited for a batch, while a GPU may still have been at
         work. It is a file of its own, because times are the one thing that two runs of one seed do not share.
 
         The state is saved after an epoch's last step, before the validation, and again after it.

@@ -117,8 +117,8 @@ class RunState:
                 if epoch:
                     raise InputError(
                         f"{self.run_folder.state} was saved within epoch {epoch} by {len(random)} ranks, and "
-                        f"{self.run_folder.epoch_state.name} of the epoch's beginning is missing; resume with "
-                        f"{len(random)} ranks"
+                        f"{self.run_folder.epoch_state.name} of the epoch's beginning is missing; resume "
+                        f"with {len(random)} ranks"
                     )
                 seed_rank(self.seed, epoch)
                 self.saved_step = step
