@@ -24,10 +24,10 @@ from sprc.processes import rank
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 # What a failed write asks of the user. A reason that is not known is taken for a full disk.
-ADVICE = {
+ADVICE: dict[int | None, str] = {
     errno.ENOENT: "its folder is gone; make it again",
     errno.ENOTDIR: "its folder is a file; give another folder",
     errno.EACCES: "it is not writable for you; change that, or give another folder",

@@ -6,7 +6,6 @@ libraries are imported once for all of them. A rank's stderr and exit code are i
     python tests/helpers/several_ranks.py OUT DATA CHECKPOINT
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -34,6 +33,7 @@ from sprc.models.factory import _fetch, create_model
 from sprc.models.tokenizer import tokenizer_from_vocabulary
 from sprc.scoring.encoding import encode_split
 from sprc.scoring.feature_cache import FeatureCache
+from sprc.scoring.settings import SubmissionSettings
 from sprc.scoring.submission import run_submission
 from sprc.training.fusion_log import FusionLog
 from sprc.training.loop import Trainer, TrainingConfig
@@ -294,19 +294,10 @@ def fill_cache(folder, images):
 
 
 def submit(folder, data, checkpoint):
-    arguments = argparse.Namespace(
-        data_path=data,
-        model_path=checkpoint,
-        out=folder,
-        name="test",
-        batch_size=7,
-        num_workers=1,
-        missing_images="error",
+    settings = SubmissionSettings(
+        data_path=data, model_path=checkpoint, out=folder, name="test", batch_size=7, num_workers=1
     )
-    rest = ("blip_model_name", "backbone", "transform", "target_ratio", "gallery_dtype", "cache_dtype")
-    for name in (*rest, "vocab", "feature_cache", "save_memory", "device"):
-        setattr(arguments, name, None)
-    paths = run_submission(arguments)
+    paths = run_submission(settings)
     (folder / f"told_{rank()}.json").write_text(json.dumps([path.name for path in paths]))
 
 

@@ -77,7 +77,7 @@ def rank_gallery(
     """For each of ``rows`` the target's rank, from 1, and the ``TOP`` best gallery indices."""
     scores = block_scores(encoded.composed[rows], encoded.gallery)
     references = None if split.ranks_reference else encoded.references[rows]
-    ranks = [None] * len(rows)
+    ranks: list[int | None] = [None] * len(rows)
     if encoded.targets is not None:
         ranks = (target_ranks(scores, encoded.targets[rows], references) + 1).tolist()
     return ranks, top_k(scores, TOP, references).tolist()

@@ -14,6 +14,7 @@ from threading import Thread
 from transformers import BertTokenizer
 from transformers.utils import cached_file
 
+from sprc.data.captions import process_caption
 from sprc.errors import InputError
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -50,6 +51,8 @@ def tokenizer_from_vocabulary(vocabulary: list[str]) -> BertTokenizer:
 class CaptionIds(dict):
     """The token ids of a caption, cut to ``max_length`` of them: ``ids[caption]``, worked out once a caption.
 
+    A caption is cleaned first, see :func:`process_caption`; one that is clean already stays as it is.
+
     Epochs repeat captions, and tokenizing takes 0.4 ms each, in the process that should be feeding the GPU.
     """
 
@@ -60,7 +63,7 @@ class CaptionIds(dict):
         self.tokenizer, self.max_length = tokenizer, max_length
 
     def __missing__(self, caption: str) -> list[int]:
-        ids = self.tokenizer(caption, truncation=True, max_length=self.max_length).input_ids
+        ids = self.tokenizer(process_caption(caption), truncation=True, max_length=self.max_length).input_ids
         if len(self) < self.MOST:
             self[caption] = ids
         return ids
@@ -107,17 +110,18 @@ def _cached_vocabulary() -> Path:
         if found := _find(name, local_files_only=True):
             return Path(found)
     # The hub's own client tries for minutes where nothing answers.
-    found = []
-    fetching = Thread(target=lambda: found.append(_find(HUB_NAMES[0], local_files_only=False)), daemon=True)
+    fetched: list[str | None] = []
+    fetching = Thread(target=lambda: fetched.append(_find(HUB_NAMES[0], local_files_only=False)), daemon=True)
     fetching.start()
     fetching.join(HUB_SECONDS)
-    if not (found and found[0]):
+    path = fetched[0] if fetched else None
+    if not path:
         raise InputError(
             "the vocabulary of bert-base-uncased is not in the local cache and could not be fetched; run "
             "once with network access, copy ~/.cache/huggingface from a machine that has it, or give "
             "--vocab FILE (its vocab.txt)"
         )
-    return Path(found[0])
+    return Path(path)
 
 
 def _find(name: str, *, local_files_only: bool) -> str | None:

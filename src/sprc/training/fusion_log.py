@@ -8,6 +8,7 @@ import csv
 import math
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,14 +48,10 @@ class FusionLog:
         run_folder: RunFolder | Path,
         every: int,
         step: int = 0,
-        scalars: object | None = None,
+        scalars: Any = None,
     ) -> None:
-        self.module, self.file, self.every, self.step = (
-            module,
-            RunFolder(run_folder).fusion_metrics,
-            every,
-            step,
-        )
+        self.module, self.every, self.step = module, every, step
+        self.file = RunFolder(run_folder).fusion_metrics
         self.scalars = scalars
         self.parts: list[tuple[int, dict[str, Tensor]]] = []  # samples seen at once, and what was seen
         self.warned: set[str] = set()
@@ -88,8 +85,9 @@ class FusionLog:
             row["gate_near_1"] = (gate > 1 - NEAR).float().mean()
         if output.delta is not None:
             row["delta_norm"] = output.delta.float().norm(dim=-1).mean()
-        if hasattr(module, "alpha"):
-            row["alpha"] = module.alpha.detach().float()
+        alpha = getattr(module, "alpha", None)
+        if alpha is not None:
+            row["alpha"] = alpha.detach().float()
         row["mean_change"] = (output.fused.float() - inputs[0]).abs().mean()
         self.parts.append((len(output.fused), row))
 
@@ -98,7 +96,7 @@ class FusionLog:
         if self.parts:
             whole = sum(samples for samples, _ in self.parts)
             row = {
-                name: sum(samples / whole * part[name] for samples, part in self.parts)
+                name: cast(Tensor, sum(samples / whole * part[name] for samples, part in self.parts))
                 for name in self.parts[0][1]
             }
             row["gradient_norm"] = gradient_norm(self.module)
@@ -122,7 +120,7 @@ class FusionLog:
 
     def warn(self, values: dict[str, float | None]) -> None:
         """Say once, in plain words, that the gate is saturated or that nothing reaches the module."""
-        saturated = values.get("gate_near_0", 0.0) + values.get("gate_near_1", 0.0)
+        saturated = (values.get("gate_near_0") or 0.0) + (values.get("gate_near_1") or 0.0)
         if saturated > SATURATED:
             self.once(
                 "saturated",

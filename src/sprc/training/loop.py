@@ -12,7 +12,6 @@ rank: rank 0 draws what a single process draws.
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -23,10 +22,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Sampler
 from tqdm import tqdm
 
-from sprc.config import AMP
 from sprc.data.datasets import SteadyLoader, TripletDataset
 from sprc.distributed import of_all_ranks, rank, seed_rank, world_size
-from sprc.errors import InputError, Interrupted
+from sprc.errors import Interrupted
 from sprc.files import write_csv
 from sprc.models.device import default_workers, precision
 from sprc.processes import stop_signals
@@ -150,8 +148,8 @@ class Trainer:
         """Train up to ``config.num_epochs``, writing the CSV files of metrics.
 
         That of step times holds each epoch's median wall-clock seconds a step, reading the batch included,
-        and the share of the epoch in which this process waited for a batch, while a GPU may still have been at
-        work. It is a file of its own, because times are the one thing that two runs of one seed do not share.
+        and the share of the epoch in which this process waited for a batch, while a GPU may still have been
+        at work. It is a file of its own: times are the one thing that two runs of one seed do not share.
 
         The state is saved after an epoch's last step, before the validation, and again after it.
 
