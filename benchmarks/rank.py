@@ -24,7 +24,8 @@ from measure import (
 from published import published_ranking
 from torch import Tensor
 
-from sprc.scoring.ranking import cirr_metrics, rank, score_blocks
+from sprc.scoring.benchmarks import CIRR
+from sprc.scoring.ranking import rank, score_blocks
 
 TOKENS, WIDTH, SET = 32, 256, 6
 CIRR_VAL = (4181, 2297)  # queries, gallery images
@@ -62,7 +63,7 @@ def our_ranking(queries: Tensor, gallery: Tensor, sets: Tensor, k: int | None = 
     ranking = rank(
         score_blocks(queries, gallery), targets=sets[:, 1], references=sets[:, 0], members=sets, k=k
     )
-    return cirr_metrics(ranking.ranks, ranking.set_ranks)
+    return CIRR.metrics_of({"": ranking})
 
 
 def with_names(queries: Tensor, gallery: Tensor, sets: Tensor) -> Callable[[], dict[str, float]]:

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from sprc.data import DATASETS, DATASETS_METAVAR
 from sprc.data.synthetic.cirr import make_cirr
 from sprc.data.synthetic.fashioniq import FashionIQConfig, make_fashioniq
 from sprc.data.synthetic.splits import SyntheticConfig
@@ -25,9 +26,9 @@ def main() -> None:
     parser.add_argument(
         "--dataset",
         type=str.lower,
-        choices=("cirr", "fashioniq"),
+        choices=tuple(DATASETS),
         default="cirr",
-        metavar="{CIRR,FashionIQ}",
+        metavar=DATASETS_METAVAR,
         help="default: CIRR",
     )
     parser.add_argument("--out", type=Path, default=Path("demo"), help="where it goes; default: demo")

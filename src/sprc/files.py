@@ -19,8 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from sprc.distributed import rank
 from sprc.errors import InputError
+from sprc.processes import rank
 
 try:
     import fcntl

@@ -10,8 +10,9 @@ from PIL import Image, ImageFile
 from torch.utils.data import DataLoader
 
 from sprc.data.cirr import load_cirr
-from sprc.data.datasets import ImageDataset, Triplet, TripletDataset
+from sprc.data.datasets import ImageDataset, TripletDataset
 from sprc.data.images import check_images, image_loader, load_image
+from sprc.data.split import Triplet
 from sprc.data.transforms import make_transform
 from sprc.errors import InputError
 

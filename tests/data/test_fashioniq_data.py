@@ -8,12 +8,14 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from sprc.data.datasets import Triplet, TripletDataset
+from sprc.data.datasets import TripletDataset
 from sprc.data.fashioniq import load_fashioniq
 from sprc.data.images import check_images, image_loader
+from sprc.data.split import Triplet
 from sprc.data.transforms import make_transform
 from sprc.errors import InputError
-from sprc.scoring.ranking import fashioniq_metrics, target_ranks
+from sprc.scoring.benchmarks import FashionIQ
+from sprc.scoring.ranking import Ranking, target_ranks
 
 TYPES = ("dress", "toptee", "shirt")
 SPLITS = ("train", "val", "test")
@@ -403,7 +405,7 @@ def test_metrics_are_the_recalls_of_each_type_and_their_means():
     expected["average_recall_at10"] = sum(hits[10]) / 3
     expected["average_recall_at50"] = sum(hits[50]) / 3
     expected["average_recall"] = (sum(hits[10]) + sum(hits[50])) / 6
-    metrics = fashioniq_metrics(ranks)
+    metrics = FashionIQ.metrics_of({name: Ranking(one) for name, one in ranks.items()})
     assert list(metrics) == [
         *(f"{dress_type}_recall_at{k}" for dress_type in TYPES for k in (10, 50)),
         "average_recall_at10",
@@ -415,7 +417,7 @@ def test_metrics_are_the_recalls_of_each_type_and_their_means():
 
 
 def test_metrics_count_a_rank_of_9_and_49_as_found_and_10_and_50_as_not():
-    metrics = fashioniq_metrics({"dress": torch.tensor([0, 9, 10, 49, 50])})
+    metrics = FashionIQ.metrics_of({"dress": Ranking(torch.tensor([0, 9, 10, 49, 50]))})
     assert metrics == pytest.approx(
         {
             "dress_recall_at10": 40.0,

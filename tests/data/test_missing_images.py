@@ -10,7 +10,8 @@ from helpers.runner import assert_one_clear_line, read_csv, run, train
 from sprc.data import cirr, missing
 from sprc.data.fashioniq import load_fashioniq
 from sprc.data.images import check_images
-from sprc.data.missing import LeftOut, left_out_columns, tell_left_out
+from sprc.data.missing import left_out_columns, tell_left_out
+from sprc.data.split import LeftOut, Split
 from sprc.data.synthetic.fashioniq import FashionIQConfig, make_fashioniq
 from sprc.errors import InputError
 
@@ -216,7 +217,7 @@ def test_a_split_of_which_nothing_is_left_is_an_error(incomplete, tmp_path):
 
 
 def test_ranks_that_miss_different_images_are_refused(monkeypatch):
-    split = cirr.CirrSplit("val", [], {}, LeftOut(("a",), 2))
+    split = Split("val", [], {}, LeftOut(("a",), 2))
     monkeypatch.setattr(missing, "objects_of_all_ranks", lambda own: [own, own, [LeftOut(("b",), 2)]])
     with pytest.raises(InputError, match="rank 2 misses other images than rank 0"):
         tell_left_out([split])

@@ -6,7 +6,6 @@ libraries are imported once for all of them. A rank's stderr and exit code are i
     python tests/helpers/several_ranks.py OUT DATA CHECKPOINT
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -24,7 +23,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 
-from sprc.data.cirr import CirrSplit
+from sprc.data.split import Split
 from sprc.data.transforms import make_transform
 from sprc.distributed import process_group, rank, world_size
 from sprc.errors import InputError, Interrupted, run_script
@@ -34,6 +33,7 @@ from sprc.models.factory import _fetch, create_model
 from sprc.models.tokenizer import WordPiece
 from sprc.scoring.encoding import encode_split
 from sprc.scoring.feature_cache import FeatureCache
+from sprc.scoring.settings import SubmissionSettings
 from sprc.scoring.submission import run_submission
 from sprc.training.fusion_log import FusionLog
 from sprc.training.loop import Trainer, TrainingConfig
@@ -183,7 +183,7 @@ class Validation:
 
     def __call__(self, stop_if_asked):
         self.epoch, self.read = self.epoch + 1, 0
-        split = CirrSplit("val", TRIPLETS, {name: Path("folder") / name for name in NAMES})
+        split = Split("val", TRIPLETS, {name: Path("folder") / name for name in NAMES})
         options = {"batch_size": 1, "num_workers": 0, "on_batch": stop_if_asked}
         encode_split(self.model, split, self.load, **options)
         return {"recall": 0.0}
@@ -266,7 +266,7 @@ def encode(folder):
             read.append(path.name)
             return pixels[path.name]
 
-        split = CirrSplit("val", TRIPLETS, {name: Path("folder") / name for name in NAMES})
+        split = Split("val", TRIPLETS, {name: Path("folder") / name for name in NAMES})
         encoded = encode_split(model, split, load, batch_size=2, num_workers=0, gallery_dtype=dtype)
         found = {"gallery": encoded.gallery, "composed": encoded.composed, "text": encoded.text_only}
         torch.save({**found, "read": read}, folder / f"encoded_{fusion}_{rank()}.pt")
@@ -294,19 +294,10 @@ def fill_cache(folder, images):
 
 
 def submit(folder, data, checkpoint):
-    arguments = argparse.Namespace(
-        data_path=data,
-        model_path=checkpoint,
-        out=folder,
-        name="test",
-        batch_size=7,
-        num_workers=1,
-        missing_images="error",
+    settings = SubmissionSettings(
+        data_path=data, model_path=checkpoint, out=folder, name="test", batch_size=7, num_workers=1
     )
-    rest = ("blip_model_name", "backbone", "transform", "target_ratio", "gallery_dtype", "cache_dtype")
-    for name in (*rest, "vocab", "feature_cache", "save_memory", "device"):
-        setattr(arguments, name, None)
-    paths = run_submission(arguments)
+    paths = run_submission(settings)
     (folder / f"told_{rank()}.json").write_text(json.dumps([path.name for path in paths]))
 
 

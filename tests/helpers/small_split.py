@@ -2,7 +2,7 @@
 
 from helpers.small_models import CAPTIONS
 
-from sprc.data.datasets import Triplet
+from sprc.data.split import Triplet
 
 NAMES = [f"image{number}" for number in range(7)]
 # One reference several times, in several blocks; captions that differ in length.

@@ -9,7 +9,7 @@ import torch
 from helpers.small_models import random_images, randomise, small_config
 from helpers.small_split import NAMES, REFERENCES, TRIPLETS
 
-from sprc.data.cirr import CirrSplit
+from sprc.data.split import Split
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.scoring.encoding import encode_split
 
@@ -26,7 +26,7 @@ def test_a_split_is_encoded_once_an_image_and_as_inference_does(tokenizer, fusio
         loads[path.name] += 1
         return pixels[path.name]
 
-    split = CirrSplit("val", TRIPLETS, {name: Path("folder") / name for name in NAMES})
+    split = Split("val", TRIPLETS, {name: Path("folder") / name for name in NAMES})
     encoded = encode_split(model, split, load, batch_size=3, num_workers=0, gallery_dtype=gallery_dtype)
     assert model.training
     assert loads == dict.fromkeys(NAMES, 1)
@@ -53,7 +53,7 @@ def test_a_split_is_encoded_once_an_image_and_as_inference_does(tokenizer, fusio
 def test_a_caller_can_end_it_after_any_batch(tokenizer):
     model = Blip2QformerCirAlignPrompt(small_config(), tokenizer)
     pixels = dict(zip(NAMES, random_images(len(NAMES), model.config), strict=True))
-    split = CirrSplit("val", TRIPLETS, {name: Path("folder") / name for name in NAMES})
+    split = Split("val", TRIPLETS, {name: Path("folder") / name for name in NAMES})
 
     def seen_at_batches(stop_at):
         read, seen = [], []
@@ -81,7 +81,7 @@ def test_a_model_in_training_goes_on_training_whatever_its_validation_meets(toke
     def load(path):
         raise OSError("the disk is gone")
 
-    split = CirrSplit("val", TRIPLETS, {name: Path("folder") / name for name in NAMES})
+    split = Split("val", TRIPLETS, {name: Path("folder") / name for name in NAMES})
     with pytest.raises(OSError, match="the disk is gone"):
         encode_split(model, split, load, batch_size=3, num_workers=0)
     assert model.training

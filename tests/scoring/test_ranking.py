@@ -11,14 +11,14 @@ from helpers.small_models import CAPTIONS, VOCABULARY, random_images, small_conf
 
 import sprc.scoring.ranking
 import sprc.scoring.recall
-from sprc.data.cirr import CirrSplit
-from sprc.data.datasets import Triplet
+from sprc.data.split import Split, Triplet
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.tokenizer import WordPiece
+from sprc.scoring.benchmarks import CIRR
 from sprc.scoring.encoding import EncodedSplit, encode_split
 from sprc.scoring.ranking import (
     QUERY_BLOCK,
-    cirr_metrics,
+    Ranking,
     rank,
     recall,
     score_blocks,
@@ -27,7 +27,7 @@ from sprc.scoring.ranking import (
     target_ranks,
     top_k,
 )
-from sprc.scoring.recall import image_score_blocks, modality_table
+from sprc.scoring.recall import image_score_blocks, rank_modalities
 
 
 @pytest.fixture(params=[(128, 128), (7, 3), (1, 1)], ids=str)
@@ -243,8 +243,8 @@ def test_the_table_of_modalities_scores_each_of_them_once(monkeypatch):
     gallery, composed, text_only = vectors(9, 4, 3, 4), vectors(10, 2, 4), vectors(11, 2, 4)
     index = torch.tensor([0, 1])
     encoded = EncodedSplit(gallery, composed, text_only, index, index + 1, torch.arange(4).repeat(2, 1))
-    table = modality_table(CirrSplit("val", [], {}), encoded)
-    assert list(table) == ["reference and text", "text only", "image only"]
+    rankings = rank_modalities(Split("val", [], {}), encoded)
+    assert list(rankings) == ["reference and text", "text only", "image only"]
     assert [id(queries) for queries in passes] == [id(composed), id(text_only)]
 
 
@@ -258,7 +258,7 @@ def test_an_image_of_many_triplets_is_encoded_once(dtype, tmp_path, monkeypatch)
     triplets = [Triplet(n, *pair, CAPTIONS[n // 2], tuple("abcd")) for n, pair in enumerate(pairs)]
     encoded_images, encode_image = [], model.encode_image
     monkeypatch.setattr(model, "encode_image", lambda x: encoded_images.extend(x) or encode_image(x))
-    split = CirrSplit("val", triplets, paths)
+    split = Split("val", triplets, paths)
     settings = {"batch_size": 3, "num_workers": 0, "gallery_dtype": dtype}
     encoded = encode_split(model, split, lambda path: images[path.name], **settings)
     assert torch.equal(torch.stack(encoded_images), torch.stack(list(images.values())))
@@ -266,7 +266,7 @@ def test_an_image_of_many_triplets_is_encoded_once(dtype, tmp_path, monkeypatch)
     assert encoded.references.tolist() == [0, 0, 1, 0, 3, 0]
     # The same caption of the same image is the same query, whatever comes between.
     for number, (reference, _) in enumerate(pairs):
-        alone = CirrSplit("val", [Triplet(9, reference, "b", CAPTIONS[number // 2], tuple("abcd"))], paths)
+        alone = Split("val", [Triplet(9, reference, "b", CAPTIONS[number // 2], tuple("abcd"))], paths)
         other = encode_split(model, alone, lambda path: images[path.name], **settings)
         assert torch.allclose(encoded.composed[number], other.composed[0], atol=1e-5)
 
@@ -308,7 +308,7 @@ def test_recall_counts_targets_among_the_first_k_in_percent():
 
 def test_cirr_metrics_have_the_published_names_order_and_means():
     ranks, set_ranks = torch.tensor([0, 3, 7, 60]), torch.tensor([0, 0, 1, 2])
-    metrics = cirr_metrics(ranks, set_ranks)
+    metrics = CIRR.metrics_of({"": Ranking(ranks, set_ranks)})
     seven = [50.0, 75.0, 100.0, 25.0, 50.0, 75.0, 75.0]
     assert list(metrics) == [
         *("group_recall_at1", "group_recall_at2", "group_recall_at3"),
@@ -323,5 +323,5 @@ def test_cirr_metrics_have_the_published_names_order_and_means():
 
 
 def test_the_means_are_zero_where_a_recall_is():
-    metrics = cirr_metrics(torch.tensor([3]), torch.tensor([0]))
+    metrics = CIRR.metrics_of({"": Ranking(torch.tensor([3]), torch.tensor([0]))})
     assert metrics["recall_at1"] == metrics["harmonic_mean"] == metrics["geometric_mean"] == 0.0

@@ -1,15 +1,13 @@
 """The size of a submission, at the size of CIRR's test1."""
 
 import json
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from sprc.data.cirr import CirrSplit
-from sprc.data.datasets import Triplet
+from sprc.data.split import Split, Triplet
 from sprc.errors import InputError
 from sprc.scoring.encoding import EncodedSplit, member_indices
 from sprc.scoring.submission import write_submission
@@ -25,7 +23,7 @@ def submit(out, queries):
         members = tuple(names[(number + step) % IMAGES] for step in range(6))
         triplets.append(Triplet(12_000 + number, members[0], None, "", members))
     index = {name: i for i, name in enumerate(names)}
-    split = CirrSplit("test1", triplets, {name: Path(name) for name in names})
+    split = Split("test1", triplets, {name: Path(name) for name in names})
     generator = torch.Generator().manual_seed(0)
     encoded = EncodedSplit(
         gallery=F.normalize(torch.randn(IMAGES, 1, 4, generator=generator), dim=-1),
@@ -35,7 +33,7 @@ def submit(out, queries):
         targets=None,
         members=member_indices(split, index),
     )
-    return write_submission(Namespace(out=out, name="x", data_path=Path("data")), split, encoded)
+    return write_submission(split, encoded, out, "x", Path("data"))
 
 
 def test_a_submission_of_test1_s_size_is_one_that_the_server_takes(tmp_path):

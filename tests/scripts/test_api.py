@@ -232,7 +232,7 @@ import json, sprc
 model = sprc.load({str(trained[0])!r}, device="cpu")
 query = model.encode_query({picture!r}, {TEXT!r})
 gallery = model.encode_document([{picture!r}])
-from sprc.flags import INDEX, ROOT
+from sprc.settings import INDEX, ROOT
 from pathlib import Path
 package = Path(sprc.__file__).parent
 files = [(package / name).is_file() for name in ("py.typed", "__init__.pyi", "models/tiny.yaml")]

@@ -10,7 +10,9 @@ from helpers.runner import assert_one_clear_line, read_csv, run, train
 
 import blip_fine_tune_2
 from sprc.errors import InputError
-from sprc.training.resume import HYPERPARAMETERS, MAY_DIFFER, own_timeout, read_run, resumed_flags
+from sprc.training.resume import MAY_DIFFER, own_timeout, read_run, resumed_flags
+
+HYPERPARAMETERS = "training_hyperparameters.json"
 
 
 @pytest.fixture

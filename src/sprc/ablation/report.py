@@ -15,26 +15,18 @@ import numpy as np
 import pandas as pd
 import torch
 
-from sprc.ablation.run import OFF, SWITCHES, Cell, checkpoint_of, find_run, split_to_score
+from sprc.ablation.grid import OFF, SWITCHES, Cell
+from sprc.ablation.run import find_run, split_to_score
 from sprc.errors import InputError
 from sprc.figures import plt, save_figure
 from sprc.files import write_atomically, write_csv
 from sprc.models.checkpoint import FUSION, STATE
 from sprc.models.switches import SWITCHES as STATE_SWITCHES
-from sprc.scoring.ranking import cirr_metrics, fashioniq_metrics
-from sprc.training.fine_tuning import HYPERPARAMETERS
+from sprc.scoring.benchmarks import Benchmark, benchmark_class
+from sprc.scoring.ranking import Ranking
 
 RESAMPLES = 10_000
-# For each data set: what the paired test is about, what chooses the epoch, what is plotted.
-HEADLINE = {"cirr": "mean(R@5+R_s@1)", "fashioniq": "average_recall"}
-CRITERION = {"cirr": "arithmetic_mean", "fashioniq": "average_recall"}
-PLOTTED = {
-    "cirr": ["recall_at1", "recall_at5", "group_recall_at1", "arithmetic_mean"],
-    "fashioniq": ["average_recall_at10", "average_recall_at50", "average_recall"],
-}
-
 LEFT_OUT = ("missing_images", "dropped_triplets")  # columns of validation_metrics.csv
-MEANS_OF_SEVEN = ("arithmetic_mean", "harmonic_mean", "geometric_mean")
 
 
 @dataclass(frozen=True)
@@ -54,35 +46,56 @@ class CellResult:
     left_out: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
+    def benchmark(self) -> type[Benchmark]:
+        """What it was trained and scored on."""
+        return benchmark_class(self.dataset)
+
+    @property
     def kept_validation(self) -> float:
         """The headline metric on the validation split at the epoch that was kept, in percent."""
-        kept = self.validation[CRITERION[self.dataset]].idxmax()  # the first of equals, as in training
-        return float(self.validation.loc[kept, HEADLINE[self.dataset]])
+        kept = self.validation[self.benchmark.criterion].idxmax()  # the first of equals, as in training
+        return float(self.validation.loc[kept, self.benchmark.headline])
 
     @property
     def metrics(self) -> dict[str, float]:
         """The benchmark's metrics of ``ranks``, in percent."""
-        if self.dataset == "cirr":
-            columns = (torch.from_numpy(self.ranks[name].to_numpy()) for name in ("rank", "subset_rank"))
-            return cirr_metrics(*columns)
-        groups = self.ranks.groupby("type", sort=False)["rank"]
-        return fashioniq_metrics({name: torch.from_numpy(ranks.to_numpy()) for name, ranks in groups})
+        column = self.benchmark.part_column
+        parts = [("", self.ranks)] if column is None else self.ranks.groupby(column, sort=False)
+        return self.benchmark.metrics_of({str(part): as_ranking(ranks) for part, ranks in parts})
+
+    @property
+    def headline_scores(self) -> np.ndarray:
+        """What each query adds to the headline metric, (Q,), in percent."""
+        return self.benchmark.headline_scores({name: self.ranks[name].to_numpy() for name in self.ranks})
+
+
+def as_ranking(ranks: pd.DataFrame) -> Ranking:
+    """The rows of a file of ranks as the ranking that they came from."""
+    columns = {"ranks": "rank", "set_ranks": "subset_rank"}
+    return Ranking(
+        **{
+            name: torch.from_numpy(ranks[column].to_numpy())
+            for name, column in columns.items()
+            if column in ranks
+        }
+    )
 
 
 def read_cell(folder: Path, cell: Cell) -> CellResult:
     """Read a finished cell's files."""
     run = find_run(folder)
-    settings = json.loads((run / HYPERPARAMETERS).read_text(encoding="utf-8"))
+    assert run is not None  # a cell that has finished has one
+    settings = json.loads(run.hyperparameters.read_text(encoding="utf-8"))
     return CellResult(
         cell=cell,
         dataset=settings["dataset"],
         split=split_to_score(settings),
-        protocol=settings["fiq_protocol"] if settings["dataset"] == "fashioniq" else None,
+        protocol=settings["fiq_protocol"] if benchmark_class(settings["dataset"]).protocols else None,
         ranks=pd.read_csv(folder / "ranks.csv"),
-        train=pd.read_csv(run / "train_metrics.csv", index_col="epoch"),
-        validation=pd.read_csv(run / "validation_metrics.csv", index_col="epoch"),
-        step_seconds=pd.read_csv(run / "step_times.csv")["median_step_seconds"].median(),
-        checkpoint=checkpoint_of(run),
+        train=pd.read_csv(run.train_metrics, index_col="epoch"),
+        validation=pd.read_csv(run.validation_metrics, index_col="epoch"),
+        step_seconds=pd.read_csv(run.step_times)["median_step_seconds"].median(),
+        checkpoint=run.only_checkpoint(),
         left_out={title: found for title, found in settings.get("left_out", {}).items() if found["images"]},
     )
 
@@ -109,7 +122,7 @@ def report_ablation(out: Path, cells: list[Cell], failures: dict[Cell, str]) -> 
     tex = latex(rows, results, failures)
     write_atomically(out / "ablation.tex", lambda file: file.write(tex.encode()))
     if results:
-        names = PLOTTED[results[0].dataset]
+        names = results[0].benchmark.plotted
         labels = {name: metric_label(name) for name in names}
         validation = [(one.cell.variant, one.validation) for one in results]
         plot_bands(validation, labels, "validation, percent", out / "recall.png")
@@ -185,7 +198,7 @@ def fusion_parameters(checkpoint: Path) -> int:
 
 def epochs_to_reach(one: CellResult, baseline: CellResult) -> int | None:
     """Epochs trained when ``one`` first validated at least as well as ``baseline`` ever did, or None."""
-    criterion = CRITERION[one.dataset]
+    criterion = one.benchmark.criterion
     values = one.validation[criterion]
     reached = values.index[values >= baseline.validation[criterion].max()]
     return int(reached[0]) + 1 if len(reached) else None
@@ -205,28 +218,18 @@ def compare(pairs: list[tuple[CellResult, CellResult]]) -> Difference:
 
     Raises :class:`InputError` if they were scored on different queries.
     """
-    dataset = pairs[0][0].dataset
-    keys = ["pairid"] if dataset == "cirr" else ["type", "number"]
+    benchmark = pairs[0][0].benchmark
+    keys = benchmark.query_columns()
     first = pairs[0][1].ranks[keys]
     for one in (one for pair in pairs for one in pair):
         if not one.ranks[keys].equals(first):
             raise InputError(
                 f"{one.cell.name} was scored on other queries; delete its folder and run it again"
             )
-    differences = [query_scores(one.ranks) - query_scores(other.ranks) for one, other in pairs]
-    types = pairs[0][0].ranks["type"] if dataset == "fashioniq" else np.zeros(len(first), int)
-    return paired_bootstrap(np.stack(differences), pd.factorize(types)[0])
-
-
-def query_scores(ranks: pd.DataFrame) -> np.ndarray:
-    """What each query adds to the headline metric, (Q,), in percent.
-
-    CIRR: the mean over queries is mean(R@5 + R_s@1). FashionIQ: the mean over types of the means over a
-    type's queries is the mean of R@10 and R@50.
-    """
-    if "subset_rank" in ranks:
-        return 50.0 * ((ranks["rank"] < 5).to_numpy(int) + (ranks["subset_rank"] < 1).to_numpy(int))
-    return 50.0 * ((ranks["rank"] < 10).to_numpy(int) + (ranks["rank"] < 50).to_numpy(int))
+    differences = [one.headline_scores - other.headline_scores for one, other in pairs]
+    column = benchmark.part_column
+    parts = np.zeros(len(first), int) if column is None else pd.factorize(first[column])[0]
+    return paired_bootstrap(np.stack(differences), parts)
 
 
 def paired_bootstrap(
@@ -249,7 +252,7 @@ def paired_bootstrap(
 
     Args:
         differences: d, (S, Q).
-        strata: (Q,) from 0: FashionIQ's types; all 0 for CIRR.
+        strata: (Q,) from 0: FashionIQ's types; all 0 where a benchmark has one gallery.
         resamples: how many.
         level: of the interval.
         seed: of the draws.
@@ -291,35 +294,35 @@ def caption(results: list[CellResult]) -> str:
     if not results:
         return "No cell has finished."
     one = results[0]
-    name = {"cirr": "CIRR's format", "fashioniq": "FashionIQ's format"}[one.dataset]
     gallery = f" ({one.protocol} gallery)" if one.protocol else ""
     if one.split == "test1":
         where = (
             "built-in data, held-out test split test1; each run's epoch was chosen on the validation split, "
-            f"where its {HEADLINE[one.dataset]} is what stands under validation"
+            f"where its {one.benchmark.headline} is what stands under validation"
         )
     else:
         where = "validation split, on which each run's epoch was chosen as well: no test targets at hand"
     parts = [f"{d['images']} images, {d['triplets']} triplets of {t}" for t, d in one.left_out.items()]
     left_out = f" Left out, because image files are missing: {'; '.join(parts)}." if parts else ""
     return (
-        f"{name}{gallery}: {where}.{left_out} Percent, mean and standard deviation over seeds. "
-        f"The difference is that of {HEADLINE[one.dataset]} to off, paired by query and seed, with its 95 % "
-        "bootstrap interval."
+        f"{one.benchmark.name}'s format{gallery}: {where}.{left_out} Percent, mean and standard deviation "
+        f"over seeds. The difference is that of {one.benchmark.headline} to off, paired by query and seed, "
+        "with its 95 % bootstrap interval."
     )
 
 
-def shown_tables(rows: list[dict[str, Any]], pm: str) -> list[list[list[str]]]:
+def shown_tables(rows: list[dict[str, Any]], results: list[CellResult], pm: str) -> list[list[list[str]]]:
     """The two tables to print, recall and the rest, as rows of text under their headers.
 
-    The CSV file has every metric; these leave out CIRR's means of the seven recalls. ``pm`` is plus-minus.
+    The CSV file has every metric; these leave out what their benchmark does not print. ``pm`` is plus-minus.
     """
+    unprinted = results[0].benchmark.unprinted if results else ()
 
     def figure(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
     names = [key.removesuffix("_mean") for key in rows[0] if key.endswith("_mean")]
-    names = [name for name in names if name not in MEANS_OF_SEVEN]
+    names = [name for name in names if name not in unprinted]
     recall = [["variant", "seeds", *map(metric_label, names)]]
     rest = [
         ["variant", "parameters added", "step time / off", "epochs to off's best", "difference", "95 %", "p"]
@@ -353,7 +356,7 @@ def shown_tables(rows: list[dict[str, Any]], pm: str) -> list[list[list[str]]]:
 def markdown(rows: list[dict[str, Any]], results: list[CellResult], failures: dict[Cell, str]) -> str:
     """The tables in Markdown, with the failed cells below."""
     lines = [caption(results)]
-    for rows_of_text in shown_tables(rows, "±"):
+    for rows_of_text in shown_tables(rows, results, "±"):
         header, *body = [f"| {' | '.join(cells)} |" for cells in rows_of_text]
         lines += ["", header, "|---" * len(rows_of_text[0]) + "|", *body]
     if failures:
@@ -375,7 +378,7 @@ def latex(rows: list[dict[str, Any]], results: list[CellResult], failures: dict[
     """The tables in LaTeX, each a `table` with the rules of `booktabs`; the failed cells as comments."""
     lines = ["% needs \\usepackage{booktabs}"]
     for rows_of_text, title in zip(
-        shown_tables(rows, "+-"), (caption(results), "Cost and convergence."), strict=True
+        shown_tables(rows, results, "+-"), (caption(results), "Cost and convergence."), strict=True
     ):
         header, *body = [
             " & ".join(latex_text(text).replace("+-", r"$\pm$").replace("R\\_s@", "R$_s$@") for text in cells)

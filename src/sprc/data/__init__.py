@@ -1,5 +1,8 @@
 """The data of the benchmarks. This file imports nothing, so that `--help` names the choices at once."""
 
+# What --dataset takes, and the benchmark's name; their classes are in sprc.scoring.benchmarks.
+DATASETS = {"cirr": "CIRR", "fashioniq": "FashionIQ"}
+DATASETS_METAVAR = f"{{{','.join(DATASETS.values())}}}"
 TRANSFORMS = ("targetpad", "squarepad")
 # FashionIQ's kinds of clothing, in the order of SPRC's training and CSV files, and its galleries; see
 # sprc.data.fashioniq.

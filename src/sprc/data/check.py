@@ -1,6 +1,6 @@
 """Everything that is wrong with a data set on disk, where training would stop at the first thing."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from sprc.data import TYPES, cirr, fashioniq
 from sprc.data.images import inspect_images
 from sprc.data.missing import describe
 from sprc.data.reading import Report, quote, reporting
+from sprc.data.split import Split
 
 # What the authors' own files hold. An image of FashionIQ may be in several split files.
 CIRR_TRIPLETS = {"train": 28_225, "val": 4_181, "test1": 4_148}
@@ -26,21 +27,22 @@ class Findings:
     image_paths: dict[Path, None] = field(default_factory=dict)  # a set that keeps its order
 
 
-def check_dataset(
-    dataset: str, data_path: Path, decode: bool = False, missing_images: str = "error"
-) -> Findings:
-    """Check layout, every annotation and every image of "cirr" or "fashioniq" in ``data_path``.
+# What looks at a benchmark's annotations in a folder, notes its findings, and takes --missing-images.
+Examine = Callable[[Path, Findings, str], None]
 
-    The rules are those of :func:`load_cirr` and :func:`load_fashioniq`, which stop at the first problem; and
-    CIRR's sets must hold 6 images. Sizes other than the published ones are notes: made data have others.
+
+def check_dataset(
+    examine: Examine, data_path: Path, decode: bool = False, missing_images: str = "error"
+) -> Findings:
+    """Check layout, every annotation and every image of a benchmark in ``data_path``.
+
+    ``examine`` is the benchmark's own, see :mod:`sprc.scoring.benchmarks`. The rules are those of its reader,
+    which stops at the first problem. Sizes other than the published ones are notes: made data have others.
     With ``decode`` every image is decoded; without, header and end are looked at. What `--missing-images`
     "skip" leaves out is a note; with ``missing_images`` "skip" an image without a file is no problem besides.
     """
     findings = Findings()
-    if dataset == "cirr":
-        _check_cirr(data_path, findings, missing_images)
-    else:
-        _check_fashioniq(data_path, findings, missing_images)
+    examine(data_path, findings, missing_images)
     found = inspect_images(list(findings.image_paths), decode)
     findings.problems += [finding.problem for finding in found if finding.problem]
     if rotated := sum(finding.is_rotated for finding in found):
@@ -53,7 +55,8 @@ def check_dataset(
     return findings
 
 
-def _check_cirr(data_path: Path, findings: Findings, missing_images: str) -> None:
+def examine_cirr(data_path: Path, findings: Findings, missing_images: str) -> None:
+    """CIRR by the rules of :func:`sprc.data.cirr.load_cirr`; besides, its sets must hold 6 images."""
     total, nothing_left = 0, _on_nothing_left(findings, missing_images)
     for split, published in CIRR_TRIPLETS.items():
         loaded = cirr.load_cirr(data_path, split, findings.problems.append)
@@ -74,7 +77,7 @@ def _check_cirr(data_path: Path, findings: Findings, missing_images: str) -> Non
         findings.notes.append(f"{total:,} images; published are {CIRR_IMAGES:,}")
 
 
-def _odd_sets(split: cirr.CirrSplit) -> Iterator[str]:
+def _odd_sets(split: Split) -> Iterator[str]:
     for triplet in split.triplets:
         if len(triplet.members) != CIRR_SET_SIZE:
             yield (
@@ -83,7 +86,8 @@ def _odd_sets(split: cirr.CirrSplit) -> Iterator[str]:
             )
 
 
-def _check_fashioniq(data_path: Path, findings: Findings, missing_images: str) -> None:
+def examine_fashioniq(data_path: Path, findings: Findings, missing_images: str) -> None:
+    """FashionIQ by the rules of :func:`sprc.data.fashioniq.load_fashioniq`."""
     entries, images, files = 0, set(), None
     nothing_left = _on_nothing_left(findings, missing_images)
     with reporting(findings.problems.append):
@@ -109,7 +113,7 @@ def _check_fashioniq(data_path: Path, findings: Findings, missing_images: str) -
             _count(findings, f"{split}, {dress_type}", len(triplets), len(names))
             if files is None:
                 continue
-            loaded = fashioniq.FashionIQSplit(split, dress_type, triplets, {})
+            loaded = fashioniq.split_of_type(split, dress_type, triplets)
             with reporting(nothing_left):
                 loaded = fashioniq.without_missing(loaded, names, files)
             if loaded.left_out.images:

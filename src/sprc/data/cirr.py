@@ -1,12 +1,11 @@
 """CIRR (Liu et al., ICCV 2021) as it is published, release rc2."""
 
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sprc.data.datasets import Triplet
-from sprc.data.missing import LeftOut, has_file, leave_out
+from sprc.data.missing import has_file, leave_out
 from sprc.data.reading import (
     Report,
     quote,
@@ -18,30 +17,21 @@ from sprc.data.reading import (
     require_text,
     stop_at,
 )
+from sprc.data.split import Split, Triplet
 from sprc.errors import InputError
 
 SPLITS = ("train", "val", "test1")
 
 
-@dataclass(frozen=True)
-class CirrSplit:
-    """One split: its triplets, and all its images in the order of the split file, which is the gallery's."""
-
-    name: str
-    triplets: list[Triplet]
-    image_paths: dict[str, Path]
-    left_out: LeftOut = field(default_factory=LeftOut)
-
-    @property
-    def title(self) -> str:
-        """The split's name."""
-        return self.name
+def canonical_split(name: str) -> str:
+    """The name in CIRR's files: its third split is "test1" there, and "test" means the same."""
+    return "test1" if name == "test" else name
 
 
 def load_cirr(
     data_path: Path, split: str, report: Report = stop_at, *, missing_images: str = "error"
-) -> CirrSplit:
-    """Read and check the annotations of ``split``: "train", "val" or "test1".
+) -> Split:
+    """Read and check the annotations of ``split``: "train", "val", or "test1", which "test" means as well.
 
     The targets of "test1" are secret, so they are None. ``data_path`` is the folder that holds
     `cirr_dataset/`. The images themselves are left to :func:`sprc.data.images.check_images`; with
@@ -49,6 +39,7 @@ def load_cirr(
     Raises :class:`InputError` naming the file and the entry. Another ``report`` is told of each such problem
     instead, and what it is about is left out of the split.
     """
+    split = canonical_split(split)
     if split not in SPLITS:
         raise InputError(f"CIRR has no split {split!r}; choose from {', '.join(SPLITS)}")
     root = Path(data_path) / "cirr_dataset"
@@ -62,11 +53,11 @@ def load_cirr(
         captions_file = root / "cirr" / "captions" / f"cap.rc2.{split}.json"
         require_file("CIRR", root, captions_file)
         triplets = _read_triplets(captions_file, images, split, report)
-    loaded = CirrSplit(split, triplets, image_paths)
+    loaded = Split(split, triplets, image_paths)
     return without_missing(loaded) if missing_images == "skip" else loaded
 
 
-def without_missing(split: CirrSplit) -> CirrSplit:
+def without_missing(split: Split) -> Split:
     """``split`` without the images that have no file, and without the triplets that need one of those.
 
     A triplet needs all of its set: among fewer members its target would be easier to find. In training, where
@@ -86,7 +77,7 @@ def edits_of_test1(data_path: Path) -> Path:
     return Path(data_path) / "cirr_dataset" / "edits.test1.json"
 
 
-def load_cirr_test(data_path: Path, *, missing_images: str = "error") -> CirrSplit:
+def load_cirr_test(data_path: Path, *, missing_images: str = "error") -> Split:
     """The made benchmark's test1 with its targets, which :func:`load_cirr` leaves out.
 
     Raises :class:`InputError` naming the file and the entry; CIRR's own test1 has no public targets.

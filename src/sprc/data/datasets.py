@@ -4,7 +4,6 @@ import os
 import random
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -15,24 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from sprc.data.captions import process_caption
 from sprc.data.images import Loader
+from sprc.data.split import Triplet
 from sprc.distributed import rank, world_size
-
-
-@dataclass(frozen=True)
-class Triplet:
-    """A query (reference and modification text) and its target.
-
-    ``caption`` is raw. ``target`` is None where the benchmark keeps it secret. ``members`` are the names of
-    CIRR's image set, reference and target among them; empty for FashionIQ. ``training_captions`` are the
-    texts of which training takes one at random, raw; empty where it takes ``caption`` (CIRR).
-    """
-
-    pair_id: int
-    reference: str
-    target: str | None
-    caption: str
-    members: tuple[str, ...] = ()
-    training_captions: tuple[str, ...] = ()
 
 
 class TripletDataset(Dataset):

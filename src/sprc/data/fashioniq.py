@@ -2,13 +2,12 @@
 
 import os
 from collections.abc import Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sprc.data import PROTOCOLS, TYPES
-from sprc.data.datasets import Triplet
-from sprc.data.missing import LeftOut, has_file, leave_out
+from sprc.data.missing import has_file, leave_out
 from sprc.data.reading import (
     Report,
     quote,
@@ -19,27 +18,12 @@ from sprc.data.reading import (
     require_text,
     stop_at,
 )
+from sprc.data.split import Split, Triplet
 from sprc.errors import InputError
 
 SPLITS = ("train", "val", "test")
 # Where an image is there more than once, the first of these is taken.
 EXTENSIONS = (".png", ".jpg", ".jpeg")
-
-
-@dataclass(frozen=True)
-class FashionIQSplit:
-    """One split of one type: its triplets, and its gallery's images in the order of the split file."""
-
-    name: str
-    dress_type: str
-    triplets: list[Triplet]
-    image_paths: dict[str, Path]
-    left_out: LeftOut = field(default_factory=LeftOut)
-
-    @property
-    def title(self) -> str:
-        """The split's name and its type."""
-        return f"{self.name}, {self.dress_type}"
 
 
 def load_fashioniq(
@@ -49,7 +33,7 @@ def load_fashioniq(
     protocol: str = "original",
     *,
     missing_images: str = "error",
-) -> FashionIQSplit:
+) -> Split:
     """Read and check the annotations of one type, and find its images: .png, .jpg or .jpeg, in any case.
 
     A triplet's ``caption`` is what validation takes, its ``training_captions`` are the four of training, its
@@ -80,7 +64,7 @@ def load_fashioniq(
     gallery = list(names) if protocol == "original" else [name for name in names if name in used]
     paths = find_images(data_path)
     if missing_images == "skip":
-        return without_missing(FashionIQSplit(split, dress_type, triplets, {}), gallery, paths)
+        return without_missing(split_of_type(split, dress_type, triplets), gallery, paths)
     # The triplets' images first: without one of those even training is impossible.
     if missing := [name for name in dict.fromkeys([*used, *gallery]) if name not in paths]:
         split_file, captions_file = annotation_files(data_path, split, dress_type)
@@ -97,12 +81,17 @@ def load_fashioniq(
             "some links that FashionIQ published are dead: take a complete copy, correct --data-path, or "
             "leave them out with --missing-images skip"
         )
-    return FashionIQSplit(split, dress_type, triplets, {name: paths[name] for name in gallery})
+    return split_of_type(split, dress_type, triplets, {name: paths[name] for name in gallery})
 
 
-def without_missing(
-    split: FashionIQSplit, gallery: Collection[str], files: dict[str, Path]
-) -> FashionIQSplit:
+def split_of_type(
+    name: str, dress_type: str, triplets: list[Triplet], image_paths: dict[str, Path] | None = None
+) -> Split:
+    """One type's split. Its references are candidates: a target may be its query's own."""
+    return Split(name, triplets, image_paths or {}, dress_type=dress_type, ranks_reference=True)
+
+
+def without_missing(split: Split, gallery: Collection[str], files: dict[str, Path]) -> Split:
     """``split`` with the images of ``gallery`` that have a file, without the triplets that need another.
 
     Raises :class:`InputError` if no triplet remains.

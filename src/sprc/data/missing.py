@@ -6,37 +6,14 @@ queries and a smaller gallery than published ones, so the numbers stand beside e
 """
 
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
-from sprc.data.datasets import Triplet
 from sprc.data.reading import quote
+from sprc.data.split import LeftOut, Split, Triplet
 from sprc.distributed import objects_of_all_ranks
 from sprc.errors import InputError
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """What a split was left without: images that have no file, and how many triplets needed one of them."""
-
-    images: tuple[str, ...] = ()  # in the order of the split file
-    triplets: int = 0
-
-
-class ImageSplit(Protocol):
-    """What the splits of CIRR and of FashionIQ share."""
-
-    triplets: list[Triplet]
-    image_paths: dict[str, Path]
-    left_out: LeftOut
-
-    @property
-    def title(self) -> str:
-        """The split's name, FashionIQ's with its type."""
-
-
-S = TypeVar("S", bound=ImageSplit)
 
 
 def has_file(path: Path) -> bool:
@@ -50,7 +27,9 @@ def has_file(path: Path) -> bool:
     return True
 
 
-def leave_out(split: S, missing: Collection[str], needed: Callable[[Triplet], Iterable[str | None]]) -> S:
+def leave_out(
+    split: Split, missing: Collection[str], needed: Callable[[Triplet], Iterable[str | None]]
+) -> Split:
     """``split`` without the images ``missing`` and the triplets that need one of them, in the same order.
 
     Raises :class:`InputError` if no triplet remains.
@@ -70,7 +49,7 @@ def leave_out(split: S, missing: Collection[str], needed: Callable[[Triplet], It
     )
 
 
-def describe(split: ImageSplit) -> str:
+def describe(split: Split) -> str:
     """What ``split`` was left without, in one line."""
     images, triplets = len(split.left_out.images), split.left_out.triplets
     return (
@@ -80,7 +59,7 @@ def describe(split: ImageSplit) -> str:
     )
 
 
-def tell_left_out(splits: Iterable[ImageSplit]) -> None:
+def tell_left_out(splits: Iterable[Split]) -> None:
     """Print what each of ``splits`` was left without.
 
     Raises :class:`InputError` if the ranks do not miss the same images.
@@ -98,19 +77,19 @@ def tell_left_out(splits: Iterable[ImageSplit]) -> None:
             print(describe(split), flush=True)
 
 
-def left_out_columns(splits: Iterable[ImageSplit]) -> dict[str, int]:
+def left_out_columns(splits: Iterable[Split]) -> dict[str, int]:
     """What stands beside the figures of ``splits``: both numbers, or nothing where nothing was left out."""
     left_out = [split.left_out for split in splits]
     images, triplets = sum(len(one.images) for one in left_out), sum(one.triplets for one in left_out)
     return {"missing_images": images, "dropped_triplets": triplets} if images else {}
 
 
-def left_out_text(splits: Iterable[ImageSplit]) -> str:
+def left_out_text(splits: Iterable[Split]) -> str:
     """The same to put after a line."""
     return "".join(f", {name} {value:,}" for name, value in left_out_columns(splits).items())
 
 
-def names_left_out(splits: list[ImageSplit]) -> dict[str, dict[str, Any]]:
+def names_left_out(splits: list[Split]) -> dict[str, dict[str, Any]]:
     """What each split was left without, by its title: the names of images, the number of triplets."""
     return {
         split.title: {"images": list(split.left_out.images), "triplets": split.left_out.triplets}

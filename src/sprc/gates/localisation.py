@@ -25,16 +25,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sprc.data.captions import process_caption
-from sprc.data.datasets import Triplet
-from sprc.data.fashioniq import FashionIQSplit
 from sprc.data.images import Transform, load_image
 from sprc.data.reading import quote, read_field, read_json
+from sprc.data.split import Split, Triplet
 from sprc.data.synthetic.scenes import CELL_NAMES
 from sprc.errors import InputError
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.fusion_maps import fusion_maps, patch_grid
 from sprc.models.losses import similarity
-from sprc.scoring.encoding import Split
 
 GRID = len(CELL_NAMES)  # cells on a side of a scene
 KINDS = ("color", "shape", "size", "add", "remove", "move")
@@ -50,15 +48,11 @@ class PlacedEdit(NamedTuple):
     target: str  # the image's name, of hidden test splits as well
 
 
-def read_edits(data_path: Path, split: Split) -> list[PlacedEdit]:
-    """The edits of ``split``'s triplets, in their order.
+def read_edits(file: Path, split: Split) -> list[PlacedEdit]:
+    """The edits of ``split``'s triplets, in their order, from the benchmark's ``edits_file``.
 
     Raises :class:`InputError` if the data set is not a built-in one, or an entry is missing or broken.
     """
-    if isinstance(split, FashionIQSplit):
-        file = Path(data_path) / "fashionIQ_dataset" / f"edits.{split.dress_type}.{split.name}.json"
-    else:
-        file = Path(data_path) / "cirr_dataset" / f"edits.{split.name}.json"
     if not file.exists():
         raise InputError(
             f"{file} is missing: --localisation needs to know where the edits are, which only the built-in "

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from sprc.data.captions import process_caption
-from sprc.data.cirr import CirrSplit
-from sprc.data.datasets import Triplet
 from sprc.data.images import Transform, load_image
+from sprc.data.split import Split, Triplet
 from sprc.data.transforms import denormalise
 from sprc.figures import Cell, draw_cell, make_grid, own_scale, save_figure
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.fusion_maps import fusion_maps
-from sprc.scoring.encoding import EncodedSplit, Split
+from sprc.scoring.encoding import EncodedSplit
 from sprc.scoring.ranking import block_scores, target_ranks, top_k
 
 TOP = 5
@@ -77,7 +76,7 @@ def rank_gallery(
 ) -> tuple[list[int | None], list[list[int]]]:
     """For each of ``rows`` the target's rank, from 1, and the ``TOP`` best gallery indices."""
     scores = block_scores(encoded.composed[rows], encoded.gallery)
-    references = encoded.references[rows] if isinstance(split, CirrSplit) else None
+    references = None if split.ranks_reference else encoded.references[rows]
     ranks: list[int | None] = [None] * len(rows)
     if encoded.targets is not None:
         ranks = (target_ranks(scores, encoded.targets[rows], references) + 1).tolist()

@@ -15,9 +15,10 @@ from typing import Any, cast
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from sprc.data.split import Split
 from sprc.models.gated_fusion import FusionOutput
-from sprc.scoring.encoding import Split
-from sprc.scoring.recall import metrics, rank_split
+from sprc.scoring.benchmarks import Benchmark
+from sprc.scoring.recall import rank_split
 from sprc.scoring.scorer import Scorer
 
 EDITS = ("as trained", "none", "same for all tokens", "another caption's")
@@ -68,7 +69,7 @@ def joined(first: Tensor, second: Tensor) -> Tensor:
     return out
 
 
-def probe(scorer: Scorer, split: Split) -> list[dict[str, Any]]:
+def probe(scorer: Scorer, benchmark: type[Benchmark], split: Split) -> list[dict[str, Any]]:
     """A row for each of ``EDITS``: the benchmark's metrics of ``split``, in percent.
 
     ``scorer`` holds a model with fusion; every triplet of ``split`` has a target.
@@ -77,5 +78,6 @@ def probe(scorer: Scorer, split: Split) -> list[dict[str, Any]]:
     for edit in tqdm(EDITS, desc="edits", unit="edit"):
         with changed_edit(cast(nn.Module, scorer.checkpoint.model.gated_fusion), edit):
             (encoded,) = scorer.encode([split])
-        rows.append({"edit": edit, **metrics([split], [rank_split(split, encoded)])})
+        ranking = rank_split(split, encoded)
+        rows.append({"edit": edit, **benchmark.metrics_of({split.dress_type: ranking})})
     return rows

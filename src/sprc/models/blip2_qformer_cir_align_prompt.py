@@ -66,6 +66,9 @@ class Blip2QformerCirAlignPrompt(nn.Module):
         self.tokenizer = tokenizer
         self.caption_ids = CaptionIds(tokenizer, config.max_txt_len)
 
+        # Looked up before anything large is built: an unknown name is refused at once.
+        strategy = fusion_class(config.fusion_strategy) if config.use_gated_fusion else None
+
         self.visual_encoder = self.vision_transformer(config)
         self.ln_vision = nn.LayerNorm(config.vit_width, eps=config.vision_norm_eps)
 
@@ -92,8 +95,8 @@ class Blip2QformerCirAlignPrompt(nn.Module):
 
         # Built last, so that one seed gives the same other weights with fusion and without.
         self.gated_fusion = None
-        if config.use_gated_fusion:
-            self.gated_fusion = fusion_class(config.fusion_strategy)(
+        if strategy is not None:
+            self.gated_fusion = strategy(
                 config.vit_width,
                 config.hidden_size,
                 dropout=config.fusion_dropout,
@@ -229,7 +232,7 @@ class Blip2QformerCirAlignPrompt(nn.Module):
         return self.target_features(image_embeds), image_embeds
 
     def tokenize(self, text: list[str]) -> Text:
-        """B captions, cut to ``max_txt_len`` tokens and padded to the longest of them.
+        """B captions, cleaned, cut to ``max_txt_len`` tokens and padded to the longest of them.
 
         What is masked is not computed, so padding further would change nothing; only the mean over all
         positions (``pool="all"``) sees it, and gets all ``max_txt_len``.

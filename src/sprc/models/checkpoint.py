@@ -6,6 +6,7 @@ Ours leave out a frozen vision transformer, which the backbone provides, and hol
 """
 
 import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,12 +15,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from sprc.config import ModelConfig, read_backbone
+from sprc.config import ModelConfig, read_backbone, switches_from_environment
+from sprc.data.captions import process_caption
 from sprc.data.synthetic.scenes import caption_words
 from sprc.errors import InputError
 from sprc.files import verify_archive, write_atomically
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
-from sprc.models.factory import backbone_weights, model_class
+from sprc.models.factory import backbone_weights, create_model, model_class
 from sprc.models.switches import FUSION, SWITCHES, VIT, mismatches, read_switches, sizes_of, vocabulary_digest
 from sprc.models.tokenizer import (
     SPECIAL_TOKENS,
@@ -163,6 +165,44 @@ def load_checkpoint(
     if config.vit_depth != usual:
         found += f"; its vision transformer has {config.vit_depth} blocks, that of {backbone} has {usual}"
     return Checkpoint(model.eval(), contents["epoch"], hyperparameters, found)
+
+
+def start_model(
+    name: str,
+    backbone: str,
+    captions: Iterable[str],
+    *,
+    model_path: Path | None = None,
+    vocab: Path | None = None,
+    switches: Mapping[str, Any],
+    recorded: Mapping[str, Any] | None = None,
+) -> Blip2QformerCirAlignPrompt:
+    """The model to train: from its backbone's weights, or from a checkpoint's.
+
+    Args:
+        name: of the model's class.
+        backbone: one of ``sprc.config.BACKBONES``.
+        captions: where the vocabulary comes from for a backbone that has none of its own (`tiny`).
+        model_path: the checkpoint; None for the backbone's weights.
+        vocab: BERT's `vocab.txt`, see :func:`sprc.models.tokenizer.bert_tokenizer`.
+        switches: fields of :class:`ModelConfig` that the user sets; they win over ``SPRC_SWITCHES``.
+        recorded: the config of the run that goes on. It decides: neither ``SPRC_SWITCHES`` nor the backbone's
+            file, which may have changed, has a say.
+    """
+    if recorded:
+        # A field that an earlier version did not write was at its default. The words are the tokenizer's.
+        known = {**asdict(ModelConfig()), **recorded}
+        decided = {field: value for field, value in known.items() if field != "vocab_size"}
+    else:
+        decided = {"use_gated_fusion": True, **switches_from_environment(), **switches}
+    if model_path is not None:
+        checkpoint = load_checkpoint(
+            model_path, model_name=name, backbone=backbone, vocab=vocab, switches=decided
+        )
+        print(checkpoint.found, flush=True)
+        return checkpoint.model
+    cleaned = [process_caption(caption) for caption in captions]
+    return create_model(model_class(name), backbone, captions=cleaned, vocab=vocab, **decided)
 
 
 def described_by_state(

@@ -23,6 +23,7 @@ from torch import nn
 
 from sprc.distributed import local_rank, objects_of_all_ranks, rank, sees_gpu, world_size
 from sprc.errors import InputError, OutOfResources, ran_out_of_memory
+from sprc.processes import own_cores
 
 INSTALL = "https://pytorch.org/get-started/locally/"
 # The least driver for a CUDA of this major number, of all its minor ones.
@@ -331,11 +332,6 @@ def memory_explained(device: torch.device, batch_size: int, helps: Iterable[str]
             f"memory ran out on {device} with --batch-size {batch_size}{memory_of(device)}; what helps, best "
             f"first: {', '.join(helps)}. What was saved stays"
         ) from error
-
-
-def own_cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_workers(device: torch.device) -> int:

@@ -10,14 +10,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sprc.data.captions import process_caption
-from sprc.data.cirr import CirrSplit
 from sprc.data.datasets import ImageDataset, SteadyLoader, batches_of_rank
-from sprc.data.fashioniq import FashionIQSplit
 from sprc.data.images import Loader
+from sprc.data.split import Split
 from sprc.distributed import sum_over_ranks, world_size
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
-
-Split = CirrSplit | FashionIQSplit
 
 # Images that a rank encodes at once where nobody says how many: a training's batch may be that of many GPUs.
 LARGEST_BATCH = 64
@@ -74,7 +71,7 @@ def encode_split(
         on_batch: is called after each batch of images, on all ranks equally often; what it raises ends it.
     """
     names = list(split.image_paths)
-    label = " ".join([getattr(split, "dress_type", ""), split.name]).strip()
+    label = " ".join([split.dress_type, split.name]).strip()
     index = {name: i for i, name in enumerate(names)}
     captions = [process_caption(triplet.caption) for triplet in split.triplets]
     queries_of: dict[int, list[int]] = {}

@@ -1,4 +1,4 @@
-"""Ranking a gallery and the recall metrics of CIRR and FashionIQ.
+"""Ranking a gallery, and recall.
 
 A candidate's rank is the number of candidates before it: those with a higher similarity, and those with
 an equal one and a lower gallery index. So ties never depend on a sort's whims.
@@ -11,7 +11,6 @@ of a set.
 """
 
 from collections.abc import Iterable, Iterator
-from statistics import fmean, geometric_mean, harmonic_mean
 from typing import NamedTuple
 
 import torch
@@ -63,10 +62,10 @@ def block_scores(queries: Tensor, gallery: Tensor) -> Tensor:
 class Ranking(NamedTuple):
     """Where the targets came, and what came first; None for what was not asked for or cannot be known."""
 
-    ranks: Tensor | None  # (T,), of the target in the gallery, from 0
-    set_ranks: Tensor | None  # (T,), of the target in its image set
-    top: Tensor | None  # (T, k) gallery indices, best first
-    set_order: Tensor | None  # (T, K) gallery indices of the image set, best first, the reference last
+    ranks: Tensor | None = None  # (T,), of the target in the gallery, from 0
+    set_ranks: Tensor | None = None  # (T,), of the target in its image set
+    top: Tensor | None = None  # (T, k) gallery indices, best first
+    set_order: Tensor | None = None  # (T, K) gallery indices of the image set, best first, the reference last
 
 
 def rank(
@@ -175,44 +174,3 @@ def subset_order(scores: Tensor, references: Tensor, members: Tensor) -> Tensor:
 def recall(ranks: Tensor, k: int) -> float:
     """Recall at k in percent: the share of targets among the first k."""
     return 100 * (ranks < k).double().mean().item()
-
-
-def cirr_metrics(ranks: Tensor, set_ranks: Tensor) -> dict[str, float]:
-    """CIRR's metrics in percent (Liu et al. 2021), named and ordered as in SPRC's CSV files: sets first.
-
-    Args:
-        ranks: (T,) from :func:`target_ranks`.
-        set_ranks: (T,) from :func:`subset_ranks`.
-    """
-    recalls = {f"group_recall_at{k}": recall(set_ranks, k) for k in (1, 2, 3)}
-    recalls |= {f"recall_at{k}": recall(ranks, k) for k in (1, 5, 10, 50)}
-    values = list(recalls.values())
-    return {
-        **recalls,
-        "mean(R@5+R_s@1)": (recalls["recall_at5"] + recalls["group_recall_at1"]) / 2,
-        "arithmetic_mean": fmean(values),
-        # Both are zero where one value is; the library refuses to say so of the geometric mean.
-        "harmonic_mean": harmonic_mean(values) if all(values) else 0.0,
-        "geometric_mean": geometric_mean(values) if all(values) else 0.0,
-    }
-
-
-def fashioniq_metrics(ranks_by_type: dict[str, Tensor]) -> dict[str, float]:
-    """FashionIQ's metrics in percent, in the order of SPRC's CSV files: types first, then their means.
-
-    Args:
-        ranks_by_type: for each type (dress, toptee, shirt) the (T,) ranks from :func:`target_ranks` in the
-            type's own gallery, references left in.
-    """
-    metrics = {
-        f"{dress_type}_recall_at{k}": recall(ranks, k)
-        for dress_type, ranks in ranks_by_type.items()
-        for k in (10, 50)
-    }
-    means = [fmean(metrics[f"{dress_type}_recall_at{k}"] for dress_type in ranks_by_type) for k in (10, 50)]
-    return {
-        **metrics,
-        "average_recall_at10": means[0],
-        "average_recall_at50": means[1],
-        "average_recall": fmean(means),
-    }

@@ -1,18 +1,16 @@
-"""From encoded splits to ranks and recall."""
+"""From encoded splits to ranks."""
 
 from collections.abc import Iterator
 
 from torch import Tensor
 
-from sprc.data.cirr import CirrSplit
-from sprc.scoring.encoding import EncodedSplit, Split
+from sprc.data.split import Split
+from sprc.scoring.encoding import EncodedSplit
 from sprc.scoring.ranking import (
     QUERY_BLOCK,
     Ranking,
     ScoreBlocks,
     block_scores,
-    cirr_metrics,
-    fashioniq_metrics,
     rank,
     score_blocks,
 )
@@ -36,35 +34,24 @@ def image_score_blocks(encoded: EncodedSplit) -> Iterator[tuple[Tensor, Tensor]]
             yield part, scores[of_query[part] - start]
 
 
-def rank_split(split: Split, encoded: EncodedSplit, blocks: ScoreBlocks | None = None, **k: int) -> Ranking:
+def rank_split(
+    split: Split, encoded: EncodedSplit, blocks: ScoreBlocks | None = None, *, k: int | None = None
+) -> Ranking:
     """Rank a split's queries as its benchmark does: CIRR's without the reference and in sets as well.
 
     ``blocks`` are the composed queries' similarities by default; ``k`` goes to :func:`rank`.
     """
-    blocks = score_blocks(encoded.composed, encoded.gallery) if blocks is None else blocks
-    if isinstance(split, CirrSplit):
-        sets = {"references": encoded.references, "members": encoded.members}
-    else:
-        sets = {"references": None, "members": None}
-    return rank(blocks, targets=encoded.targets, **sets, **k)
-
-
-def metrics(splits: list[Split], rankings: list[Ranking]) -> dict[str, float]:
-    """The benchmark's metrics, in percent.
-
-    Args:
-        splits: CIRR's one split, or FashionIQ's one split a type.
-        rankings: of the same splits.
-    """
-    if isinstance(splits[0], CirrSplit):
-        return cirr_metrics(rankings[0].ranks, rankings[0].set_ranks)
-    return fashioniq_metrics(
-        {split.dress_type: ranking.ranks for split, ranking in zip(splits, rankings, strict=True)}
+    return rank(
+        score_blocks(encoded.composed, encoded.gallery) if blocks is None else blocks,
+        targets=encoded.targets,
+        references=None if split.ranks_reference else encoded.references,
+        members=encoded.members if encoded.members.shape[1] else None,
+        k=k,
     )
 
 
-def modality_table(split: CirrSplit, encoded: EncodedSplit) -> dict[str, dict[str, float]]:
-    """CIRR's metrics of the composed query, the text alone and the image alone.
+def rank_modalities(split: Split, encoded: EncodedSplit) -> dict[str, Ranking]:
+    """The rankings by the composed query, by the text alone and by the image alone.
 
     A benchmark where either half does as well as the whole does not test composition.
     """
@@ -73,4 +60,4 @@ def modality_table(split: CirrSplit, encoded: EncodedSplit) -> dict[str, dict[st
         "text only": score_blocks(encoded.text_only, encoded.gallery),
         "image only": image_score_blocks(encoded),
     }
-    return {name: metrics([split], [rank_split(split, encoded, b)]) for name, b in blocks.items()}
+    return {name: rank_split(split, encoded, b) for name, b in blocks.items()}

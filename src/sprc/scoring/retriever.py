@@ -30,12 +30,12 @@ from sprc.models.device import choose_device, default_workers, memory_explained,
 from sprc.run_folder import PRETRAINED, find_checkpoint
 from sprc.scoring.feature_cache import pixel_bytes
 from sprc.scoring.ranking import score_blocks
+from sprc.scoring.settings import SCORING_BATCH, ImageSettings
 
 Picture = str | Path | Image.Image
 
 # How pictures are prepared for a checkpoint that does not say it: as for SPRC's.
-PREPROCESSING = {"transform": "targetpad", "target_ratio": 1.25}
-BATCH = 32  # pictures at once where nobody says how many
+PREPROCESSING = {"transform": ImageSettings.transform, "target_ratio": ImageSettings.target_ratio}
 
 
 def load(
@@ -131,7 +131,7 @@ class Retriever:
         images: Picture | Sequence[Picture],
         texts: str | Sequence[str],
         *,
-        batch_size: int = BATCH,
+        batch_size: int = SCORING_BATCH,
         num_workers: int | None = None,
         progress: bool = True,
     ) -> Tensor:
@@ -186,7 +186,7 @@ class Retriever:
         self,
         images: Picture | Sequence[Picture],
         *,
-        batch_size: int = BATCH,
+        batch_size: int = SCORING_BATCH,
         num_workers: int | None = None,
         progress: bool = True,
     ) -> Tensor:

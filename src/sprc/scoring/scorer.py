@@ -1,6 +1,5 @@
 """A checkpoint with the settings to score it with."""
 
-import argparse
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,20 +8,28 @@ from typing import Any
 import torch
 
 from sprc.data.images import Transform
+from sprc.data.split import Split
 from sprc.data.transforms import make_transform
 from sprc.models.checkpoint import Checkpoint, load_checkpoint
 from sprc.models.device import SCORING_HELPS, default_workers, memory_explained, place
-from sprc.scoring.encoding import LARGEST_BATCH, EncodedSplit, Split, encode_split
+from sprc.scoring.encoding import LARGEST_BATCH, EncodedSplit, encode_split
 from sprc.scoring.feature_cache import open_images
-from sprc.scoring.retriever import BATCH, PREPROCESSING
+from sprc.scoring.settings import (
+    SCORING_BATCH,
+    CacheSettings,
+    GallerySettings,
+    ImageSettings,
+    ScoringSettings,
+)
 
 # How a checkpoint that does not say it is scored: as SPRC's are.
 PUBLISHED = {
-    **PREPROCESSING,
-    "batch_size": BATCH,
-    "save_memory": False,
-    "gallery_dtype": "float32",
-    "cache_dtype": "float16",
+    "transform": ImageSettings.transform,
+    "target_ratio": ImageSettings.target_ratio,
+    "batch_size": SCORING_BATCH,
+    "save_memory": GallerySettings.save_memory,
+    "gallery_dtype": GallerySettings.gallery_dtype,
+    "cache_dtype": CacheSettings.cache_dtype,
 }
 
 
@@ -60,11 +67,12 @@ class Scorer:
         return cls(checkpoint, {**own, **given, "feature_cache": feature_cache})
 
     @classmethod
-    def from_flags(cls, arguments: argparse.Namespace, device: torch.device) -> "Scorer":
-        """The same from the command line of :func:`sprc.flags.add_scoring_flags`."""
+    def from_settings(cls, settings: ScoringSettings, device: torch.device) -> "Scorer":
+        """The same from a command's settings."""
         names = ("blip_model_name", "backbone", "vocab", "feature_cache", "num_workers", *PUBLISHED)
-        flags = {name: getattr(arguments, name) for name in names}
-        return cls.load(arguments.model_path, device=device, **flags)
+        return cls.load(
+            settings.model_path, device=device, **{name: getattr(settings, name) for name in names}
+        )
 
     @property
     def transform(self) -> Transform:

@@ -15,28 +15,18 @@ import torch
 from sprc.data.captions import process_caption
 from sprc.data.cirr import load_cirr
 from sprc.errors import InputError, Interrupted
-from sprc.flags import INDEX
 from sprc.models.checkpoint import read_contents
 from sprc.models.device import start_device
 from sprc.models.tokenizer import make_vocabulary
+from sprc.run_folder import RunFolder
 from sprc.search.commands import index_pictures
 from sprc.search.searcher import load_model, require_engine
+from sprc.search.settings import AppSettings
+from sprc.settings import INDEX
 
 
-def run_app(
-    *,
-    index: Path | None,
-    data_path: Path,
-    models_path: Path,
-    model_path: Path | None,
-    vocab: Path | None,
-    engine: str,
-    candidates: int,
-    device: str | None,
-    port: int,
-    address: str,
-) -> None:
-    """Serve the page until it is stopped, which raises :class:`Interrupted`. The flags of `app.py`.
+def run_app(settings: AppSettings) -> None:
+    """Serve the page until it is stopped, which raises :class:`Interrupted`.
 
     An index of the built-in data, with the newest model of ``make demo``, is made where there is no index.
 
@@ -46,35 +36,34 @@ def run_app(
         from streamlit.web import cli
     except ImportError as error:
         raise InputError("the page needs the package streamlit: pip install -e '.[search]'") from error
-    require_engine(engine, candidates)
-    if not 1 <= port <= 65535:
-        raise InputError(f"--port {port}: give a number from 1 to 65535")
-    on = start_device(device)
-    demo = data_path / "cirr_dataset" / "dev"
-    if index is None:
-        index = INDEX
-        if not (INDEX / "index.json").exists():
-            index = data_path / "picture_index"
-            index_demo(data_path, demo, models_path, index, on)
+    require_engine(settings.engine, settings.candidates)
+    if not 1 <= settings.port <= 65535:
+        raise InputError(f"--port {settings.port}: give a number from 1 to 65535")
+    device = start_device(settings.device)
+    demo = settings.data_path / "cirr_dataset" / "dev"
+    index = settings.index or INDEX
+    if settings.index is None and not (INDEX / "index.json").exists():
+        index = settings.data_path / "picture_index"
+        index_demo(settings.data_path, demo, settings.models_path, index, device)
     # Here and not at the first visit, which then has its answer at once. The page finds them loaded.
     from sprc.search.page import MOST_BYTES, current_searcher, warm_up
 
-    settings: dict[str, Any] = {
+    of_page: dict[str, Any] = {
         "index": str(index.resolve()),
-        "model_path": None if model_path is None else str(model_path.resolve()),
-        "vocab": None if vocab is None else str(vocab.resolve()),
-        "engine": engine,
-        "candidates": candidates,
-        "device": str(on),
+        "model_path": None if settings.model_path is None else str(settings.model_path.resolve()),
+        "vocab": None if settings.vocab is None else str(settings.vocab.resolve()),
+        "engine": settings.engine,
+        "candidates": settings.candidates,
+        "device": str(device),
     }
-    searcher = current_searcher(**settings)
+    searcher = current_searcher(**of_page)
     inside = demo.resolve().is_relative_to(searcher.index.folder)
-    samples = data_path.resolve() if inside else None
+    samples = settings.data_path.resolve() if inside else None
     warm_up(searcher, samples)
-    settings["samples"] = None if samples is None else str(samples)
+    of_page["samples"] = None if samples is None else str(samples)
     options = {
-        "server.address": address,
-        "server.port": port,
+        "server.address": settings.address,
+        "server.port": settings.port,
         "server.headless": "true",
         "server.maxUploadSize": MOST_BYTES // 2**20,
         "server.fileWatcherType": "none",
@@ -84,7 +73,7 @@ def run_app(
     }
     flags = [f"--{name}={value}" for name, value in options.items()]
     try:
-        cli.main(["run", __file__, *flags, "--", json.dumps(settings)])
+        cli.main(["run", __file__, *flags, "--", json.dumps(of_page)])
     except SystemExit as end:
         if end.code:
             raise
@@ -94,7 +83,7 @@ def run_app(
 def index_demo(data_path: Path, pictures: Path, models: Path, path: Path, device: torch.device) -> None:
     """Index the built-in data's validation pictures with the newest model that was trained on these data."""
     found = sorted(
-        models.glob("clip_finetuned_on_*/saved_models/tuned_clip_*.pt"),
+        (file for run in RunFolder.all_in(models) for file in run.checkpoints.glob("tuned_clip_*.pt")),
         key=lambda file: file.stat().st_mtime,
         reverse=True,
     )

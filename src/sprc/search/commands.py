@@ -14,50 +14,45 @@ from sprc.data.reading import require_words
 from sprc.errors import InputError, Interrupted
 from sprc.models.device import default_workers, memory_explained, place, start_device
 from sprc.scoring.encoding import LARGEST_BATCH
-from sprc.scoring.retriever import BATCH, Retriever
+from sprc.scoring.retriever import Retriever
+from sprc.scoring.settings import SCORING_BATCH
 from sprc.search.folder import check_folder
 from sprc.search.index import PictureIndex, Result, identity_of, open_index, printable
 from sprc.search.indexing import update_index
 from sprc.search.pictures import draw_results, open_thumbnail, thumbnail
 from sprc.search.searcher import Searcher, find_reference, load_model, require_engine
+from sprc.search.settings import IndexSettings, QuerySettings
 
 SHOWN = 20  # of the pictures left out
 SIDE = 256  # of a picture on a sheet
 
 
-def run_index(
-    folder: Path,
-    *,
-    index: Path,
-    model_path: Path,
-    blip_model_name: str | None,
-    backbone: str | None,
-    vocab: Path | None,
-    transform: str | None,
-    target_ratio: float | None,
-    batch_size: int | None,
-    num_workers: int | None,
-    device: str | None,
-    rebuild: bool,
-) -> None:
-    """Index a folder of pictures and print what was done. The flags of `search.py index`."""
-    on = start_device(device)
-    check_folder(folder)
+def run_index(settings: IndexSettings) -> None:
+    """Index a folder of pictures and print what was done; see :func:`sprc.search.indexing.update_index`."""
+    device = start_device(settings.device)
+    check_folder(settings.folder)
+    called: dict[str, Any] = {"blip_model_name": settings.blip_model_name, "backbone": settings.backbone}
     retriever = load_model(
-        model_path,
-        blip_model_name=blip_model_name,
-        backbone=backbone,
-        vocab=vocab,
-        transform=transform,
-        target_ratio=target_ratio,
+        settings.model_path,
+        **called,
+        vocab=settings.vocab,
+        transform=settings.transform,
+        target_ratio=settings.target_ratio,
     )
     # A published checkpoint does not say what it is: remember what it was called.
-    scored_as = {"blip_model_name": blip_model_name, "backbone": backbone}
-    scored_as["model_path"] = str(model_path.resolve())
-    if vocab is not None:
-        scored_as["vocab"] = str(vocab.resolve())
-    reading = {"batch_size": batch_size, "num_workers": num_workers}
-    index_pictures(index, folder, retriever, on, scored_as, **reading, rebuild=rebuild)
+    scored_as = {**called, "model_path": str(settings.model_path.resolve())}
+    if settings.vocab is not None:
+        scored_as["vocab"] = str(settings.vocab.resolve())
+    index_pictures(
+        settings.index,
+        settings.folder,
+        retriever,
+        device,
+        scored_as,
+        batch_size=settings.batch_size,
+        num_workers=settings.num_workers,
+        rebuild=settings.rebuild,
+    )
 
 
 def index_pictures(
@@ -78,7 +73,7 @@ def index_pictures(
     identity = identity_of(retriever.model, retriever.transform_name, retriever.target_ratio)
     place(retriever.model, device)
     if batch_size is None:
-        batch_size = min(retriever.checkpoint.hyperparameters.get("batch_size", BATCH), LARGEST_BATCH)
+        batch_size = min(retriever.checkpoint.hyperparameters.get("batch_size", SCORING_BATCH), LARGEST_BATCH)
     if num_workers is None:
         num_workers = default_workers(device)
     reading = {"batch_size": batch_size, "num_workers": num_workers}
@@ -99,46 +94,33 @@ def index_pictures(
             print(f"  {printable(name)}: {printable(reason)}")
 
 
-def run_query(
-    *,
-    index: Path,
-    image: str,
-    text: str,
-    top: int,
-    keep_reference: bool,
-    sheet: Path | None,
-    json: bool,
-    model_path: Path | None,
-    vocab: Path | None,
-    engine: str,
-    candidates: int,
-    device: str | None,
-) -> None:
-    """Print the best pictures for a reference and a text, and draw them; the flags of `search.py query`."""
-    on = start_device(device, file=sys.stderr)  # stdout is the results' alone
-    require_words(text, "--text")
-    if top < 1:
-        raise InputError(f"--top {top}: give a whole number of at least 1")
-    require_engine(engine, candidates)
+def run_query(settings: QuerySettings) -> None:
+    """Print the best pictures for a reference and a text; draw them too, with ``sheet``."""
+    device = start_device(settings.device, file=sys.stderr)  # stdout is the results' alone
+    require_words(settings.text, "--text")
+    if settings.top < 1:
+        raise InputError(f"--top {settings.top}: give a whole number of at least 1")
+    require_engine(settings.engine, settings.candidates)
+    sheet = settings.sheet
     if sheet is not None and not sheet.absolute().parent.is_dir():
         raise InputError(f"--sheet {sheet}: its folder does not exist; make it, or give another")
-    opened = open_index(index)
-    path, _ = find_reference(opened, image, "--image")
+    index = open_index(settings.index)
+    path, _ = find_reference(index, settings.image, "--image")
     searcher = Searcher.of(
-        opened,
-        model_path=model_path,
-        vocab=vocab,
-        device=str(on),
-        engine=engine,
-        candidates=candidates,
+        index,
+        model_path=settings.model_path,
+        vocab=settings.vocab,
+        device=str(device),
+        engine=settings.engine,
+        candidates=settings.candidates,
     )
-    results = searcher.search(path, text, top=top, keep_reference=keep_reference)
-    for note in searcher.notes(text):
+    results = searcher.search(path, settings.text, top=settings.top, keep_reference=settings.keep_reference)
+    for note in searcher.notes(settings.text):
         print(f"note: {note}", file=sys.stderr)
     if sheet is not None:
-        draw_sheet(sheet, opened, path, text, results)
-    if json:
-        print_json(path, text, results)
+        draw_sheet(sheet, index, path, settings.text, results)
+    if settings.json:
+        print_json(path, settings.text, results)
         return
     for rank, result in enumerate(results, start=1):
         print(f"{rank:>3}  {result.score:.4f}  {printable(str(result.path))}")

@@ -32,8 +32,7 @@ from sprc.search.index import (
     printable,
     refuse_other_model,
 )
-
-CANDIDATES = 1000  # that FAISS gives, and the exact score ranks
+from sprc.search.settings import EngineSettings, QuerySettings
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +41,8 @@ class Searcher:
 
     index: PictureIndex
     retriever: Retriever
-    engine: str = "exact"  # or "faiss"
-    candidates: int = CANDIDATES
+    engine: str = EngineSettings.engine
+    candidates: int = EngineSettings.candidates
 
     @classmethod
     def open(
@@ -53,8 +52,8 @@ class Searcher:
         model_path: str | Path | None = None,
         vocab: str | Path | None = None,
         device: str | None = None,
-        engine: str = "exact",
-        candidates: int = CANDIDATES,
+        engine: str = EngineSettings.engine,
+        candidates: int = EngineSettings.candidates,
     ) -> Searcher:
         """The index at ``path``, which `search.py index` made, with its model.
 
@@ -129,7 +128,7 @@ class Searcher:
         image: str | Path | Image.Image,
         text: str,
         *,
-        top: int = 10,
+        top: int = QuerySettings.top,
         keep_reference: bool = False,
         strength: float = 1.0,
     ) -> list[Result]:

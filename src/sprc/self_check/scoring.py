@@ -6,11 +6,11 @@ from typing import cast
 
 from torch import Tensor
 
-from sprc.data.cirr import CirrSplit
-from sprc.data.datasets import Triplet
+from sprc.data.split import Split, Triplet
+from sprc.scoring.benchmarks import CIRR
 from sprc.scoring.encoding import EncodedSplit, encode_split
 from sprc.scoring.ranking import block_scores
-from sprc.scoring.recall import metrics, rank_split
+from sprc.scoring.recall import rank_split
 from sprc.self_check.report import FAIL, OK, Line
 from sprc.self_check.setting import MadeTriplets, Setting, caption
 
@@ -26,7 +26,7 @@ def check_scoring(setting: Setting) -> Iterator[Line]:
     model = setting.model()
     triplets = MadeTriplets(model.config, IMAGES)
     names = [str(number) for number in range(IMAGES)]
-    split = CirrSplit("val", made_queries(names), {name: Path(name) for name in names})
+    split = Split("val", made_queries(names), {name: Path(name) for name in names})
 
     def load(path: Path) -> Tensor:
         return triplets[int(path.name)]["image"]
@@ -48,7 +48,7 @@ def made_queries(names: list[str]) -> list[Triplet]:
     return queries
 
 
-def compare(split: CirrSplit, wanted: EncodedSplit, found: EncodedSplit, dtype: str) -> Line:
+def compare(split: Split, wanted: EncodedSplit, found: EncodedSplit, dtype: str) -> Line:
     """Equal but for ties: a rank may move by as many places as candidates are level with the target."""
     scores = block_scores(wanted.composed, wanted.gallery)
     error = float((block_scores(found.composed, found.gallery) - scores).abs().max())
@@ -57,7 +57,7 @@ def compare(split: CirrSplit, wanted: EncodedSplit, found: EncodedSplit, dtype: 
     moved = (ranks[0] - ranks[1]).abs()
     level = level_with_target(scores, cast(Tensor, wanted.targets), TIES[dtype])
     wrong = int((moved > level).sum())
-    values = [metrics([split], [ranking]) for ranking in rankings]
+    values = [CIRR.metrics_of({"": ranking}) for ranking in rankings]
     difference = max(abs(values[0][name] - values[1][name]) for name in values[0])
     figures = (
         f"similarities apart by {error:.1e}, bound {OFF_BY[dtype]:.1e}; {int((moved > 0).sum())} of "

@@ -6,16 +6,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sprc.data.datasets import Triplet
+from sprc.data import DATASETS
 from sprc.data.reading import quote, read_json
+from sprc.data.split import Split, Triplet
 from sprc.distributed import world_size
 from sprc.errors import InputError
-from sprc.scoring.benchmark import Benchmark
-from sprc.training.loop import saved_progress, schedule_span
+from sprc.run_folder import RunFolder
+from sprc.scoring.benchmarks import benchmark_class
+from sprc.training.state import saved_progress
 
-HYPERPARAMETERS = "training_hyperparameters.json"
-MISSING_IMAGES = "missing_images.json"  # what --missing-images skip left out
 PATHS = ("data_path", "models_path", "model_path", "feature_cache", "vocab")
+# Of the machine that trained and not of the model: a checkpoint, which travels, does not tell it.
+OF_THE_MACHINE = (*PATHS, "num_workers")
 
 # What a run may be resumed with, because it cannot change what the run learns, or the user wants the change.
 # Every other flag has to be the run's own.
@@ -61,7 +63,7 @@ def absolute(path: Path) -> Path:
 
 def read_run(run_folder: Path) -> dict[str, Any]:
     """What the run in ``run_folder`` was started with; :class:`InputError` if its file says no such thing."""
-    path = run_folder / HYPERPARAMETERS
+    path = RunFolder(run_folder).hyperparameters
     try:
         written = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -73,7 +75,7 @@ def read_run(run_folder: Path) -> dict[str, Any]:
     kinds = WRITTEN | {name: dict for name in ("model_config", "digests") if name in written}
     kinds |= {name: (str, type(None)) for name in PATHS if name in written}
     wrong = [name for name, kind in kinds.items() if not isinstance(written.get(name), kind)]
-    if not wrong and written["dataset"].lower() not in ("cirr", "fashioniq"):
+    if not wrong and written["dataset"].lower() not in DATASETS:
         wrong = ["dataset"]
     if wrong:
         raise InputError(f"{path} is broken: it has no usable {', '.join(wrong)}; restore it from a copy")
@@ -155,15 +157,14 @@ def check_cache(own: dict[str, Any], flags: dict[str, Any]) -> None:
 def check_epochs(own: dict[str, Any], flags: dict[str, Any]) -> None:
     """Raise :class:`InputError` if ``--num-epochs`` would change the schedule, or was passed already."""
     before, now = own["num_epochs"], flags["num_epochs"]
-    name = "CIRR" if own["dataset"] == "cirr" else "FashionIQ"
-    if schedule_span(name, before) != schedule_span(name, now):
-        span = "80 epochs, or all of more" if name == "CIRR" else "all epochs of a run"
+    benchmark = benchmark_class(own["dataset"])
+    if benchmark.schedule_span(before) != benchmark.schedule_span(now):
         raise InputError(
-            f"--num-epochs {now}: {flags['resume']} was started with --num-epochs {before}, and {name}'s "
-            f"learning rate schedule spans {span}: what is trained would have been trained with other "
-            "rates; leave the flag out, or start a new run"
+            f"--num-epochs {now}: {flags['resume']} was started with --num-epochs {before}, and "
+            f"{benchmark.name}'s learning rate schedule spans {benchmark.schedule_in_words}: what is trained "
+            "would have been trained with other rates; leave the flag out, or start a new run"
         )
-    progress = saved_progress(flags["resume"])
+    progress = saved_progress(RunFolder(flags["resume"]))
     done = progress.epoch if progress else 0
     if done >= now:
         raise InputError(
@@ -172,7 +173,7 @@ def check_epochs(own: dict[str, Any], flags: dict[str, Any]) -> None:
         )
 
 
-def digest_of_data(benchmark: Benchmark, triplets: list[Triplet]) -> str:
+def digest_of_data(scored: list[Split], triplets: list[Triplet]) -> str:
     """A digest of what is trained on and scored, wherever it lies; images by their names."""
     digest = hashlib.blake2b(digest_size=16)
 
@@ -180,9 +181,9 @@ def digest_of_data(benchmark: Benchmark, triplets: list[Triplet]) -> str:
         for item in items:
             digest.update(repr(item).encode())
 
-    for part in (triplets, *(split.triplets for split in benchmark.splits)):
+    for part in (triplets, *(split.triplets for split in scored)):
         add((t.pair_id, t.reference, t.target, t.caption, t.members, t.training_captions) for t in part)
-    for split in benchmark.splits:
+    for split in scored:
         add(split.image_paths)
     return digest.hexdigest()
 

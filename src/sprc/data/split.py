@@ -1,0 +1,57 @@
+"""What a reader makes of a benchmark's files: triplets, and the split that they are in. Imports no torch."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Triplet:
+    """A query (reference and modification text) and its target.
+
+    ``caption`` is raw. ``target`` is None where the benchmark keeps it secret. ``members`` are the names of
+    CIRR's image set, reference and target among them; empty for FashionIQ. ``training_captions`` are the
+    texts of which training takes one at random, raw; empty where it takes ``caption`` (CIRR).
+    """
+
+    pair_id: int
+    reference: str
+    target: str | None
+    caption: str
+    members: tuple[str, ...] = ()
+    training_captions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What a split was left without: images that have no file, and how many triplets needed one of them."""
+
+    images: tuple[str, ...] = ()  # in the order of the split file
+    triplets: int = 0
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split, or one type of it: its triplets, and its gallery's images in the order of the split file."""
+
+    name: str  # "train", "val", or the benchmark's own name of its test split
+    triplets: list[Triplet]
+    image_paths: dict[str, Path]
+    left_out: LeftOut = LeftOut()
+    dress_type: str = ""  # FashionIQ's
+    # Whether a query's own reference is a candidate like any other, or is left out of its ranking.
+    ranks_reference: bool = False
+
+    @property
+    def title(self) -> str:
+        """The split's name, FashionIQ's with its type."""
+        return f"{self.name}, {self.dress_type}" if self.dress_type else self.name
+
+
+def triplets_of(splits: Iterable[Split]) -> tuple[list[Triplet], dict[str, Path]]:
+    """The triplets of ``splits`` with targets, chained, and the paths of the images they need."""
+    splits = list(splits)
+    triplets = [triplet for split in splits for triplet in split.triplets]
+    paths = {name: path for split in splits for name, path in split.image_paths.items()}
+    needed = dict.fromkeys(name for t in triplets for name in (t.reference, t.target) if name is not None)
+    return triplets, {name: paths[name] for name in needed}
