@@ -586,6 +586,7 @@ def test_the_bootstrap_equals_a_plain_loop():
 # --- the whole, on the built-in data
 
 
+@pytest.mark.slow
 def test_the_ablation_scores_the_test_split_of_the_built_in_data(data, tmp_path):
     out = tmp_path / "out"
     flags = (

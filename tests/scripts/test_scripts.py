@@ -224,6 +224,7 @@ def test_the_report_refuses_what_is_no_finished_run(trained, tmp_path):
     assert_one_clear_line(stderr, "tuned_clip_arithmetic.pt cannot be loaded safely")
 
 
+@pytest.mark.slow
 def test_the_sanity_check_says_what_it_checked():
     command = [sys.executable, str(ROOT / "test_gated_fusion.py")]
     result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
