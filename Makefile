@@ -4,6 +4,7 @@
 # make ablation-switches   the same for gated fusion's switches, one at a time: about an hour
 # make app          a page to search pictures: an index of your own, or the demo's pictures
 # make test         sets up the same and runs all tests (LAVIS's included)
+# make test-quick   the same without the slow tests
 # make test-numeric  runs the numeric tests as on other processors, and with two threads: two minutes
 # make test-browser  clicks on the page in Chromium, which must be there (apt-get install chromium)
 # make test-checkout  makes the calls of SPRC's scripts in SPRC's own environment (Python 3.9, torch 2.0.1)
@@ -17,7 +18,7 @@ PYTHON ?= python3
 CHECKOUT_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.9.*/bin/python) 3.9)
 UV := $(or $(shell command -v uv),.tools/bin/uv)
 
-.PHONY: setup demo demo-fashioniq ablation ablation-switches app test test-numeric test-browser test-checkout \
+.PHONY: setup demo demo-fashioniq ablation ablation-switches app test test-quick test-numeric test-browser test-checkout \
 	test-modern test-gpu bench
 .DELETE_ON_ERROR:
 
@@ -71,6 +72,9 @@ app: .venv/ready
 
 test: .venv/ready
 	.venv/bin/python -m pytest -n 2 --dist loadfile
+
+test-quick: .venv/ready
+	.venv/bin/python -m pytest -n 2 --dist loadfile -m 'not slow and not browser and not gpu'
 
 # With ATen's kernels for processors without AVX-512 and without AVX2, and with a second thread (that does not spin: on
 # a busy machine it would for minutes). `test` has run the machine's own kernels with one thread. TorchDynamo is left

@@ -11,6 +11,7 @@ import shutil
 import signal
 import statistics
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers.runner import read_csv, run
+from helpers.runner import ROOT, read_csv, run
 
 import sprc.ablation.run
 from sprc.ablation.report import CellResult, paired_bootstrap, report_ablation, table
@@ -585,6 +586,7 @@ def test_the_bootstrap_equals_a_plain_loop():
 # --- the whole, on the built-in data
 
 
+@pytest.mark.slow
 def test_the_ablation_scores_the_test_split_of_the_built_in_data(data, tmp_path):
     out = tmp_path / "out"
     flags = (
@@ -660,3 +662,11 @@ def test_a_broken_file_of_test_targets_is_named(data, tmp_path, spoil, message):
     path.unlink()
     with pytest.raises(InputError, match="only the built-in data have targets for test1"):
         load_cirr_test(tmp_path)
+
+
+def test_running_an_ablation_takes_no_model_and_no_torch():
+    code = "import sys, sprc.ablation.run; sprc.ablation.run.check_devices(['cpu']); "
+    code += "sys.exit(' '.join(name for name in ('torch', 'transformers', 'pandas') if name in sys.modules))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -95,6 +95,7 @@ def assert_each_is_listed_once(problems, expected):
         assert sum(line.startswith(start) for line in problems) == 1, (start, problems)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--decode",)])
 @pytest.mark.parametrize("dataset", ["CIRR", "fashioniq"])
 def test_good_data_have_no_problem_and_their_sizes_are_notes(made, dataset, flags):

@@ -289,6 +289,7 @@ def test_nlvr2_s_own_folders_are_found_and_two_of_them_are_refused(cirr_data, pa
     assert cirr.load_cirr(cirr_data, "train").image_paths == before
 
 
+@pytest.mark.slow
 def test_odd_captions_and_missing_images_go_all_the_way_and_a_submission_refuses_to_skip(cirr_data, tmp_path):
     root = cirr_data / "cirr_dataset"
     for split in ("train", "val", "test1"):

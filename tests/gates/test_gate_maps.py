@@ -104,6 +104,7 @@ def loop_rank(model, split, triplet, transform, leave_out_reference=True):
     return 1 + len([n for n in better if not (leave_out_reference and n == triplet.reference)])
 
 
+@pytest.mark.slow
 def test_the_script_writes_sheets_a_page_and_numbers(marked, checkpoints, tmp_path):
     split = load_cirr(marked, "val")
     chosen = [split.triplets[i] for i in (5, 0, 9, 17, 30, 31, 32, 33, 34)]

@@ -112,6 +112,7 @@ def run_in_ascii(*command):
     return result.stdout.decode("ascii")
 
 
+@pytest.mark.slow
 def test_everything_imports_and_trains_without_what_windows_lacks_and_without_utf_8(data, tmp_path):
     root = tmp_path / "dätä 日本"
     root.mkdir()

@@ -324,6 +324,7 @@ def true_config(backbone: str) -> ModelConfig:
     return ModelConfig(**read_backbone(backbone)["model"])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("backbone", ["pretrain", "pretrain_vitL"])
 def test_vit_of_true_size_equals_lavis(lavis_without_downloads, two_threads, backbone: str) -> None:

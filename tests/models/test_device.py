@@ -93,6 +93,7 @@ SCRIPTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_says_first_what_it_computes_on(script):
     """Before it finds that its files are missing. The tests' scripts see no GPU, and say so."""

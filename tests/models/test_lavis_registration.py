@@ -24,6 +24,7 @@ def loaded():
     return load_model_and_preprocess("blip2_cir_align_prompt", "tiny", is_eval=False, device="cpu")
 
 
+@pytest.mark.slow
 def test_load_model_and_preprocess_gives_a_model_that_trains_a_step(loaded):
     model, vis_processors, txt_processors = loaded
     captions = [txt_processors["eval"](text) for text in ("Make the RED circle blue!", "Remove the star.")]

@@ -100,6 +100,7 @@ def call(request):
     return config, bert, plain.weights_of(bert), queries.double(), ids, mask, image.double()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_call_1_fuses_queries_text_and_image(call) -> None:
     config, bert, w, queries, ids, mask, image = call
@@ -252,6 +253,7 @@ def test_gradients_equal_those_of_the_plain_model(
         torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-9 * scale.item(), msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [VARIANTS[name] for name in ("gated", "off")], ids=str)
 def test_compiled_embeddings_are_the_same_and_their_fusion_is_logged(tokenizer, changes, tmp_path) -> None:
     model = build_model(tokenizer, fusion_dropout=0.0, **changes)

@@ -95,6 +95,7 @@ def checkout(request, tmp_path_factory):
     return Checkout(tmp_path_factory.mktemp("checkout"), request.param, CALLS)
 
 
+@pytest.mark.slow
 def test_their_class_is_replaced_and_a_line_says_so(checkout):
     assert "blip2_cir_align_prompt was __main__.Theirs and is now SPRC with gated fusion" in checkout.first
 

@@ -204,6 +204,7 @@ def test_tiny_takes_its_words_from_the_data(data, tmp_path, vocab):
     assert_one_clear_line(stderr, "--vocab")
 
 
+@pytest.mark.slow
 def test_every_script_that_loads_a_model_without_words_takes_the_flag(data, tmp_path, tokenizer):
     wrong = write(tmp_path / "vocab.txt", ["[PAD]", "[UNK]", "a"])
     published = tmp_path / "published.pt"

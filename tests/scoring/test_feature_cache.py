@@ -307,6 +307,7 @@ def test_extraction_fills_ahead_for_all_splits(data, tmp_path, dataset):
     assert "0 of them new" in stdout
 
 
+@pytest.mark.slow
 def test_a_killed_extraction_goes_on_where_it_was(data, tmp_path):
     arguments = ("--dataset", "CIRR", "--backbone", "tiny", "--freeze-vit", "--data-path", data)
     arguments += ("--feature-cache", tmp_path / "cache", "--num-workers", 0, "--batch-size", 1)

@@ -283,6 +283,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_queries():
     def peak(queries):
         command = [sys.executable, "-c", MEMORY, str(ROOT / "src"), str(queries)]

@@ -28,6 +28,7 @@ MEGABYTE = 10**6
 QUICK = measure.Settings(device="cpu", repeats=1, quick=True)
 
 
+@pytest.mark.slow
 def test_a_quick_run_prints_and_saves_its_table(tmp_path) -> None:
     out = tmp_path / "results.md"
     names = ("epoch", "fusion", "overhead", "ranking")

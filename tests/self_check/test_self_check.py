@@ -32,6 +32,7 @@ def statuses(lines):
     return {line.name: line.status for line in lines}
 
 
+@pytest.mark.slow
 def test_the_self_check_passes_on_a_cpu_and_writes_its_report(tmp_path):
     report = tmp_path / "report.md"
     out, err = script("--device", "cpu", "--shapes", "small", "--report", report)
@@ -183,6 +184,7 @@ def test_list_names_every_check(capsys):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(run.CHECKS)
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_clear_line(tmp_path):
     _, err = script("--only", "vit", "speeed", code=2)
     assert_one_clear_line(err, "--only 'speeed' is unknown; choose from machine, vit")

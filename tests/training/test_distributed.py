@@ -27,6 +27,9 @@ from sprc.models.gated_fusion import FUSION_STRATEGIES
 from sprc.training.loop import EpochOrder, TrainingConfig
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def out(data, trained, tmp_path_factory):
     """What several_ranks.py leaves."""

@@ -153,6 +153,7 @@ def test_a_resumed_run_writes_the_rows_from_its_step_anew(tokenizer, tmp_path):
     assert not (tmp_path / "fusion_metrics.csv").exists()
 
 
+@pytest.mark.slow
 def test_the_script_logs_and_its_flags_reach_the_module(data, tmp_path):
     flags = ("--log-fusion-every", 4, "--fusion-lr", 1e-2, "--fusion-text", "contextual", "--tensorboard")
     run_folder, _, _ = train(data, tmp_path, *flags)

@@ -46,6 +46,7 @@ def test_image_tokens_are_cast_once_for_all_layers(tokenizer, fusion) -> None:
     assert casts.count == (3 if fusion else 2)
 
 
+@pytest.mark.slow
 @ON_AND_OFF
 def test_compiling_gives_one_graph(tokenizer, tmp_path, fusion) -> None:
     model = Blip2QformerCirAlignPrompt(small_config(use_gated_fusion=fusion), tokenizer)
@@ -97,6 +98,7 @@ class NoData(Dataset):
         """There are no captions to draw."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 @pytest.mark.parametrize("grad_cache", [None, 2])
 def test_a_step_waits_once_for_what_the_device_computed(tokenizer, tmp_path, monkeypatch, amp, grad_cache):
