@@ -26,7 +26,6 @@ from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPromp
 from sprc.models.gated_fusion import FUSION_STRATEGIES
 from sprc.training.loop import EpochOrder, TrainingConfig
 
-
 pytestmark = pytest.mark.slow
 
 

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
 
+from sprc.data.captions import process_caption
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt, Text
 from sprc.models.tokenizer import CaptionIds
 from sprc.training import loop as training
@@ -77,7 +78,7 @@ def test_a_caption_is_tokenized_once_and_as_the_tokenizer_does(tokenizer) -> Non
         text = model.tokenize(captions)
         assert torch.equal(text.words, words)
         assert torch.equal(text.mask, ids != tokenizer.pad_token_id)
-    assert calls == captions
+    assert calls == [process_caption(caption) for caption in captions]
 
 
 def test_the_captions_that_are_kept_are_limited(tokenizer, monkeypatch) -> None:

@@ -169,10 +169,12 @@ class AblationConfig:
         """
         grids = [replace(self, grids=(), **grid) for grid in self.grids] or [self]
         cells = {
-            cell_of(*values, seed): None
+            cell_of(fusion, alpha, start, pool, text, rate, seed): None
             for seed in self.seeds
             for grid in grids
-            for values in product(*(getattr(grid, name) for name in SWITCHES))
+            for fusion, alpha, start, pool, text, rate in product(
+                grid.fusion, grid.alpha, grid.start, grid.pool, grid.text, grid.rate
+            )
         }
         return list(cells)
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib import color_sequences
 
 from sprc.ablation.grid import OFF, SWITCHES, Cell
 from sprc.ablation.run import find_run, split_to_score
@@ -410,7 +411,7 @@ def plot_bands(
     figure, axes = plt.subplots(
         1, len(columns), figsize=(4 * len(columns), 3.6), layout="constrained", squeeze=False
     )
-    colors = plt.get_cmap("tab10" if len(frames) <= 10 else "tab20").colors
+    colors = color_sequences["tab10" if len(frames) <= 10 else "tab20"]
     for axis, (column, label) in zip(axes[0], columns.items(), strict=True):
         for number, (variant, members) in enumerate(frames.items()):
             values = pd.concat([frame[column] for frame in members], axis=1)

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sprc.data.captions import process_caption
 from sprc.data.images import Transform, load_image
 from sprc.data.split import Split, Triplet
 from sprc.data.transforms import denormalise
@@ -63,7 +62,7 @@ def view_queries(
         references = torch.stack([load_image(split.image_paths[t.reference], transform) for t in batch])
         with torch.no_grad():
             embeds = model.encode_image(references.to(model.device))
-        gates, changes = fusion_maps(model, embeds, [process_caption(t.caption) for t in batch])
+        gates, changes = fusion_maps(model, embeds, [t.caption for t in batch])
         for i, triplet in enumerate(batch):
             gate, change = (None if maps is None else maps[i] for maps in (gates, changes))
             top = [names[candidate] for candidate in best[start + i]]

@@ -145,7 +145,7 @@ def choose(split: Split, settings: GateSettings) -> list[list[Triplet]]:
 
 def choose_same_image(split: Split, settings: GateSettings) -> list[list[Triplet]]:
     """The triplets of each reference named, or of random ones that have several; or one with new captions."""
-    names = list(dict.fromkeys(settings.same_image))
+    names = list(dict.fromkeys(settings.same_image or ()))
     if unknown := [name for name in names if name not in split.image_paths]:
         raise InputError(
             f"--same-image {quote(unknown[0])}: the split {split.name} has no such image; "

@@ -303,7 +303,7 @@ def can_open(node: Path) -> bool:
 SCORING_HELPS = ("a smaller --batch-size", "--save-memory", "--gallery-dtype float16")
 
 
-def training_helps(grad_cache: int, *, has_cache: bool, frozen_vit: bool) -> list[str]:
+def training_helps(grad_cache: int | None, *, has_cache: bool, frozen_vit: bool) -> list[str]:
     """What helps where memory runs out in training, best first: flags that are not in use yet."""
     helps = [f"--grad-cache below {grad_cache}" if grad_cache else "--grad-cache 16, at the same result"]
     if frozen_vit and not has_cache:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sprc.data.captions import process_caption
 from sprc.data.datasets import ImageDataset, SteadyLoader, batches_of_rank
 from sprc.data.images import Loader
 from sprc.data.split import Split
@@ -73,7 +72,7 @@ def encode_split(
     names = list(split.image_paths)
     label = " ".join([split.dress_type, split.name]).strip()
     index = {name: i for i, name in enumerate(names)}
-    captions = [process_caption(triplet.caption) for triplet in split.triplets]
+    captions = [triplet.caption for triplet in split.triplets]
     queries_of: dict[int, list[int]] = {}
     for number, triplet in enumerate(split.triplets):
         queries_of.setdefault(index[triplet.reference], []).append(number)

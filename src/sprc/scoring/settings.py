@@ -153,10 +153,11 @@ class CheckpointSettings(DeviceSettings, VocabSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoringSettings(TimeoutSettings, CheckpointSettings, CacheSettings, DataSettings):
+class ScoringSettings(TimeoutSettings, CheckpointSettings, DataSettings):
     """What is scored and how."""
 
     gallery_dtype: str | None = training_s_own(GallerySettings, "gallery_dtype")
+    feature_cache: Path | None = like(CacheSettings, "feature_cache")
     cache_dtype: str | None = like(
         CacheSettings, "cache_dtype", None, help="type of the values in it; default: that of the training"
     )

@@ -1,5 +1,6 @@
 """The two files that CIRR's server takes (``cirr_test_submission.py``)."""
 
+from operator import methodcaller
 from pathlib import Path
 
 from sprc.data.cirr import load_cirr
@@ -53,6 +54,8 @@ def write_submission(
     ranking = rank_split(split, encoded, k=TOP)
     names = list(split.image_paths)
     ids = [str(triplet.pair_id) for triplet in split.triplets]
+    assert ranking.top is not None  # it was asked for
+    assert ranking.set_order is not None  # CIRR has image sets
     files = []
     for metric, rows in (("recall", ranking.top), ("recall_subset", ranking.set_order[:, :TOP_IN_SET])):
         ranked = {pair_id: [names[i] for i in row] for pair_id, row in zip(ids, rows.tolist(), strict=True)}
@@ -66,10 +69,11 @@ def write_submission(
             )
         files.append((out / f"{metric}_submission_{name}.json", text))
     for path, text in files:
-        write_atomically(path, lambda file, text=text: file.write(text))
+        write_atomically(path, methodcaller("write", text))
         print(f"wrote {path} ({len(text):,} bytes)")
     print(f"send both to CIRR's evaluation server, {SERVER}")
-    return tuple(path for path, _ in files)
+    (recall, _), (recall_subset, _) = files
+    return recall, recall_subset
 
 
 def check_submission(split: Split, metric: str, ranked: dict[str, list[str]]) -> None:

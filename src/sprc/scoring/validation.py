@@ -63,6 +63,7 @@ def named_rankings(benchmark: Benchmark, rankings: list[Ranking]) -> list[dict[s
     """Each query with its best candidates, best first, as names."""
     result = []
     for split, ranking in zip(benchmark.splits, rankings, strict=True):
+        assert ranking.top is not None  # it was asked for
         names = list(split.image_paths)
         for triplet, row in zip(split.triplets, ranking.top.tolist(), strict=True):
             entry = {"reference": triplet.reference, "caption": triplet.caption, "target": triplet.target}

@@ -4,9 +4,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from sprc.config import MODEL_SWITCHES
 from sprc.data.datasets import TripletDataset
@@ -245,7 +246,7 @@ def make_trainer(
 
 def log_fusion(settings: TrainingSettings, trainer: Trainer, scalars: Any) -> None:
     """Have the loop write what the fusion does, if there is one and the user wants it."""
-    module, progress = trainer.model.gated_fusion, trainer.progress
+    progress, module = trainer.progress, cast(nn.Module | None, trainer.model.gated_fusion)
     if module is not None and settings.log_fusion_every:
         step = progress.epoch * trainer.steps_per_epoch + progress.step
         log = FusionLog(module, trainer.run_folder, settings.log_fusion_every, step, scalars)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Sampler
 from tqdm import tqdm
 
-from sprc.data.datasets import SteadyLoader, TripletDataset
+from sprc.data.datasets import SteadyLoader
 from sprc.distributed import of_all_ranks, rank, seed_rank, world_size
 from sprc.errors import Interrupted
 from sprc.files import write_csv
@@ -35,6 +35,17 @@ from sprc.training.state import Progress, RunState
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+
+class EpochItems(Protocol):
+    """What is trained on: items by their number, which may depend on the epoch."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+    def set_epoch(self, epoch: int, /) -> None:
+        """Tell the epoch."""
 
 
 class EpochOrder(Sampler[int]):
@@ -80,7 +91,7 @@ class Trainer:
     def __init__(
         self,
         model: nn.Module,
-        dataset: TripletDataset,
+        dataset: EpochItems,
         config: TrainingConfig,
         run_folder: RunFolder | Path,
         *,
@@ -89,11 +100,12 @@ class Trainer:
     ) -> None:
         config.check_fits(len(dataset))
         self.model, self.dataset, self.config = model, dataset, config
+        self.device = cast(torch.device, model.device)
         self.run_folder = RunFolder(run_folder)
         self.after_backward, self.scalars = after_backward, scalars
         self.steps_per_epoch = len(dataset) // config.batch_size
         self.order = EpochOrder(len(dataset), config.seed, config.batch_size)
-        workers = default_workers(model.device) if config.num_workers is None else config.num_workers
+        workers = default_workers(self.device) if config.num_workers is None else config.num_workers
         self.loader = SteadyLoader(
             dataset,
             config.batch_size // world_size(),
@@ -102,13 +114,13 @@ class Trainer:
             generator=torch.Generator(),
             num_workers=workers,
             persistent_workers=workers > 0,
-            pin_memory=model.device.type == "cuda",
+            pin_memory=self.device.type == "cuda",
         )
         self.optimizer = make_optimizer(model, config.learning_rate, config.other_rates)
         self.schedule = make_schedule(config, self.optimizer, self.steps_per_epoch)
-        self.precision = precision(config.amp, model.device)
+        self.precision = precision(config.amp, self.device)
         # float16's gradients would vanish without scaling; bfloat16 has float32's range.
-        self.scaler = torch.amp.GradScaler(model.device.type, enabled=self.precision is torch.float16)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision is torch.float16)
         if rank():  # rank 0 goes on with what the weights were drawn from, as a single process does
             seed_rank(config.seed, epoch=0)
         forward = in_parallel(Embedder(model) if config.grad_cache else model)
@@ -129,7 +141,7 @@ class Trainer:
 
     def mixed_precision(self) -> torch.autocast:
         """The context in which the model computes."""
-        return torch.autocast(self.model.device.type, self.precision, enabled=self.precision is not None)
+        return torch.autocast(self.device.type, self.precision, enabled=self.precision is not None)
 
     @property
     def progress(self) -> Progress:
@@ -142,8 +154,8 @@ class Trainer:
 
     def train(
         self,
-        validate: Callable[[Callable[[], None]], dict[str, float]],
-        keep: Callable[[int, dict[str, float], list[dict[str, float]]], None],
+        validate: Callable[[Callable[[], None]], dict[str, Any]],
+        keep: Callable[[int, dict[str, Any], list[dict[str, Any]]], None],
     ) -> None:
         """Train up to ``config.num_epochs``, writing the CSV files of metrics.
 
@@ -189,7 +201,7 @@ class Trainer:
                 if progress.epoch < config.num_epochs:
                     self.stop_if_asked()
 
-    def write(self, file: Path, rows: list[dict[str, float | str]]) -> None:
+    def write(self, file: Path, rows: list[dict[str, Any]]) -> None:
         """Write all rows to the CSV file, and the numbers of the last one to TensorBoard."""
         write_csv(file, rows)
         if self.scalars is not None:
@@ -210,7 +222,6 @@ class Trainer:
         """
         model, progress, config = self.model, self.progress, self.config
         model.train()
-        device = model.device
         self.dataset.set_epoch(progress.epoch)
         self.order.epoch = progress.epoch
         self.order.start = progress.step * config.batch_size
@@ -225,13 +236,14 @@ class Trainer:
         for batch in bar:
             waited += time.perf_counter() - before
             batch = {
-                key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+                key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
                 for key, value in batch.items()
             }
             self.optimizer.zero_grad(set_to_none=True)
             with self.mixed_precision():
                 losses = self.losses(batch)
-                total = sum(config.loss_weights.get(name, 1.0) * loss for name, loss in losses.items())
+                weighted = (config.loss_weights.get(name, 1.0) * loss for name, loss in losses.items())
+                total = cast(Tensor, sum(weighted))
             values, signum = self.agree(total, losses)
             self.scaler.scale(total).backward()
             if self.cache:
@@ -266,7 +278,7 @@ class Trainer:
         Raises:
             FloatingPointError: a rank's total is not finite.
         """
-        logged = {"train_loss": total, **losses, **self.model.diagnostics}
+        logged = {"train_loss": total, **losses, **cast(dict[str, Tensor], self.model.diagnostics)}
         own = [value.detach().float() for value in logged.values()]
         own.append(own[0].new_tensor(float(self.received[0]) if self.received else 0.0))
         rows = of_all_ranks(torch.stack(own)).tolist()

@@ -40,7 +40,7 @@ MAY_DIFFER = frozenset(
 )
 
 # What every version has written, and its type. A flag that a run does not know yet is at its default.
-WRITTEN = {
+WRITTEN: dict[str, Any] = {
     **dict.fromkeys(("dataset", "backbone", "blip_model_name", "data_path", "transform", "device"), str),
     **dict.fromkeys(("num_epochs", "batch_size", "validation_frequency", "num_workers", "seed"), int),
     **dict.fromkeys(("learning_rate", "loss_align", "loss_rtc", "loss_itm", "target_ratio"), (int, float)),

@@ -67,7 +67,7 @@ class TrainingSettings(
 ):
     """All that a run is started with; further the switches of the model, see :func:`training_parser`."""
 
-    dataset: str | None = like(DatasetSettings, "dataset", None)  # a resumed run knows it
+    dataset: str = like(DatasetSettings, "dataset", None)  # not needed with --resume: the run knows it
     resume: Path | None = setting(
         None,
         metavar="RUN_FOLDER",

@@ -5,7 +5,7 @@ Weights, optimizer, schedule, scaler, random states, the place in the data's ord
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ class Progress:
     step: int = 0  # batches of this epoch that are trained
     sums: dict[str, float] = field(default_factory=dict)  # over those batches, of what is logged
     train_rows: list[dict[str, float]] = field(default_factory=list)
-    validation_rows: list[dict[str, float]] = field(default_factory=list)
+    validation_rows: list[dict[str, Any]] = field(default_factory=list)
     time_rows: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -55,6 +55,7 @@ class RunState:
         steps_per_epoch: int,
     ) -> None:
         self.run_folder, self.model = run_folder, model
+        self.device = cast(torch.device, model.device)
         self.optimizer, self.schedule, self.scaler = optimizer, schedule, scaler
         self.seed, self.steps_per_epoch = seed, steps_per_epoch
         self.progress = Progress()
@@ -69,7 +70,7 @@ class RunState:
 
         All ranks call it at the same step, and go on when rank 0 has written.
         """
-        device, step = self.model.device, self.progress.step
+        device, step = self.device, self.progress.step
         weights = self.model.state_dict()
         state = {
             "model": {name: value for name, value in weights.items() if self._is_trained(name)},
@@ -134,8 +135,8 @@ class RunState:
         self.saved_step = step
         if same_ranks:
             torch.set_rng_state(random[rank()].clone())  # torch crashes on a view that starts further in
-            if len(state["random_cuda"]) and self.model.device.type == "cuda":
-                torch.cuda.set_rng_state(state["random_cuda"][rank()].clone(), self.model.device)
+            if len(state["random_cuda"]) and self.device.type == "cuda":
+                torch.cuda.set_rng_state(state["random_cuda"][rank()].clone(), self.device)
         else:
             seed_rank(self.seed, self.progress.epoch)
         return note
