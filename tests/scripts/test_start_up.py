@@ -20,6 +20,7 @@ print(sorted({slow!r} & set(sys.modules)))
 """
 
 
+@pytest.mark.slow
 def test_a_query_and_a_training_import_nothing_that_they_do_not_need(data, picture_index, pictures, tmp_path):
     query = ["search.py", "query", "--index", picture_index, "--text", "make it red", "--device", "cpu"]
     query += ["--image", pictures / "a" / "dev-0-0-img0.png"]
