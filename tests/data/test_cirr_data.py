@@ -288,7 +288,12 @@ def test_image_path_may_wander_inside_the_dataset(tree):
 
 
 def test_unknown_split_is_refused(tree):
-    assert "'test'" in message_of(load_cirr, tree.data_path, "test")
+    assert "'dev'" in message_of(load_cirr, tree.data_path, "dev")
+
+
+def test_both_names_of_the_third_split_give_the_same_one(tree):
+    assert load_cirr(tree.data_path, "test") == load_cirr(tree.data_path, "test1")
+    assert load_cirr(tree.data_path, "test").name == "test1"
 
 
 # --- images ---

@@ -101,6 +101,7 @@ def test_every_backbone_s_yaml_makes_a_valid_config(backbone):
     assert recipe["preprocess"]["vis_processor"]["eval"]["image_size"] == config.image_size
     widths = {"pretrain": 1408, "pretrain_vitL": 1024, "coco": 1408}
     assert config.vit_width == widths.get(backbone, config.vit_width)
+    assert set(recipe.get("weights", {})) <= {"vit", "blip2"}  # no key that nothing reads
 
 
 def test_an_unknown_switch_is_refused():

@@ -88,7 +88,9 @@ def _odd_sets(split: Split) -> Iterator[str]:
 
 def examine_fashioniq(data_path: Path, findings: Findings, missing_images: str) -> None:
     """FashionIQ by the rules of :func:`sprc.data.fashioniq.load_fashioniq`."""
-    entries, images, files = 0, set(), None
+    entries = 0
+    images: set[str] = set()
+    files: dict[str, Path] | None = None
     nothing_left = _on_nothing_left(findings, missing_images)
     with reporting(findings.problems.append):
         files = fashioniq.find_images(data_path)

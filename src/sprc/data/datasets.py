@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -32,7 +31,8 @@ class TripletDataset(Dataset):
     def __init__(
         self, triplets: list[Triplet], image_paths: dict[str, Path], load: Loader, seed: int = 0
     ) -> None:
-        if any(triplet.target is None for triplet in triplets):
+        self.targets = [triplet.target for triplet in triplets if triplet.target is not None]
+        if len(self.targets) < len(triplets):
             raise ValueError("triplets without a target cannot be trained on; use ImageDataset to score them")
         self.triplets = triplets
         self.image_paths = image_paths
@@ -60,7 +60,7 @@ class TripletDataset(Dataset):
         triplet = self.triplets[index]
         return {
             "image": self.load(self.image_paths[triplet.reference]),
-            "target": self.load(self.image_paths[triplet.target]),
+            "target": self.load(self.image_paths[self.targets[index]]),
             "text_input": process_caption(self.text(index)),
         }
 
@@ -97,9 +97,9 @@ class SteadyLoader(DataLoader):
     """A ``DataLoader`` whose processes no signal ends, see :func:`leave_signals_to_parent`."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, worker_init_fn=leave_signals_to_parent, **options)
+        super().__init__(*args, **{**options, "worker_init_fn": leave_signals_to_parent})
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Any:
         if not hasattr(signal, "pthread_sigmask"):
             return super().__iter__()
         # What comes while the processes start is for this one, which gets it afterwards.

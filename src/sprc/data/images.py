@@ -3,11 +3,12 @@
 import importlib
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple, TypeVar
 
 from PIL import Image, ImageFile, UnidentifiedImageError
@@ -61,7 +62,7 @@ def load_image(
     return transform(image)
 
 
-def check_images(image_paths: dict[str, Path], names: Iterable[str]) -> None:
+def check_images(image_paths: Mapping[T, Path], names: Iterable[T]) -> None:
     """Look at the images of ``names`` before a run, as :func:`inspect_images` does without decoding.
 
     The ranks share the work. Raises one :class:`InputError` with the number of bad images and what is wrong
@@ -96,20 +97,49 @@ def inspect_images(paths: list[Path], decode: bool = False) -> list[ImageFinding
         return list(tqdm(found, "Checking images", total=len(paths), delay=1, unit="image"))
 
 
+class _Strictness:
+    """Pillow's switches, which belong to the whole process, and the number of blocks that want them set.
+
+    The first to enter sets them and the last to leave puts them back, in whatever order threads do.
+    """
+
+    def __init__(self) -> None:
+        self.lock = Lock()
+        self.inside = 0
+        self.before = ExitStack()
+        if hasattr(os, "register_at_fork"):  # a child must not find the lock held by a thread it lacks
+            release = self.lock.release
+            os.register_at_fork(before=self.lock.acquire, after_in_parent=release, after_in_child=release)
+
+    def enter(self) -> None:
+        with self.lock:
+            if self.inside == 0:
+                # Importing LAVIS's data sets switches it on for everyone.
+                before = ImageFile.LOAD_TRUNCATED_IMAGES
+                self.before.callback(setattr, ImageFile, "LOAD_TRUNCATED_IMAGES", before)
+                self.before.enter_context(warnings.catch_warnings())
+                ImageFile.LOAD_TRUNCATED_IMAGES = False
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+            self.inside += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                self.before.close()
+
+
+_STRICTNESS = _Strictness()
+
+
 @contextmanager
 def strict_pillow() -> Iterator[None]:
-    """Make Pillow refuse what it would fill with grey or only warn of.
-
-    The switches belong to the whole process, so enter this outside of threads.
-    """
-    # Importing LAVIS's data sets switches it on for everyone.
-    load_truncated, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    """Make Pillow refuse what it would fill with grey or only warn of, in all threads of the process."""
+    _STRICTNESS.enter()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            yield
+        yield
     finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = load_truncated
+        _STRICTNESS.leave()
 
 
 def _inspect_image(path: Path, decode: bool) -> ImageFinding:

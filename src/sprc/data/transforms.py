@@ -65,8 +65,8 @@ def _pad(image: Image.Image, ratio: float) -> Image.Image:
     if horizontal == vertical == 0:
         return image
     padded = ImageOps.expand(image, (horizontal, vertical), fill=0)
-    if image.mode == "P":
-        padded.putpalette(image.getpalette())
+    if image.mode == "P" and (palette := image.getpalette()):
+        padded.putpalette(palette)
     return padded
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from sprc.data import PROTOCOLS, TYPES
-from sprc.data.check import Examine, examine_cirr, examine_fashioniq
+from sprc.data.check import Findings, examine_cirr, examine_fashioniq
 from sprc.data.cirr import canonical_split, edits_of_test1, load_cirr, load_cirr_test
 from sprc.data.fashioniq import load_fashioniq
 from sprc.data.missing import left_out_columns, left_out_text, tell_left_out
@@ -60,7 +60,7 @@ class Benchmark(ABC):
     parts: ClassVar[tuple[str, ...]] = ("",)
     part_column: ClassVar[str | None] = None  # of the file of ranks, where there are parts to tell apart
     id_column: ClassVar[str]  # of the file of ranks: a triplet's pair_id
-    examine: ClassVar[Examine]  # of sprc.data.check, for its check_dataset
+    examine: ClassVar["staticmethod[[Path, Findings, str], None]"]  # for check_dataset
     edits: ClassVar[str]  # where the built-in data in this format tell the edits of a split
     protocols: ClassVar[tuple[str, ...]] = ()
     training_protocol: ClassVar[str | None] = None
@@ -124,7 +124,7 @@ class Benchmark(ABC):
                 missing_images=missing_images,
                 with_targets=with_targets,
             )
-            for name in names
+            for name in dict.fromkeys(map(cls.split_name, names))
             for part in cls.parts
         ]
         if missing_images == "skip":
@@ -141,7 +141,7 @@ class Benchmark(ABC):
         With ``missing_images`` "skip" what has no file is left out, and printed: :mod:`sprc.data.missing`.
         Raises :class:`InputError` naming the file and the entry, or for a split without known targets.
         """
-        if split not in cls.scored:
+        if cls.split_name(split) not in cls.scored:
             raise InputError(
                 f"--split {split}: {cls.name}'s runs are scored on its validation split; "
                 f"give {' or '.join(cls.scored)}"
@@ -155,6 +155,11 @@ class Benchmark(ABC):
     def train_splits(cls, data_path: Path, *, missing_images: str = "error") -> list[Split]:
         """The parts of the training split; ``missing_images`` as for :meth:`load`."""
         return cls.read_parts(data_path, ["train"], cls.training_protocol, missing_images=missing_images)
+
+    @classmethod
+    def split_name(cls, name: str) -> str:
+        """The one name of a split that has several."""
+        return name
 
     def image_paths(self) -> list[Path]:
         """The images of the galleries."""
@@ -242,7 +247,7 @@ class CIRR(Benchmark):
     id_column = "pairid"
     examine = staticmethod(examine_cirr)
     edits = "cirr_dataset/edits.{split.name}.json"
-    scored = ("val", "test1", "test")
+    scored = ("val", "test1")
     criterion = "arithmetic_mean"
     checkpoint = "tuned_clip_arithmetic"
     headline = "mean(R@5+R_s@1)"
@@ -264,10 +269,15 @@ class CIRR(Benchmark):
         missing_images: str = "error",
         with_targets: bool = False,
     ) -> Split:
-        """The whole split: "test" is "test1", whose targets the built-in data hold in a file beside it."""
-        if with_targets and canonical_split(split) == "test1":
+        """The whole split; the targets of test1 are in a file beside the built-in data's."""
+        if with_targets and cls.split_name(split) == "test1":
             return load_cirr_test(data_path, missing_images=missing_images)
         return load_cirr(data_path, split, missing_images=missing_images)
+
+    @classmethod
+    def split_name(cls, name: str) -> str:
+        """The test split is "test1" in CIRR's files; "test" is taken for it."""
+        return canonical_split(name)
 
     @classmethod
     def split_to_report(cls, data_path: Path) -> str:

@@ -4,16 +4,19 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from sprc.config import ModelConfig
 from sprc.data.datasets import ImageDataset, SteadyLoader, batches_of_rank
 from sprc.data.images import Loader
 from sprc.data.split import Split
 from sprc.distributed import sum_over_ranks, world_size
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
+from sprc.models.qformer import ImageKeys
 
 # Images that a rank encodes at once where nobody says how many: a training's batch may be that of many GPUs.
 LARGEST_BATCH = 64
@@ -70,56 +73,116 @@ def encode_split(
         on_batch: is called after each batch of images, on all ranks equally often; what it raises ends it.
     """
     names = list(split.image_paths)
-    label = " ".join([split.dress_type, split.name]).strip()
     index = {name: i for i, name in enumerate(names)}
-    captions = [triplet.caption for triplet in split.triplets]
-    queries_of: dict[int, list[int]] = {}
-    for number, triplet in enumerate(split.triplets):
-        queries_of.setdefault(index[triplet.reference], []).append(number)
-
-    config, device = model.config, model.device
-    gallery = torch.zeros(
-        (len(names), config.num_query_tokens, config.embed_dim),
-        dtype=getattr(torch, gallery_dtype),
-        device="cpu" if save_memory else device,
+    queries_of = queries_by_reference(split, index)
+    vectors = empty_vectors(
+        model.config,
+        images=len(names),
+        queries=len(split.triplets),
+        gallery_dtype=getattr(torch, gallery_dtype),
+        gallery_device=torch.device("cpu") if save_memory else model.device,
     )
-    composed = torch.zeros(len(captions), config.embed_dim)
-    text_only = torch.zeros_like(composed)
     own = batches_of_rank(len(names), batch_size)
     loader = SteadyLoader(
-        ImageDataset(names, split.image_paths, load),
-        batch_sampler=own,
-        num_workers=num_workers,
+        ImageDataset(names, split.image_paths, load), batch_sampler=own, num_workers=num_workers
     )
-    hidden = any(triplet.target is None for triplet in split.triplets)
+    label = " ".join([split.dress_type, split.name]).strip()
     with eval_mode(model):
         for image_indices, images in tqdm(loader, desc=f"encode {label}", leave=False):
-            image_embeds = model.encode_image(images.to(device))
-            keys = model.Qformer.bert.image_keys(image_embeds)
-            gallery[image_indices] = model.target_features(keys).to(gallery)
-            rows = [(row, q) for row, i in enumerate(image_indices.tolist()) for q in queries_of.get(i, ())]
-            for start in range(0, len(rows), batch_size):
-                row, query = (list(column) for column in zip(*rows[start : start + batch_size], strict=True))
-                text = model.tokenize([captions[q] for q in query])
-                if model.gated_fusion is None:  # a reference's keys and values are those it has as a target
-                    reference = [pair and (pair[0][row], pair[1][row]) for pair in keys]
-                else:
-                    reference = image_embeds[row]
-                composed[query] = model.compose(reference, text).cpu()
-                text_only[query] = model.text_features(text).cpu()
+            encode_batch(model, image_indices, images, queries_of, vectors, batch_size)
             on_batch()
         for _ in range(math.ceil(len(names) / (batch_size * world_size())) - len(own)):
             on_batch()  # other ranks have a batch more
-    for rows in (gallery, composed, text_only):  # a row is one rank's, and zero on the others
+    for rows in vectors:
         sum_over_ranks(rows)
     return EncodedSplit(
-        gallery=gallery,
-        composed=composed,
-        text_only=text_only,
+        *vectors,
         references=torch.tensor([index[t.reference] for t in split.triplets]),
-        targets=None if hidden else torch.tensor([index[t.target] for t in split.triplets]),
+        targets=target_indices(split, index),
         members=member_indices(split, index),
     )
+
+
+class Vectors(NamedTuple):
+    """What is filled batch by batch. A row is one rank's, and zero on the others. As in an EncodedSplit."""
+
+    gallery: Tensor
+    composed: Tensor
+    text_only: Tensor
+
+
+class Query(NamedTuple):
+    """A triplet's number in its split, and its caption as the tokenizer takes it."""
+
+    number: int
+    caption: str
+
+
+def queries_by_reference(split: Split, index: dict[str, int]) -> dict[int, list[Query]]:
+    """The queries of each gallery image that is a reference, in the order of the triplets."""
+    found: dict[int, list[Query]] = {}
+    for number, triplet in enumerate(split.triplets):
+        query = Query(number, triplet.caption)
+        found.setdefault(index[triplet.reference], []).append(query)
+    return found
+
+
+def empty_vectors(
+    config: ModelConfig,
+    *,
+    images: int,
+    queries: int,
+    gallery_dtype: torch.dtype,
+    gallery_device: torch.device,
+) -> Vectors:
+    """Zeros for as many images and queries; those of the queries are float32 on the CPU."""
+    shape = (images, config.num_query_tokens, config.embed_dim)
+    return Vectors(
+        gallery=torch.zeros(shape, dtype=gallery_dtype, device=gallery_device),
+        composed=torch.zeros(queries, config.embed_dim),
+        text_only=torch.zeros(queries, config.embed_dim),
+    )
+
+
+def encode_batch(
+    model: Blip2QformerCirAlignPrompt,
+    image_indices: Tensor,
+    images: Tensor,
+    queries_of: dict[int, list[Query]],
+    vectors: Vectors,
+    batch_size: int,
+) -> None:
+    """Fill the rows of a batch of images, and of the queries whose references they are.
+
+    Args:
+        model: on its device.
+        image_indices: (B,) gallery indices.
+        images: (B, 3, S, S) pixels or (B, N, D) tokens.
+        queries_of: from :func:`queries_by_reference`.
+        vectors: what is filled.
+        batch_size: queries at once; an image may be the reference of many.
+    """
+    image_embeds = model.encode_image(images.to(model.device))
+    keys = model.Qformer.bert.image_keys(image_embeds)
+    vectors.gallery[image_indices] = model.target_features(keys).to(vectors.gallery)
+    pairs = [(row, query) for row, i in enumerate(image_indices.tolist()) for query in queries_of.get(i, ())]
+    for start in range(0, len(pairs), batch_size):
+        part = pairs[start : start + batch_size]
+        rows, numbers = [row for row, _ in part], [query.number for _, query in part]
+        text = model.tokenize([query.caption for _, query in part])
+        if model.gated_fusion is None:  # a reference's keys and values are those it has as a target
+            reference: Tensor | ImageKeys = [pair and (pair[0][rows], pair[1][rows]) for pair in keys]
+        else:
+            reference = image_embeds[rows]
+        vectors.composed[numbers] = model.compose(reference, text).cpu()
+        vectors.text_only[numbers] = model.text_features(text).cpu()
+
+
+def target_indices(split: Split, index: dict[str, int]) -> Tensor | None:
+    """Gallery indices of the targets, (T,); None where the benchmark keeps them secret."""
+    targets = [triplet.target for triplet in split.triplets]
+    known = [index[target] for target in targets if target is not None]
+    return torch.tensor(known) if len(known) == len(targets) else None
 
 
 def member_indices(split: Split, index: dict[str, int]) -> Tensor:

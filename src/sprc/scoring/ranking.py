@@ -82,7 +82,7 @@ def rank(
         blocks: from :func:`score_blocks`, every query once.
         targets: (T,) gallery indices, or None where they are secret.
         references: (T,) gallery indices taken out of the ranking (CIRR), or None (FashionIQ).
-        members: (T, K) gallery indices of the image sets (CIRR), or None.
+        members: (T, K) gallery indices of the image sets (CIRR), or None. They need ``references``.
         k: how many candidates a query to return, or None for no ``top``.
     """
     rows: dict[str, list[Tensor]] = {name: [] for name in ("numbers", *Ranking._fields)}
@@ -91,11 +91,11 @@ def rank(
         rows["numbers"].append(numbers)
         if target is not None:
             rows["ranks"].append(target_ranks(scores, target, reference))
-        if target is not None and group is not None:
+        if target is not None and reference is not None and group is not None:
             rows["set_ranks"].append(subset_ranks(scores, target, reference, group))
         if k is not None:
             rows["top"].append(top_k(scores, k, reference))
-        if group is not None:
+        if reference is not None and group is not None:
             rows["set_order"].append(subset_order(scores, reference, group))
     order = torch.cat(rows.pop("numbers")).argsort()
     return Ranking(**{name: torch.cat(parts)[order] if parts else None for name, parts in rows.items()})
