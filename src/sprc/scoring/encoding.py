@@ -112,7 +112,7 @@ class Vectors(NamedTuple):
 
 
 class Query(NamedTuple):
-    """A triplet's number in its split, and its caption as the tokenizer takes it."""
+    """A triplet's number in its split, and its caption."""
 
     number: int
     caption: str

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from sprc.data.captions import process_caption
 from sprc.data.datasets import SteadyLoader
 from sprc.data.images import Transform, inspect_images, load_image
 from sprc.data.reading import require_words
@@ -158,7 +157,6 @@ class Retriever:
             )
         for number, text in enumerate(words):
             require_words(text, "the text" if len(words) == 1 else f"text {number} of {len(words)}")
-        captions = [process_caption(text) for text in words]
         queries_of: dict[object, list[int]] = {}
         distinct: list[Picture] = []
         for number, picture in enumerate(pictures):
@@ -168,14 +166,14 @@ class Retriever:
             queries_of.setdefault(key, []).append(number)
         queries = list(queries_of.values())
         model = self.model
-        found = torch.empty(len(captions), model.config.embed_dim)
+        found = torch.empty(len(words), model.config.embed_dim)
 
         def compose(start: int, pixels: Tensor) -> None:
             tokens = model.encode_image(pixels)
             pairs = [(row, q) for row in range(len(tokens)) for q in queries[start + row]]
             for first in range(0, len(pairs), batch_size):
                 rows, numbers = (list(part) for part in zip(*pairs[first : first + batch_size], strict=True))
-                text = model.tokenize([captions[number] for number in numbers])
+                text = model.tokenize([words[number] for number in numbers])
                 found[numbers] = model.compose(tokens[rows], text).float().cpu()
 
         self._read(distinct, compose, "encode_query", batch_size, num_workers, progress)

@@ -358,7 +358,7 @@ def edit_maps(searcher: Searcher, text: str, strength: float) -> dict[str, Map]:
     if not text or not searcher.has_fusion:
         return {}
     model = searcher.retriever.model
-    gate, changes = fusion_maps(model, st.session_state.reference.tokens, [process_caption(text)])
+    gate, changes = fusion_maps(model, st.session_state.reference.tokens, [text])
     assert changes is not None  # there is a fusion
     change = strength * changes[0]
     maps = {"change, own scale": Map(change, own_scale(change))}

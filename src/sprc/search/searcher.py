@@ -184,7 +184,7 @@ class Searcher:
     def compose(self, tokens: Tensor, text: str, strength: float = 1.0) -> Tensor:
         """The query (E,) of (1, N, D) image tokens and a text; ``strength`` as in the model's ``compose``."""
         model = self.retriever.model
-        return model.compose(tokens, model.tokenize([process_caption(text)]), strength=strength)[0].cpu()
+        return model.compose(tokens, model.tokenize([text]), strength=strength)[0].cpu()
 
     def best(self, query: Tensor, top: int, leave_out: list[int] | None = None) -> list[Result]:
         """The ``top`` pictures for a query (E,), best first, without the gallery indices ``leave_out``."""
