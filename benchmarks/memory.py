@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from steps import make_captions
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -103,11 +104,11 @@ def make_model(config: ModelConfig) -> Blip2QformerCirAlignPrompt:
 
     def tokenize(texts: list[str]) -> Text:
         with unset_fake_temporarily():  # fake tensors would not tell where words are
-            tokens = model.tokenizer(
-                texts, padding="longest", truncation=True, max_length=config.max_txt_len, return_tensors="pt"
-            )
-            text = model.lay_out(torch.zeros(*tokens.input_ids.shape, 1), tokens.attention_mask.bool())
-        return text._replace(words=model.Qformer.bert.embeddings.word_embeddings(tokens.input_ids))
+            padding = model.tokenizer.pad_token_id
+            rows = [torch.tensor(model.caption_ids[text]) for text in texts]
+            ids = pad_sequence(rows, batch_first=True, padding_value=padding)
+            text = model.lay_out(torch.zeros(*ids.shape, 1), ids != padding)
+        return text._replace(words=model.Qformer.bert.embeddings.word_embeddings(ids))
 
     def vit_tokens(image: Tensor) -> Tensor:
         if image.dim() == 3:

@@ -56,31 +56,30 @@ class LavisStep(nn.Module):
         """(B, N, D) tokens of `image` and `target`, and B captions `text_input`, to SPRC's losses."""
         model, bert = self.model, self.bert
         reference, target = model.normalise(samples["image"]), model.normalise(samples["target"])
-        text = model.tokenizer(
-            samples["text_input"],
-            padding="max_length",
-            truncation=True,
-            max_length=model.config.max_txt_len,
-            return_tensors="pt",
-        ).to(reference.device)
+        ids = torch.full((len(reference), model.config.max_txt_len), model.tokenizer.pad_token_id)
+        for row, caption in zip(ids, samples["text_input"], strict=True):
+            known = model.caption_ids[caption]
+            row[: len(known)] = torch.tensor(known)
+        ids = ids.to(reference.device)
+        words = (ids != model.tokenizer.pad_token_id).long()
         queries = model.query_tokens.expand(len(reference), -1, -1)
         num_queries = queries.shape[1]
-        mask = torch.cat([text.attention_mask.new_ones(queries.shape[:2]), text.attention_mask], dim=1)
+        mask = torch.cat([words.new_ones(queries.shape[:2]), words], dim=1)
         seen = mask.new_ones(reference.shape[:2])
 
         fused = bert(
-            text.input_ids,
+            ids,
             attention_mask=mask,
             query_embeds=queries,
             encoder_hidden_states=reference,
             encoder_attention_mask=seen,
         ).last_hidden_state
         prompts = fused[:, :num_queries]
-        composed = self.as_text(bert.embeddings(text.input_ids, query_embeds=prompts), mask)
+        composed = self.as_text(bert.embeddings(ids, query_embeds=prompts), mask)
         targets = bert(
             query_embeds=queries, encoder_hidden_states=target, encoder_attention_mask=seen
         ).last_hidden_state
-        alone = self.as_text(self.embed_text_alone(text.input_ids), mask)
+        alone = self.as_text(self.embed_text_alone(ids), mask)
 
         query_feats = F.normalize(model.text_proj(composed[:, num_queries]), dim=-1)
         target_feats = F.normalize(model.vision_proj(targets), dim=-1)

@@ -278,7 +278,7 @@ def epoch(settings: Settings) -> list[Row]:
         if HAS_LAVIS:
             sides["LAVIS alone"] = partial(run_step, in_memory, steps["LAVIS"])
             sides["LAVIS"] = partial(from_images, steps["LAVIS"], encode_at_once)
-        files = [*paths, cache.tokens_file]
+        files = [*paths, cache.store.values]
         times = side_by_side(sides, settings, before=partial(drop_from_memory, files))
 
     rows = []

@@ -4,39 +4,32 @@
 Exit code 0 if all is well, 2 if there are problems.
 """
 
-import argparse
 import sys
-from pathlib import Path
+from dataclasses import dataclass
 
-from sprc.data import DATASETS, DATASETS_METAVAR
 from sprc.errors import run_script
-from sprc.flags import ROOT, add_missing_flag
+from sprc.scoring.settings import DatasetSettings, DataSettings
+from sprc.settings import flag_parser, given_flags, setting
 
 MOST_SHOWN = 20
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckSettings(DataSettings, DatasetSettings):
+    """What is checked, and how closely."""
+
+    decode: bool = setting(False, help="decode every image; by default only both ends are read")
+
+
 def main() -> None:
     """Parse the flags, check, and print the report: counts, notes, the first problems and their number."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--dataset", required=True, type=str.lower, choices=tuple(DATASETS), metavar=DATASETS_METAVAR)
-    add(
-        "--data-path",
-        type=Path,
-        default=ROOT,
-        help="folder of cirr_dataset/, fashionIQ_dataset/; default: here",
-    )
-    add_missing_flag(parser)
-    add("--decode", action="store_true", help="decode every image; by default only both ends are read")
-    arguments = parser.parse_args()
+    settings = CheckSettings(**given_flags(flag_parser(__doc__, CheckSettings)))
     from sprc.data.check import check_dataset
     from sprc.scoring.benchmarks import benchmark_class
 
-    examine = benchmark_class(arguments.dataset).examine
-    findings = check_dataset(examine, arguments.data_path, arguments.decode, arguments.missing_images)
-    looked = "decoded" if arguments.decode else "looked at without decoding (--decode decodes them)"
+    examine = benchmark_class(settings.dataset).examine
+    findings = check_dataset(examine, settings.data_path, settings.decode, settings.missing_images)
+    looked = "decoded" if settings.decode else "looked at without decoding (--decode decodes them)"
     for line in findings.counts:
         print(line)
     print(f"{len(findings.image_paths):,} images {looked}")

@@ -12,7 +12,7 @@ from helpers.runner import run, train
 from helpers.searching import make_index, save_model
 from helpers.small_models import VOCABULARY
 
-from sprc.models.tokenizer import tokenizer_from_vocabulary
+from sprc.models.tokenizer import WordPiece
 
 
 def pytest_configure(config):
@@ -55,7 +55,7 @@ def read_only(monkeypatch):
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return tokenizer_from_vocabulary(VOCABULARY)
+    return WordPiece(VOCABULARY)
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from sprc.errors import InputError
+from sprc.settings import setting, settings_of
 
 MODEL_DIR = Path(__file__).parent / "models"
 BACKBONES = ("pretrain", "pretrain_vitL", "coco", "tiny")
@@ -20,26 +21,46 @@ FUSION_TEXTS = ("embeddings", "contextual")
 AMP = ("auto", "off", "fp16", "bf16")  # mixed precision, see sprc.models.device.precision
 GALLERY_DTYPES = ("float32", "float16")
 CACHE_DTYPES = ("float16", "bfloat16", "float32")
+FUSION = "fusion of the text into the reference's image tokens"  # the flags' group
+
+
+class Strategy(NamedTuple):
+    """What acts in a fusion strategy."""
+
+    has_alpha: bool
+    has_identity: bool  # fusion_start="identity"
+
+
+# The classes of models/gated_fusion.py, for those who want to know of them without torch.
+STRATEGIES = {
+    "gated": Strategy(has_alpha=True, has_identity=True),
+    "additive": Strategy(has_alpha=True, has_identity=True),
+    "weighted": Strategy(has_alpha=False, has_identity=True),
+    "film": Strategy(has_alpha=False, has_identity=True),
+    "tirg": Strategy(has_alpha=False, has_identity=True),
+    "gmu": Strategy(has_alpha=False, has_identity=False),
+}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Widths, depths and switches of ``Blip2QformerCirAlignPrompt``.
 
-    The defaults are BLIP-2's first stage with ViT-g (spec of the `pretrain` backbone). A value that
-    cannot work raises :class:`InputError` naming the argument and its value.
+    The defaults are BLIP-2's first stage with ViT-g (spec of the `pretrain` backbone). What is declared as a
+    :func:`setting` is a switch: scripts have a flag for it. A value that cannot work raises
+    :class:`InputError` naming the argument and its value.
     """
 
     # Vision transformer: "eva" is EVA-CLIP's ViT-g layout, "clip" is OpenAI CLIP's.
     vit: str = "eva"
-    image_size: int = 224
+    image_size: int = setting(224, help="pixels, a multiple of the patch; default: the backbone's")
     patch_size: int = 14
     vit_width: int = 1408
     vit_depth: int = 39
     vit_heads: int = 16
     vit_mlp_ratio: float = 4.3637
     vit_norm_eps: float = 1e-6
-    freeze_vit: bool = True
+    freeze_vit: bool = setting(True, help="default: the backbone's")
     vision_norm_eps: float = 1e-5  # ln_vision
 
     # Q-Former: a BERT with learned queries and cross-attention to the image.
@@ -58,13 +79,32 @@ class ModelConfig:
     max_txt_len: int = 32
 
     # Fusion of the modification text into the reference's image tokens.
-    use_gated_fusion: bool = True
-    fusion_strategy: str = "gated"  # a name registered in models/gated_fusion.py
-    alpha_init: float = 0.5
-    fusion_dropout: float = 0.1
-    pool: str = "masked"
-    fusion_start: str = "random"
-    fusion_text: str = "embeddings"  # "contextual": the text goes through the Q-Former's layers first
+    use_gated_fusion: bool = setting(True, help="off is plain SPRC", group=FUSION)
+    fusion_strategy: str = setting(
+        "gated", metavar="NAME", help=", ".join(STRATEGIES).replace("gated", "gated (default)"), group=FUSION
+    )
+    alpha_init: float = setting(
+        0.5, help="start of the learned strength, in gated and additive; default: 0.5", group=FUSION
+    )
+    fusion_dropout: float = setting(0.1, help="default: 0.1", group=FUSION)
+    pool: str = setting(
+        "masked",
+        choices=POOLS,
+        help="the text's mean: without padding (masked, default) or with",
+        group=FUSION,
+    )
+    fusion_start: str = setting(
+        "random",
+        choices=FUSION_STARTS,
+        help="identity: step 0 is plain SPRC; gmu has none",
+        group=FUSION,
+    )
+    fusion_text: str = setting(
+        "embeddings",
+        choices=FUSION_TEXTS,
+        help="what is averaged: word embeddings (default), or these after the Q-Former's layers",
+        group=FUSION,
+    )
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -79,9 +119,9 @@ class ModelConfig:
             if kind is int and value < 1:
                 raise InputError(f"{field.name}={value} must be at least 1")
         _one_of("vit", self.vit, VIT_KINDS)
-        _one_of("pool", self.pool, POOLS)
-        _one_of("fusion_start", self.fusion_start, FUSION_STARTS)
-        _one_of("fusion_text", self.fusion_text, FUSION_TEXTS)
+        for field in settings_of(ModelConfig):
+            if choices := field.metadata["flag"]["choices"]:
+                _one_of(field.name, getattr(self, field.name), choices)
         if self.fusion_text == "contextual" and self.pool == "all":
             raise InputError("pool='all' averages padding as well, which fusion_text='contextual' has not")
         _divides("patch_size", self.patch_size, "image_size", self.image_size)
@@ -116,6 +156,9 @@ class ModelConfig:
             return cls(**values)
         except InputError as error:
             raise InputError(f"{source}: {error}") from error
+
+
+MODEL_SWITCHES = tuple(field.name for field in settings_of(ModelConfig))
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -25,22 +25,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sprc.errors import EXPECTED, InputError, OutOfResources, explained, print_error
+from sprc.processes import rank as rank
+from sprc.processes import world_size as world_size
 
 T = TypeVar("T")
 
 LAUNCH = "start with torchrun --nproc-per-node N, or unset WORLD_SIZE to run one process"
 # How long a rank that lost the others waits for them to say that they are alive. They look every second.
 ROLL_CALL_SECONDS = 5.0
-
-
-def rank() -> int:
-    """This process's number, from 0. Rank 0 alone prints and writes files."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    """How many ranks there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def local_rank() -> int:

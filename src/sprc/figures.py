@@ -12,6 +12,7 @@ from sprc.files import write_atomically
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 RIGHT, WRONG = "#2a9d4a", "#c0392b"
 FIXED = (0.0, 1.0)  # the scale on which maps of different images and models compare
@@ -23,6 +24,39 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
     """Write the figure as PNG, atomically, and close it."""
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
     plt.close(figure)
+
+
+def make_grid(
+    high: int,
+    wide: int,
+    *,
+    side: float,
+    gaps: tuple[float, float],
+    margins: tuple[float, float, float, float],
+) -> tuple[Figure, np.ndarray]:
+    """A figure and the axes (high, wide) of its squares. All in inches: a computed layout takes seconds.
+
+    Args:
+        high: rows.
+        wide: columns.
+        side: of a square.
+        gaps: between columns, and between rows.
+        margins: left, right, bottom, top.
+    """
+    across, between = gaps
+    left, right, bottom, top = margins
+    width = left + wide * side + (wide - 1) * across + right
+    height = bottom + high * side + (high - 1) * between + top
+    figure, axes = plt.subplots(high, wide, figsize=(width, height), squeeze=False)
+    figure.subplots_adjust(
+        left=left / width,
+        right=1 - right / width,
+        bottom=bottom / height,
+        top=1 - top / height,
+        wspace=across / side,
+        hspace=between / side,
+    )
+    return figure, axes
 
 
 class Cell(NamedTuple):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import hashlib
 import io
 import json
 import os
@@ -18,8 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from sprc.distributed import rank
 from sprc.errors import InputError
+from sprc.processes import rank
 
 try:
     import fcntl
@@ -37,6 +38,8 @@ ADVICE: dict[int | None, str] = {
     errno.ENAMETOOLONG: "the name is too long; give a shorter one",
 }
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+# A file changed within a clock tick of its reading may keep its times. Two seconds cover any clock.
+SETTLED_NS = 2 * 10**9
 
 
 def write_failure(path: Path, error: Exception, after: str) -> OSError:
@@ -217,3 +220,39 @@ def verify_archive(path: Path) -> None:
         folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 0x10]
         if damaged := archive.testzip() or "".join(folders[:1]):
             raise zipfile.BadZipFile(f"{damaged} is damaged")
+
+
+def file_digest(path: Path) -> str:
+    """A hash of the file's bytes; raises ``OSError``."""
+    return hash_file(path, hashlib.blake2b(digest_size=16))
+
+
+def hash_file(path: Path, digest: Any) -> str:
+    """What ``digest``, of :mod:`hashlib`, makes of the file's bytes; raises ``OSError``."""
+    with path.open("rb") as file:
+        for part in iter(lambda: file.read(2**20), b""):
+            digest.update(part)
+    found: str = digest.hexdigest()
+    return found
+
+
+def look_at_file(path: Path, before: tuple[list[int], str] | None) -> tuple[list[int], str]:
+    """How a file looks (size, times, inode) and a hash of its bytes; one that looks as before is not read.
+
+    Args:
+        path: of the file.
+        before: what this returned of it earlier, or None.
+
+    Returns:
+        The looks are empty where the file changed so lately that it may change again and look the same.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    seen_at = time.time_ns()
+    status = path.stat()
+    looks = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    if before is not None and before[0] == looks:
+        return before
+    settled = seen_at - max(status.st_mtime_ns, status.st_ctime_ns) > SETTLED_NS
+    return looks if settled else [], file_digest(path)

@@ -11,6 +11,7 @@ import shutil
 import signal
 import statistics
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers.runner import read_csv, run
+from helpers.runner import ROOT, read_csv, run
 
 import sprc.ablation.run
 from sprc.ablation.report import CellResult, paired_bootstrap, report_ablation, table
@@ -661,3 +662,11 @@ def test_a_broken_file_of_test_targets_is_named(data, tmp_path, spoil, message):
     path.unlink()
     with pytest.raises(InputError, match="only the built-in data have targets for test1"):
         load_cirr_test(tmp_path)
+
+
+def test_running_an_ablation_takes_no_model_and_no_torch():
+    code = "import sys, sprc.ablation.run; sprc.ablation.run.check_devices(['cpu']); "
+    code += "print([name for name in ('torch', 'transformers', 'pandas') if name in sys.modules])"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[]\n", "")

@@ -2,8 +2,11 @@ import random
 import string
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sprc.data.captions import process_caption
+from sprc.models.tokenizer import CaptionIds
 
 ODD_CAPTIONS = [
     "",
@@ -69,3 +72,20 @@ def test_process_caption_keeps_the_first_fifty_words():
     words = [f"w{number}" for number in range(10_000)]
     assert process_caption(" ".join(words)) == " ".join(words[:50])
     assert process_caption(" ".join(words[:50])) == " ".join(words[:50])
+
+
+# Letters whose lower case is several, or depends on what follows; every kind of space; half a pair.
+ODD = "aB.!#:;~ΣςİıßǅﬃÅ\u0307\u0345 \t\n\r\x0b\x0c\x1c\x85\xa0\u2028\u3000\ud83d\ude00"
+
+
+@given(text=st.text(st.one_of(st.sampled_from(ODD), st.characters()), max_size=160), words=st.integers(1, 50))
+def test_cleaning_twice_is_cleaning_once(text, words):
+    cleaned = process_caption(text, words)
+    assert process_caption(cleaned, words) == cleaned
+    assert process_caption(cleaned) == cleaned
+
+
+def test_token_ids_are_those_of_the_cleaned_caption(tokenizer):
+    for text in ("Make it RED!", "  a   star.\n", "is (yellow) ~ red"):
+        expected = tokenizer.encode(process_caption(text), 8)
+        assert CaptionIds(tokenizer, 8)[text] == expected

@@ -1,6 +1,5 @@
 """What tests of the search share: a model that was not trained, and the two commands without a process."""
 
-import argparse
 import struct
 import zlib
 
@@ -11,6 +10,7 @@ from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPromp
 from sprc.models.checkpoint import save_checkpoint
 from sprc.models.factory import create_model
 from sprc.search.commands import run_index, run_query
+from sprc.search.settings import IndexSettings, QuerySettings
 
 TEXT = "make the small circle blue"
 
@@ -34,23 +34,13 @@ def save_model(path, data, seed, **switches):
 
 def make_index(path, folder, checkpoint, **flags):
     """As `search.py index` does, in this process."""
-    names = ("blip_model_name", "backbone", "vocab", "transform", "target_ratio", "batch_size", "num_workers")
-    given = {**dict.fromkeys(names), "device": "cpu", "rebuild": False, **flags}
-    run_index(argparse.Namespace(folder=folder, model_path=checkpoint, index=path, **given))
+    run_index(IndexSettings(folder=folder, model_path=checkpoint, index=path, **{"device": "cpu", **flags}))
 
 
 def query(index, **flags):
     """As `search.py query` does, in this process."""
-    given = {"image": "a/dev-0-0-img0.png", "text": TEXT, "top": 5, "candidates": 1000, "engine": "exact"}
-    given |= {
-        "sheet": None,
-        "json": False,
-        "keep_reference": False,
-        "model_path": None,
-        "vocab": None,
-        "device": "cpu",
-    }
-    run_query(argparse.Namespace(index=index, **{**given, **flags}))
+    given = {"image": "a/dev-0-0-img0.png", "text": TEXT, "top": 5, "device": "cpu", **flags}
+    run_query(QuerySettings(index=index, **given))
 
 
 def png_header(width, height):

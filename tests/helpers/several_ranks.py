@@ -6,7 +6,6 @@ libraries are imported once for all of them. A rank's stderr and exit code are i
     python tests/helpers/several_ranks.py OUT DATA CHECKPOINT
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -31,9 +30,10 @@ from sprc.errors import InputError, Interrupted, run_script
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.device import memory_explained
 from sprc.models.factory import _fetch, create_model
-from sprc.models.tokenizer import tokenizer_from_vocabulary
+from sprc.models.tokenizer import WordPiece
 from sprc.scoring.encoding import encode_split
 from sprc.scoring.feature_cache import FeatureCache
+from sprc.scoring.settings import SubmissionSettings
 from sprc.scoring.submission import run_submission
 from sprc.training.fusion_log import FusionLog
 from sprc.training.loop import Trainer, TrainingConfig
@@ -171,7 +171,7 @@ class Validation:
         self.signal_at, self.epoch, self.read = signal_at, 0, 0
         self.config = small_config()
         state = torch.get_rng_state()
-        self.model = Blip2QformerCirAlignPrompt(self.config, tokenizer_from_vocabulary(VOCABULARY))
+        self.model = Blip2QformerCirAlignPrompt(self.config, WordPiece(VOCABULARY))
         torch.set_rng_state(state)
         self.pixels = dict(zip(NAMES, random_images(len(NAMES), self.config), strict=True))
 
@@ -257,7 +257,7 @@ def encode(folder):
     """The split of test_validation.py, and which images this rank read."""
     for fusion, dtype in ((True, "float32"), (False, "float16")):
         config = small_config(use_gated_fusion=fusion)
-        model = Blip2QformerCirAlignPrompt(config, tokenizer_from_vocabulary(VOCABULARY))
+        model = Blip2QformerCirAlignPrompt(config, WordPiece(VOCABULARY))
         randomise(model)
         pixels = dict(zip(NAMES, random_images(len(NAMES), config), strict=True))
         read = []
@@ -294,19 +294,10 @@ def fill_cache(folder, images):
 
 
 def submit(folder, data, checkpoint):
-    arguments = argparse.Namespace(
-        data_path=data,
-        model_path=checkpoint,
-        out=folder,
-        name="test",
-        batch_size=7,
-        num_workers=1,
-        missing_images="error",
+    settings = SubmissionSettings(
+        data_path=data, model_path=checkpoint, out=folder, name="test", batch_size=7, num_workers=1
     )
-    rest = ("blip_model_name", "backbone", "transform", "target_ratio", "gallery_dtype", "cache_dtype")
-    for name in (*rest, "vocab", "feature_cache", "save_memory", "device"):
-        setattr(arguments, name, None)
-    paths = run_submission(arguments)
+    paths = run_submission(settings)
     (folder / f"told_{rank()}.json").write_text(json.dumps([path.name for path in paths]))
 
 

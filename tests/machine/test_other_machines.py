@@ -27,7 +27,6 @@ from sprc.data.transforms import make_transform
 from sprc.errors import InputError
 from sprc.files import append_csv, hold_lock, write_json
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
-from sprc.scoring import feature_cache
 from sprc.scoring.feature_cache import open_images
 from sprc.search.indexing import PictureDataset
 from sprc.training import compilation
@@ -320,7 +319,7 @@ def filled(tokenizer, tmp_path):
 
 def test_a_complete_cache_is_read_from_a_read_only_disk(filled, tmp_path, monkeypatch, read_only, capsys):
     open_cache, paths = filled
-    monkeypatch.setattr(feature_cache, "SETTLED_NS", -(10**18))  # files so new are not written down else
+    monkeypatch.setattr(locks, "SETTLED_NS", -(10**18))  # files so new are not written down else
     before = [open_cache(paths)(path) for path in paths]
     (files,) = tmp_path.glob("cache/*/files.json")
     files.write_text("{}")

@@ -8,7 +8,7 @@ from sprc.config import BACKBONES, ModelConfig, read_backbone
 from sprc.errors import InputError
 from sprc.models import factory
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
-from sprc.models.tokenizer import make_vocabulary, tokenizer_from_vocabulary
+from sprc.models.tokenizer import WordPiece, make_vocabulary
 
 WEIGHTS = {"vit": "https://weights.example/vit.pth", "blip2": "https://weights.example/blip2.pth"}
 
@@ -110,7 +110,7 @@ def test_an_unknown_switch_is_refused():
 
 
 def test_the_vocabulary_holds_every_word_of_the_data_and_spells_others():
-    tokenizer = tokenizer_from_vocabulary(make_vocabulary(["Make the circle red,", "make it (blue)"]))
+    tokenizer = WordPiece(make_vocabulary(["Make the circle red,", "make it (blue)"]))
     assert tokenizer.tokenize("make the CIRCLE blue") == ["make", "the", "circle", "blue"]
     assert tokenizer.tokenize("bear") == ["b", "##e", "##a", "##r"]
     assert tokenizer.unk_token not in tokenizer.tokenize("make it red")

@@ -2,7 +2,6 @@
 
 import math
 import pickle
-from argparse import Namespace
 from dataclasses import asdict
 
 import pytest
@@ -14,11 +13,10 @@ from sprc.data.synthetic.scenes import caption_words
 from sprc.errors import InputError
 from sprc.models import checkpoint, device, factory
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
-from sprc.models.checkpoint import STATE, load_checkpoint, save_checkpoint
+from sprc.models.checkpoint import STATE, load_checkpoint, save_checkpoint, start_model
 from sprc.models.factory import create_model
 from sprc.models.switches import SWITCHES
-from sprc.models.tokenizer import SPECIAL_TOKENS, tokenizer_from_vocabulary
-from sprc.training.fine_tuning import start_model
+from sprc.models.tokenizer import SPECIAL_TOKENS, WordPiece
 
 HYPERPARAMETERS = {"blip_model_name": "blip2_cir_align_prompt", "backbone": "tiny", "seed": 3}
 
@@ -245,14 +243,11 @@ def test_ours_of_another_depth_takes_that_many_blocks_of_its_backbone(backbone, 
 
 
 def test_a_resumed_run_keeps_the_depth_that_it_was_started_with():
-    told = {
-        "blip_model_name": "blip2_cir_align_prompt",
-        "backbone": "tiny",
-        "model_path": None,
-        "vocab": None,
-    }
-    assert start_model(Namespace(**told), ["a"]).config.vit_depth == 2
-    assert start_model(Namespace(**told, model_config={"vit_depth": 1}), ["a"]).config.vit_depth == 1
+    told = ("blip2_cir_align_prompt", "tiny", ["a"])
+    begun = start_model(*told, switches={}).config
+    assert begun.vit_depth == 2
+    recorded = asdict(begun) | {"vit_depth": 1}
+    assert start_model(*told, switches={}, recorded=recorded).config.vit_depth == 1
 
 
 def clip_vit_l_shapes(depth):
@@ -288,7 +283,7 @@ def clip_vit_l_shapes(depth):
 def test_a_published_vit_l_checkpoint_loads(tmp_path, monkeypatch, depth, switches):
     """23 blocks, as SPRC builds it; 21 as LAVIS 1.0.2 does. True shapes, each of one number, repeated."""
     words = [*SPECIAL_TOKENS, *(f"word{number}" for number in range(30522 - len(SPECIAL_TOKENS)))]
-    monkeypatch.setattr(checkpoint, "bert_tokenizer", lambda _: tokenizer_from_vocabulary(words))
+    monkeypatch.setattr(checkpoint, "bert_tokenizer", lambda _: WordPiece(words))
     config = ModelConfig(**{**read_backbone("pretrain_vitL")["model"], "use_gated_fusion": False})
     assert config.vit_depth == 23
     path = tmp_path / "sprc_vitL.pt"

@@ -9,6 +9,7 @@ from helpers.small_models import randomise, small_config
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from sprc import config
 from sprc.errors import InputError
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt, fusion_diagnostics
 from sprc.models.gated_fusion import FUSION_STRATEGIES, fusion_class
@@ -305,3 +306,25 @@ def test_what_is_logged_of_half_precision_is_not_rounded() -> None:
     for name, value in expected.items():
         assert logged[name].dtype == torch.float32, name
         assert logged[name].item() == pytest.approx(value.item(), rel=1e-5), name
+
+
+def test_what_is_told_of_the_strategies_without_torch_is_what_they_are():
+    assert config.STRATEGIES.keys() == FUSION_STRATEGIES.keys()
+    for name, told in config.STRATEGIES.items():
+        cls = fusion_class(name)
+        assert hasattr(cls(2, 2), "alpha") == told.has_alpha
+        try:
+            cls(2, 2, start="identity")
+        except InputError:
+            assert not told.has_identity
+        else:
+            assert told.has_identity
+
+
+def test_an_unknown_strategy_is_refused_before_a_vision_transformer_is_built(tokenizer, monkeypatch):
+    def built(_):
+        raise AssertionError("it was built")
+
+    monkeypatch.setattr(Blip2QformerCirAlignPrompt, "vision_transformer", staticmethod(built))
+    with pytest.raises(InputError, match=f"'gatd' is unknown; choose from {', '.join(FUSION_STRATEGIES)}"):
+        Blip2QformerCirAlignPrompt(small_config(fusion_strategy="gatd"), tokenizer)

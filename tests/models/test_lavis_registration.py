@@ -9,7 +9,7 @@ from sprc.config import BACKBONES
 from sprc.errors import InputError
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.switches import SWITCHES, WORDS
-from sprc.models.tokenizer import tokenizer_from_vocabulary
+from sprc.models.tokenizer import WordPiece
 
 pytest.importorskip("lavis", reason="LAVIS is not installed")
 
@@ -154,7 +154,7 @@ def test_another_model_s_state_dict_is_refused_and_changes_nothing(model_of):
 def test_the_same_number_of_other_words_is_refused(model_of):
     model = model_of()
     words = [model.tokenizer.convert_ids_to_tokens(i) for i in range(model.tokenizer.vocab_size)]
-    tokenizer = tokenizer_from_vocabulary([*words[:-1], "unheard"])
+    tokenizer = WordPiece([*words[:-1], "unheard"])
     other = Blip2QformerCirAlignPrompt(model.config, tokenizer)
     with pytest.raises(InputError, match="took its words from other captions"):
         model.load_state_dict(other.state_dict(), strict=False)

@@ -4,15 +4,19 @@ from threading import Event
 
 import pytest
 import torch
+import transformers.utils
 from helpers.runner import assert_one_clear_line, run, train
 from helpers.small_models import VOCABULARY, small_config
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from sprc.data.captions import process_caption
 from sprc.errors import InputError
 from sprc.models import tokenizer as tokenizer_file
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.checkpoint import load_checkpoint, save_checkpoint
 from sprc.models.factory import create_model
-from sprc.models.tokenizer import BERT_SPECIAL_TOKENS, bert_tokenizer, read_bert_vocabulary
+from sprc.models.tokenizer import BERT_SPECIAL_TOKENS, WordPiece, bert_tokenizer, read_bert_vocabulary
 
 
 def made_vocabulary(**changes):
@@ -41,8 +45,67 @@ def vocab(tmp_path_factory):
 def test_a_vocabulary_s_line_is_its_id(tmp_path, ending):
     tokenizer = bert_tokenizer(write(tmp_path / "vocab.txt", made_vocabulary(), ending))
     assert len(tokenizer) == 30523
-    assert tokenizer("make the circles BLUE").input_ids == [101, 1000, 1001, 1002, 1006, 1003, 102]
+    assert tokenizer.encode("make the circles BLUE") == [101, 1000, 1001, 1002, 1006, 1003, 102]
     assert tokenizer.convert_tokens_to_ids("[DEC]") == 30522
+
+
+LETTERS = (
+    "abzABZ019 \t\n$`^~<'-_.!?…ßÉéİıΣσςǅﬁ½¾中日本語가각한ﾊﾞか"
+    "\u3099가\u0301\u0323\u200b\u200d\u00ad\u2028\u00a0\u3000👗"
+)
+WORDS = [word for word in VOCABULARY if not word.startswith("[")]  # special tokens come as words, never so
+ODD = st.one_of(
+    st.text(st.sampled_from(LETTERS), max_size=30),
+    st.text(max_size=20),
+    st.lists(st.sampled_from([*WORDS, "don't", "façade", "x" * 101, "MAKE", "[sep]"])).map(" ".join),
+)
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """transformers' own tokenizer over the letters, and which of them are pieces of ours."""
+    pieces = sorted({*"".join(LETTERS.split()).lower(), *"abcdefghijklmnopqrstuvwxyz"})
+    words = [*BERT_SPECIAL_TOKENS, *pieces, *(f"##{piece}" for piece in pieces), *WORDS, "facade"]
+    words = list(dict.fromkeys(words))
+    file = write(tmp_path_factory.mktemp("theirs") / "vocab.txt", words)
+    theirs = transformers.BertTokenizer(str(file))
+    if getattr(theirs, "is_fast", False):
+        pytest.skip("a tokenizer in Rust, which has Unicode's tables of its own")
+    theirs.add_special_tokens({"bos_token": "[DEC]"})
+    return theirs, WordPiece(words)
+
+
+@given(text=ODD)
+@settings(
+    max_examples=300,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_odd_captions_are_read_as_transformers_reads_them(theirs, text):
+    theirs, ours = theirs
+    for words in (text, process_caption(text)):
+        assert ours.encode(words) == theirs(words).input_ids
+        assert ours.encode(words, 7) == theirs(words, truncation=True, max_length=7).input_ids
+        assert ours.tokenize(words) == theirs.tokenize(words)
+
+
+def test_entries_and_ids_are_those_of_transformers(theirs):
+    theirs, ours = theirs
+    assert (len(ours), ours.vocab_size, ours.pad_token_id) == (len(theirs), theirs.vocab_size, 0)
+    assert ours.get_vocab() == theirs.get_vocab()
+    numbers = list(range(len(ours)))
+    assert ours.convert_ids_to_tokens(numbers) == theirs.convert_ids_to_tokens(numbers)
+    for token in ("[DEC]", "[UNK]", "facade", "nothing"):
+        assert ours.convert_tokens_to_ids(token) == theirs.convert_tokens_to_ids(token)
+
+
+def test_every_letter_is_read_as_transformers_reads_it(theirs):
+    theirs, ours = theirs
+    for first in range(0, 0x30000, 16):
+        text = "".join(f"a{chr(code)}b " for code in range(first, first + 16))
+        assert ours.tokenize(text) == theirs.tokenize(text), f"{first:x}"
 
 
 def test_only_an_end_of_line_parts_entries(tmp_path):
@@ -78,13 +141,13 @@ def test_the_cache_is_read_under_either_name_and_no_network_is_asked(tmp_path, m
     (repo / "refs" / "main").write_text("0123456789abcdef")
     write(repo / "snapshots" / "0123456789abcdef" / "vocab.txt", made_vocabulary())
     asked = []
-    cached_file = tokenizer_file.cached_file
+    cached_file = transformers.utils.cached_file
 
     def watched(*arguments, local_files_only):
         asked.append(local_files_only)
         return cached_file(*arguments, local_files_only=local_files_only, cache_dir=str(tmp_path))
 
-    monkeypatch.setattr(tokenizer_file, "cached_file", watched)
+    monkeypatch.setattr(transformers.utils, "cached_file", watched)
     assert bert_tokenizer().get_vocab() == bert_tokenizer(vocab).get_vocab()
     assert set(asked) == {True}
 
@@ -97,7 +160,7 @@ def test_a_hub_that_does_not_answer_is_not_waited_for_long(monkeypatch):
             raise OSError("not cached")
         answered.append(answer.wait(60))
 
-    monkeypatch.setattr(tokenizer_file, "cached_file", cached_file)
+    monkeypatch.setattr(transformers.utils, "cached_file", cached_file)
     monkeypatch.setattr(tokenizer_file, "HUB_SECONDS", 0.05)
     with pytest.raises(InputError, match=r"could not be fetched; .*--vocab FILE"):
         bert_tokenizer()
@@ -107,7 +170,7 @@ def test_a_hub_that_does_not_answer_is_not_waited_for_long(monkeypatch):
 
 def test_what_the_hub_gives_is_taken(monkeypatch, vocab):
     monkeypatch.setattr(
-        tokenizer_file,
+        transformers.utils,
         "cached_file",
         lambda name, file, local_files_only: None if local_files_only else str(vocab),
     )

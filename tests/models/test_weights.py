@@ -138,8 +138,8 @@ def test_a_replaced_file_is_taken_once_the_record_is_deleted(hub, good, tmp_path
 
 def test_an_archive_is_hashed_once_and_again_where_its_times_changed(hub, good, monkeypatch):
     hashed = []
-    sha256 = weights._sha256
-    monkeypatch.setattr(weights, "_sha256", lambda path: hashed.append(path) or sha256(path))
+    own = weights.hash_file
+    monkeypatch.setattr(weights, "hash_file", lambda path, kind: hashed.append(path) or own(path, kind))
     file = hub / "backbone.pth"
     file.write_bytes(good["archive"])
     for times in (1, 1):

@@ -15,7 +15,7 @@ from helpers.runner import ENVIRONMENT, ROOT, assert_one_clear_line, read_csv, r
 from helpers.small_models import randomise, small_config
 from PIL import Image
 
-import sprc.scoring.feature_cache
+from sprc import files
 from sprc.data.images import image_loader
 from sprc.data.transforms import make_transform
 from sprc.errors import InputError
@@ -99,12 +99,10 @@ def test_a_file_that_did_not_settle_is_read_again_and_a_settled_one_is_not(
     model, images, tmp_path, monkeypatch
 ):
     reads = []
-    original = sprc.scoring.feature_cache.hashlib.file_digest
-    monkeypatch.setattr(
-        sprc.scoring.feature_cache.hashlib, "file_digest", lambda *a: reads.append(a) or original(*a)
-    )
+    original = files.file_digest
+    monkeypatch.setattr(files, "file_digest", lambda *a: reads.append(a) or original(*a))
     for settled, expected in ((10**18, [8, 8]), (-1, [8, 0])):
-        monkeypatch.setattr(sprc.scoring.feature_cache, "SETTLED_NS", settled)
+        monkeypatch.setattr(files, "SETTLED_NS", settled)
         folder, counts = tmp_path / str(settled), []
         for _ in range(2):
             reads.clear()
@@ -160,7 +158,7 @@ def swap_records(path):
 def test_damage_is_found_and_mended(model, images, tmp_path, case):
     folder = tmp_path / "cache"
     cache, _ = fill(folder, model, images)
-    DAMAGE[case](cache.tokens_file, cache.folder / "index.txt")
+    DAMAGE[case](cache.store.values, cache.folder / "index.txt")
     mended, computed = fill(folder, model, images)
     assert 1 <= computed <= 8
     for path in images:

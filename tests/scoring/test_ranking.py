@@ -13,7 +13,7 @@ import sprc.scoring.ranking
 import sprc.scoring.recall
 from sprc.data.split import Split, Triplet
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
-from sprc.models.tokenizer import tokenizer_from_vocabulary
+from sprc.models.tokenizer import WordPiece
 from sprc.scoring.benchmarks import CIRR
 from sprc.scoring.encoding import EncodedSplit, encode_split
 from sprc.scoring.ranking import (
@@ -251,7 +251,7 @@ def test_the_table_of_modalities_scores_each_of_them_once(monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_an_image_of_many_triplets_is_encoded_once(dtype, tmp_path, monkeypatch):
     torch.manual_seed(0)
-    model = Blip2QformerCirAlignPrompt(small_config(), tokenizer_from_vocabulary(VOCABULARY))
+    model = Blip2QformerCirAlignPrompt(small_config(), WordPiece(VOCABULARY))
     images = dict(zip("abcd", random_images(4, model.config), strict=True))
     paths = {name: tmp_path / name for name in images}
     pairs = [("a", "b"), ("a", "c"), ("b", "a"), ("a", "d"), ("d", "b"), ("a", "b")]

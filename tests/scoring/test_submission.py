@@ -1,7 +1,6 @@
 """The size of a submission, at the size of CIRR's test1."""
 
 import json
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -34,7 +33,7 @@ def submit(out, queries):
         targets=None,
         members=member_indices(split, index),
     )
-    return write_submission(Namespace(out=out, name="x", data_path=Path("data")), split, encoded)
+    return write_submission(split, encoded, out, "x", Path("data"))
 
 
 def test_a_submission_of_test1_s_size_is_one_that_the_server_takes(tmp_path):

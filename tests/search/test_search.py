@@ -13,6 +13,7 @@ from helpers.searching import TEXT, make_index, png_header, query, save_model
 from PIL import Image, ImageFile
 
 import search as script
+from sprc import files
 from sprc.data.captions import process_caption
 from sprc.data.cirr import load_cirr
 from sprc.data.images import load_image
@@ -60,7 +61,7 @@ def assert_equals_a_new_one(index, pictures, checkpoint, tmp_path):
 
 def brute_force(searcher, reference, text, names):
     """Score and name of each picture, best first, from files and the model's own calls, in float32."""
-    model = searcher.scorer.checkpoint.model
+    model = searcher.retriever.model
     transform = make_transform("targetpad", 96, 1.25)
     with torch.no_grad():
         tokens = model.encode_image(load_image(searcher.index.folder / reference, transform)[None])
@@ -111,10 +112,10 @@ def test_lines_are_rank_score_and_path(picture_index, pictures, searcher, capsys
 
 def test_ranks_are_validation_s(data, searcher):
     split = load_cirr(data, "val")
-    scorer = searcher.scorer
-    load = indexing.image_loader(scorer.transform)
+    retriever = searcher.retriever
+    load = indexing.image_loader(retriever.transform)
     options = {"batch_size": 8, "num_workers": 0, "gallery_dtype": "float16"}
-    ranking = rank_split(split, encode_split(scorer.checkpoint.model, split, load, **options), k=10)
+    ranking = rank_split(split, encode_split(retriever.model, split, load, **options), k=10)
     names = list(split.image_paths)
     for triplet, row in list(zip(split.triplets, ranking.top.tolist(), strict=True))[:12]:
         image = Image.open(split.image_paths[triplet.reference])
@@ -151,7 +152,7 @@ def test_a_reference_and_its_copies_are_left_out_unless_kept(pictures, checkpoin
 def test_strength_scales_the_edit(data, searcher, checkpoint):
     image = Image.open(next((data / "cirr_dataset/dev").iterdir()))
     tokens = searcher.encode(searcher.pixels(image))
-    model = Searcher.open(searcher.index.path).scorer.checkpoint.model
+    model = Searcher.open(searcher.index.path).retriever.model
     text = model.tokenize([TEXT])
     with torch.no_grad():
         edited, fused = model.compose(tokens, text)[0], model.fuse(tokens, text).fused
@@ -170,13 +171,36 @@ def test_faiss_ranks_its_candidates_exactly(picture_index, searcher):
     pytest.importorskip("faiss", reason="faiss-cpu is not installed")
     vector = searcher.compose(searcher.encode(torch.ones(3, 96, 96)), TEXT)
     exact = searcher.best(vector, 36)
-    every = Searcher(searcher.index, searcher.scorer, "faiss", candidates=1000)
+    every = Searcher(searcher.index, searcher.retriever, "faiss", candidates=1000)
     assert every.best(vector, 36) == exact
     assert every.best(vector, 4, [3, 5]) == searcher.best(vector, 4, [3, 5])
-    few = Searcher(searcher.index, searcher.scorer, "faiss", candidates=6)
+    few = Searcher(searcher.index, searcher.retriever, "faiss", candidates=6)
     means = torch.from_numpy(indexing.mean_features(searcher.index.gallery.numpy())).float() @ vector
     nearest = {searcher.index.names[i] for i in means.argsort(descending=True)[:6].tolist()}
     assert few.best(vector, 3) == [result for result in exact if result.name in nearest][:3]
+
+
+@pytest.mark.parametrize("engine", ["exact", "faiss"])
+def test_a_searcher_outlives_the_index_that_it_was_opened_on(pictures, checkpoint, tmp_path, engine):
+    if engine == "faiss":
+        pytest.importorskip("faiss", reason="faiss-cpu is not installed")
+    folder, index = tmp_path / "pictures", tmp_path / "index"
+    shutil.copytree(pictures / "a", folder)
+    make_index(index, folder, checkpoint)
+    opened = Searcher.open(index, device="cpu", engine=engine)
+    expected = Searcher.open(index, device="cpu").search("dev-0-0-img0.png", TEXT)
+    shutil.copy(next((pictures / "b").iterdir()), folder / "added.png")
+    make_index(index, folder, checkpoint)  # whose files take the place of the old ones
+    assert not (index / "pooled-1.bin").exists()
+    assert opened.search("dev-0-0-img0.png", TEXT) == expected
+
+
+def test_a_query_reads_the_index_once(picture_index, monkeypatch):
+    reads = []
+    own = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: reads.append(path.name) or own(path))
+    query(picture_index, top=1)
+    assert sorted(name for name in reads if name.endswith(".json")) == ["index.json", "pictures.json"]
 
 
 def test_what_the_model_does_not_read_is_said(picture_index, capsys):
@@ -212,10 +236,10 @@ def test_only_what_is_new_or_changed_is_computed(pictures, checkpoint, tmp_path,
 
     # Pictures that look as before are not even read.
     read = []
-    monkeypatch.setattr(indexing, "SETTLED_NS", -(10**18))
+    monkeypatch.setattr(files, "SETTLED_NS", -(10**18))
     make_index(index, folder, checkpoint)
-    own = indexing.file_digest
-    monkeypatch.setattr(indexing, "file_digest", lambda path: read.append(path.name) or own(path))
+    own = files.file_digest
+    monkeypatch.setattr(files, "file_digest", lambda path: read.append(path.name) or own(path))
     make_index(index, folder, checkpoint)
     assert read == ["broken.png"]
 

@@ -1,12 +1,15 @@
 """What the page does, without a browser; test_browser.py clicks on it in one."""
 
+import gc
 import io
 import json
 import os
 import shutil
 import sys
+import weakref
 
 import pytest
+import torch
 from helpers.searching import TEXT, make_index, png_header, save_model
 from PIL import Image
 
@@ -14,10 +17,12 @@ import app
 from sprc.data.cirr import load_cirr
 from sprc.errors import InputError, Interrupted
 from sprc.search import app as search_app
+from sprc.search import searcher as searcher_module
 from sprc.search.index import open_index
 from sprc.search.searcher import Searcher
 
 st_testing = pytest.importorskip("streamlit.testing.v1", reason="Streamlit is not installed")
+from sprc.search import page as page_module  # noqa: E402
 
 MARKUP = "<img src=x onerror=alert(1)> **bold** [link](https://example.org) :red[make] $x^2$ it blue"
 NAME = "a/dev-0-0-img0.png"
@@ -238,6 +243,39 @@ def test_a_picture_that_is_gone_is_said_and_a_new_index_is_seen(checkpoint, pict
     ]
 
 
+def test_a_new_index_keeps_the_model_and_a_new_model_lets_the_old_one_go(
+    checkpoint, data, pictures, tmp_path, monkeypatch
+):
+    folder, index = tmp_path / "pictures", tmp_path / "index"
+    shutil.copytree(pictures / "a", folder)
+    make_index(index, folder, checkpoint)
+    loads = []
+    own = searcher_module.load_model
+    monkeypatch.setattr(searcher_module, "load_model", lambda *a, **b: loads.append(a) or own(*a, **b))
+    page = open_page(index, reference="dev-0-0-img0.png", text=TEXT)
+    settings = {"model_path": None, "engine": "exact", "candidates": 1000, "device": "cpu"}
+    old = weakref.ref(page_module.current_searcher(index=str(index), **settings).retriever.model)
+    assert len(loads) == 1
+    # A picture more, before the others: the reference is left out by its bytes, not by its old number.
+    shutil.copy(folder / "dev-0-0-img0.png", folder / "aaa.png")
+    make_index(index, folder, checkpoint)
+    run(page)
+    assert any("13 pictures." in caption.value for caption in page.caption)
+    assert results(page)[0][0].startswith("1: ")
+    shown = Searcher.open(index).search("dev-0-0-img0.png", TEXT, top=8)
+    assert [score for score, _ in results(page)] == [f"{i}: {r.score:.4f}" for i, r in enumerate(shown, 1)]
+    assert len(loads) == 2  # the page's own, and the one of the line before
+    other = save_model(tmp_path / "other.pt", data, 1)
+    make_index(index, folder, other, rebuild=True)
+    run(page)
+    assert len(loads) == 3
+    gc.collect()
+    assert old() is None
+    # The reference was the old model's; a new chain begins.
+    assert "text" in [field.key for field in page.text_input]
+    assert len(results(page)) == 8
+
+
 # --- how it starts
 
 
@@ -280,6 +318,32 @@ def test_it_starts_after_the_demo_on_loopback_alone(data, checkpoint, tmp_path, 
     start(monkeypatch, tmp_path, *flags)
     assert "36 pictures (36 new" in capsys.readouterr().out
     assert open_index(demo / "picture_index").scored_as["model_path"] == str(newer / "tuned_clip_best.pt")
+
+
+def test_it_takes_the_demo_s_own_model_alone(data, checkpoint, tmp_path, monkeypatch, capsys):
+    """Not a newer one of another backbone, of other data, or one that is broken."""
+    demo, models = tmp_path / "demo", tmp_path / "models"
+    shutil.copytree(data / "cirr_dataset", demo / "cirr_dataset")
+    flags = ("--data-path", demo, "--models-path", models, "--device", "cpu")
+
+    def run_with(name, content, time):
+        file = models / f"clip_finetuned_on_cirr_{name}" / "saved_models" / "tuned_clip_arithmetic.pt"
+        file.parent.mkdir(parents=True)
+        torch.save(content, file)
+        os.utime(file, (time, time))
+        return file
+
+    content = torch.load(checkpoint, weights_only=True)
+    large = {**content, "hyperparameters": {**content["hyperparameters"], "backbone": "pretrain"}}
+    words = {**content, "vocabulary": [*content["vocabulary"][:-1], "unheard"]}
+    for number, other in enumerate((large, words, {"epoch": 1})):
+        run_with(f"other{number}", other, 2_000_000_000)
+    with pytest.raises(InputError, match=f"trained with --backbone tiny on {demo} is missing.*`make demo`"):
+        start(monkeypatch, tmp_path, *flags)
+    own = run_with("own", content, 1_000_000_000)
+    start(monkeypatch, tmp_path, *flags)
+    line = f"indexing {demo}/cirr_dataset/dev with {own}; newer ones are of other data or backbones: 3"
+    assert line in capsys.readouterr().out.splitlines()
 
 
 def test_it_takes_an_index_of_its_own(picture_index, checkpoint, data, tmp_path, monkeypatch):

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from itertools import chain
 
 import pytest
@@ -25,7 +24,6 @@ from sprc.errors import InputError
 from sprc.files import append_csv, write_csv, write_json
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.gated_fusion import FUSION_STRATEGIES
-from sprc.training.fine_tuning import chunk_of
 from sprc.training.loop import EpochOrder, TrainingConfig
 
 pytestmark = pytest.mark.slow
@@ -298,15 +296,15 @@ def test_the_ranks_share_each_batch_of_the_single_process(monkeypatch):
     ],
 )
 def test_a_batch_that_the_ranks_cannot_share_is_refused(monkeypatch, changes, ranks, message):
-    monkeypatch.setattr("sprc.training.loop.world_size", lambda: ranks)
+    monkeypatch.setattr("sprc.training.recipe.world_size", lambda: ranks)
     with pytest.raises(InputError, match=message):
         TrainingConfig(**changes).check_fits(1000)
 
 
 def test_a_chunk_or_a_time_out_of_nothing_is_refused():
     with pytest.raises(InputError, match="--grad-cache 0 is too small; the least is 1"):
-        chunk_of(Namespace(grad_cache=0))
-    assert chunk_of(Namespace(grad_cache=None)) == 0
+        TrainingConfig(grad_cache=0)
+    assert TrainingConfig().grad_cache is None
     with pytest.raises(InputError, match="--timeout 0 is too small"), process_group(0):
         raise AssertionError("it began")
 

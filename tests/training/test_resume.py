@@ -6,11 +6,13 @@ import shutil
 
 import pytest
 import torch
-from helpers.runner import assert_one_clear_line, read_csv, run, train
+from helpers.runner import ENVIRONMENT, assert_one_clear_line, read_csv, run, train
 
 import blip_fine_tune_2
 from sprc.errors import InputError
-from sprc.training.resume import HYPERPARAMETERS, MAY_DIFFER, own_timeout, read_run, resumed_flags
+from sprc.training.resume import MAY_DIFFER, PATHS, own_timeout, read_run, resumed_flags
+
+HYPERPARAMETERS = "training_hyperparameters.json"
 
 
 @pytest.fixture
@@ -96,10 +98,16 @@ def test_a_feature_cache_is_computed_at_its_new_place_and_can_be_left(data, tmp_
         *("--freeze-vit", "--feature-cache", os.path.relpath(old), "--cache-dtype", "float32"),
         *("--save-training", "--save-best", "--validation-frequency", 2),
     )
+    found = written(folder)
+    paths = [found[name] for name in ("data_path", "feature_cache", "models_path")]
+    assert paths == [str(place), str(old), str(tmp_path / "models")]
+    # A checkpoint travels: what it says of its training holds on any machine.
     checkpoint = folder / "saved_models" / "tuned_clip_arithmetic.pt"
-    for found in (written(folder), torch.load(checkpoint, weights_only=True)["hyperparameters"]):
-        paths = [found[name] for name in ("data_path", "feature_cache", "models_path")]
-        assert paths == [str(place), str(old), str(tmp_path / "models")]
+    told = torch.load(checkpoint, weights_only=True)["hyperparameters"]
+    assert found.items() >= told.items()
+    lacks = found.keys() - told.keys()
+    assert lacks == {*PATHS, "num_workers", "model_config"}
+    assert str(tmp_path) not in json.dumps(told)
     shutil.rmtree(old)
     place = place.rename(tmp_path / "moved")
     other = shutil.copytree(folder, tmp_path / "other" / "run")
@@ -243,3 +251,24 @@ def test_a_value_that_cannot_be_is_named(finished, name, value):
     change(finished, **{name: value})
     with pytest.raises(InputError, match=f"it has no usable {name}; restore it from a copy"):
         read_run(finished)
+
+
+def test_the_run_s_own_model_goes_on_without_the_environment_that_it_was_started_in(
+    data, tmp_path, monkeypatch
+):
+    switches = tmp_path / "switches.yaml"
+    switches.write_text("num_query_tokens: 8\nmax_txt_len: 24\n")
+    monkeypatch.setitem(ENVIRONMENT, "SPRC_SWITCHES", str(switches))
+    folder, _, _ = train(data, tmp_path, "--num-epochs", 1)
+    whole, _, _ = train(data, tmp_path / "whole", "--num-epochs", 2)
+    for environment in (None, "num_query_tokens: 16\n"):
+        copy = shutil.copytree(folder, tmp_path / f"copy {environment is None}")
+        if environment is None:
+            monkeypatch.delitem(ENVIRONMENT, "SPRC_SWITCHES")
+        else:
+            switches.write_text(environment)
+            monkeypatch.setitem(ENVIRONMENT, "SPRC_SWITCHES", str(switches))
+        run("blip_fine_tune_2.py", "--resume", copy, "--num-epochs", 2)
+        assert written(copy)["model_config"]["num_query_tokens"] == 8
+        for name in ("train_metrics.csv", "validation_metrics.csv"):
+            assert (copy / name).read_bytes() == (whole / name).read_bytes()

@@ -7,9 +7,11 @@ import torch
 from helpers.small_models import CAPTIONS, TOO_LONG, random_images, small_config
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
 
+from sprc.data.captions import process_caption
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt, Text
 from sprc.models.tokenizer import CaptionIds
 from sprc.training import loop as training
@@ -62,33 +64,28 @@ def test_a_caption_is_tokenized_once_and_as_the_tokenizer_does(tokenizer) -> Non
     class Counting:
         pad_token_id = tokenizer.pad_token_id
 
-        def __call__(self, text: str, **options: object) -> object:
+        def encode(self, text: str, most: int) -> list[int]:
             calls.append(text)
-            return tokenizer(text, **options)
+            return tokenizer.encode(text, most)
 
     model = Blip2QformerCirAlignPrompt(small_config(), tokenizer)
     model.caption_ids = CaptionIds(Counting(), model.config.max_txt_len)
     captions = [*CAPTIONS, TOO_LONG, "", " "]
-    expected = tokenizer(
-        captions,
-        padding="longest",
-        truncation=True,
-        max_length=model.config.max_txt_len,
-        return_tensors="pt",
-    )
-    words: Tensor = model.Qformer.bert.embeddings.word_embeddings(expected.input_ids)
+    rows = [torch.tensor(tokenizer.encode(caption, model.config.max_txt_len)) for caption in captions]
+    ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    words: Tensor = model.Qformer.bert.embeddings.word_embeddings(ids)
     for _ in range(2):
         text = model.tokenize(captions)
         assert torch.equal(text.words, words)
-        assert torch.equal(text.mask, expected.attention_mask.bool())
-    assert calls == captions
+        assert torch.equal(text.mask, ids != tokenizer.pad_token_id)
+    assert calls == [process_caption(caption) for caption in captions]
 
 
 def test_the_captions_that_are_kept_are_limited(tokenizer, monkeypatch) -> None:
     monkeypatch.setattr(CaptionIds, "MOST", 2)
     ids = CaptionIds(tokenizer, 9)
     for caption in CAPTIONS:
-        assert ids[caption] == tokenizer(caption, truncation=True, max_length=9).input_ids
+        assert ids[caption] == tokenizer.encode(caption, 9)
     assert len(ids) == 2
 
 
@@ -104,7 +101,7 @@ class NoData(Dataset):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
-@pytest.mark.parametrize("grad_cache", [0, 2])
+@pytest.mark.parametrize("grad_cache", [None, 2])
 def test_a_step_waits_once_for_what_the_device_computed(tokenizer, tmp_path, monkeypatch, amp, grad_cache):
     """On fake tensors, which have no values: whatever else would ask for one raises an error."""
     waits = []

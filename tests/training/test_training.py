@@ -17,15 +17,14 @@ from torch.utils.data import Dataset
 from sprc.errors import InputError, Interrupted, run_script
 from sprc.files import write_atomically, write_csv, write_json
 from sprc.models.device import precision
-from sprc.run_folder import create_run_folder
+from sprc.processes import STOP_SIGNALS, stop_signals
+from sprc.run_folder import RunFolder
 from sprc.scoring.benchmarks import benchmark_class
 from sprc.training.loop import (
-    STOP_SIGNALS,
     Trainer,
     TrainingConfig,
     make_optimizer,
     make_schedule,
-    stop_signals,
 )
 
 
@@ -159,9 +158,9 @@ def go_on(folder, moment=None, epoch=1):
         if all(metrics["recall"] > row["recall"] for row in earlier):
             kept.append((epoch, metrics["recall"]))
 
-    def fail_or_write(name, rows):
-        fail({"train_metrics": "before validation", "validation_metrics": "after keeping"}[name])
-        write(name, rows)
+    def fail_or_write(file, rows):
+        fail({"train_metrics": "before validation", "validation_metrics": "after keeping"}[file.stem])
+        write(file, rows)
 
     def after_backward():
         if trainer.progress.step == 1:
@@ -416,10 +415,10 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path):
 
 
 def test_two_runs_of_one_second_get_two_folders(tmp_path):
-    folders = {create_run_folder(tmp_path, "cirr", "blip2_cir_align_prompt") for _ in range(5)}
-    assert len(folders) == 5
-    assert all(f.name.startswith("clip_finetuned_on_cirr_blip2_cir_align_prompt_20") for f in folders)
-    assert all((folder / "saved_models").is_dir() for folder in folders)
+    folders = {RunFolder.create(tmp_path, "cirr", "blip2_cir_align_prompt") for _ in range(5)}
+    assert len({str(folder) for folder in folders}) == 5
+    assert all(f.path.name.startswith("clip_finetuned_on_cirr_blip2_cir_align_prompt_20") for f in folders)
+    assert all((folder.path / "saved_models").is_dir() for folder in folders)
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):

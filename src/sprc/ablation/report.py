@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib import color_sequences
 
-from sprc.ablation.run import OFF, SWITCHES, Cell, checkpoint_of, find_run, split_to_score
+from sprc.ablation.grid import OFF, SWITCHES, Cell
+from sprc.ablation.run import find_run, split_to_score
 from sprc.errors import InputError
 from sprc.figures import plt, save_figure
 from sprc.files import write_atomically, write_csv
@@ -23,7 +25,6 @@ from sprc.models.checkpoint import FUSION, STATE
 from sprc.models.switches import SWITCHES as STATE_SWITCHES
 from sprc.scoring.benchmarks import Benchmark, benchmark_class
 from sprc.scoring.ranking import Ranking
-from sprc.training.fine_tuning import HYPERPARAMETERS
 
 RESAMPLES = 10_000
 LEFT_OUT = ("missing_images", "dropped_triplets")  # columns of validation_metrics.csv
@@ -84,17 +85,18 @@ def as_ranking(ranks: pd.DataFrame) -> Ranking:
 def read_cell(folder: Path, cell: Cell) -> CellResult:
     """Read a finished cell's files."""
     run = find_run(folder)
-    settings = json.loads((run / HYPERPARAMETERS).read_text(encoding="utf-8"))
+    assert run is not None  # a cell that has finished has one
+    settings = json.loads(run.hyperparameters.read_text(encoding="utf-8"))
     return CellResult(
         cell=cell,
         dataset=settings["dataset"],
         split=split_to_score(settings),
         protocol=settings["fiq_protocol"] if benchmark_class(settings["dataset"]).protocols else None,
         ranks=pd.read_csv(folder / "ranks.csv"),
-        train=pd.read_csv(run / "train_metrics.csv", index_col="epoch"),
-        validation=pd.read_csv(run / "validation_metrics.csv", index_col="epoch"),
-        step_seconds=pd.read_csv(run / "step_times.csv")["median_step_seconds"].median(),
-        checkpoint=checkpoint_of(run),
+        train=pd.read_csv(run.train_metrics, index_col="epoch"),
+        validation=pd.read_csv(run.validation_metrics, index_col="epoch"),
+        step_seconds=pd.read_csv(run.step_times)["median_step_seconds"].median(),
+        checkpoint=run.only_checkpoint(),
         left_out={title: found for title, found in settings.get("left_out", {}).items() if found["images"]},
     )
 
@@ -409,7 +411,7 @@ def plot_bands(
     figure, axes = plt.subplots(
         1, len(columns), figsize=(4 * len(columns), 3.6), layout="constrained", squeeze=False
     )
-    colors = plt.get_cmap("tab10" if len(frames) <= 10 else "tab20").colors
+    colors = color_sequences["tab10" if len(frames) <= 10 else "tab20"]
     for axis, (column, label) in zip(axes[0], columns.items(), strict=True):
         for number, (variant, members) in enumerate(frames.items()):
             values = pd.concat([frame[column] for frame in members], axis=1)

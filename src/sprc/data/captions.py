@@ -1,5 +1,7 @@
 """Clean a modification text for the tokenizer, as LAVIS's `blip_caption` eval processor does."""
 
+from __future__ import annotations
+
 import re
 
 _TO_SPACE = str.maketrans(dict.fromkeys('.!"()*#:;~', " "))

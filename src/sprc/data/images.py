@@ -1,11 +1,12 @@
 """How an image file is read and checked."""
 
+import importlib
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache, partial
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple, TypeVar
@@ -26,6 +27,16 @@ _TAIL_BYTES = 4096
 # Every image is padded to a square at most, which for longer ones would take gigabytes.
 _LONGEST_SIDE = 16_384
 _EXIF_ORIENTATION = 0x0112
+
+
+@cache
+def own_formats() -> tuple[str, ...]:
+    """What Pillow decodes by itself. An EPS, for one, it hands to another program."""
+    Image.preinit()
+    for plugin in ("Avif", "Tiff", "WebP"):  # Image.init would import thirty more
+        with suppress(ImportError):  # an older Pillow's
+            importlib.import_module(f"PIL.{plugin}ImagePlugin")
+    return tuple(sorted({"AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"} & set(Image.OPEN)))
 
 
 def image_loader(transform: Transform, formats: tuple[str, ...] | None = None) -> Loader:

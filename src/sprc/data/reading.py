@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from sprc.data.captions import process_caption
 from sprc.errors import InputError
 
 Report = Callable[[str], None]  # is told what is wrong with the data, in one line
@@ -102,3 +103,10 @@ def require_text(value: Any, what: str) -> None:
         raise InputError(f"{what} holds {quote(value)}, which is not a string")
     if _HALF_A_CHARACTER.search(value):
         raise InputError(f"{what} holds half of a surrogate pair, which is no text")
+
+
+def require_words(text: str, what: str) -> None:
+    """Raise :class:`InputError` if ``text`` is no text or holds no word; ``what`` names it."""
+    require_text(text, what)
+    if not process_caption(text):
+        raise InputError(f"{what} {text!r} holds no word; say what to change, such as 'make it red'")

@@ -83,3 +83,23 @@ def denormalise(image: Tensor) -> Tensor:
     """Undo the normalisation: (3, S, S) as the model takes it to (3, S, S) in 0..1, to be looked at."""
     mean, std = (image.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
     return (image * std + mean).clamp(0, 1)
+
+
+def upright_first(transform: Callable[[Image.Image], Tensor]) -> Callable[[Image.Image], Tensor]:
+    """``transform`` of the picture as viewers show it: turned as its EXIF data say, which cameras write.
+
+    Training and validation take pictures as they are stored, as SPRC does.
+    """
+    return partial(_transform_upright, transform=transform)
+
+
+def _transform_upright(image: Image.Image, transform: Callable[[Image.Image], Tensor]) -> Tensor:
+    return transform(upright(image))
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF data say; broken data say nothing."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # of almost any kind, out of broken bytes
+        return image

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sprc.data.captions import process_caption
 from sprc.data.images import Transform, load_image
 from sprc.data.reading import quote, read_field, read_json
 from sprc.data.split import Split, Triplet
@@ -161,7 +160,7 @@ def gradient_attribution(
     Args:
         model: in eval mode; no parameter gets a gradient.
         image_embeds: (B, N, D) from ``model.encode_image``.
-        captions: B of them, as :func:`process_caption` leaves them.
+        captions: B of them.
         target_feats: (B, Q, E) from ``model.target_features``.
     """
     tokens = image_embeds.detach().requires_grad_()
@@ -209,11 +208,11 @@ def make_maps(
 
 
 def other_captions(triplets: list[Triplet], seed: int) -> list[str]:
-    """For each triplet the processed caption of another one, each used once, drawn by ``seed``."""
+    """For each triplet the caption of another one, each used once, drawn by ``seed``."""
     order = np.random.default_rng(seed).permutation(len(triplets))
     captions = [""] * len(triplets)
     for place, row in enumerate(order):  # a ring: no triplet is its own neighbour
-        captions[row] = process_caption(triplets[order[place - 1]].caption)
+        captions[row] = triplets[order[place - 1]].caption
     return captions
 
 
@@ -239,7 +238,7 @@ def localise(
     """
     weights = torch.stack([edit_weights(edit.cells, model.config.num_patches) for edit in edits])
     kinds = [edit.kind for edit in edits]
-    captions = {"own": [process_caption(triplet.caption) for triplet in split.triplets]}
+    captions = {"own": [triplet.caption for triplet in split.triplets]}
     if len(edits) > 1:
         captions["another"] = other_captions(split.triplets, seed)
     maps = {

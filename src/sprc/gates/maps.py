@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sprc.data.captions import process_caption
 from sprc.data.images import Transform, load_image
 from sprc.data.split import Split, Triplet
 from sprc.data.transforms import denormalise
-from sprc.figures import Cell, draw_cell, own_scale, plt, save_figure
+from sprc.figures import Cell, draw_cell, make_grid, own_scale, save_figure
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.fusion_maps import fusion_maps
 from sprc.scoring.encoding import EncodedSplit
@@ -63,7 +62,7 @@ def view_queries(
         references = torch.stack([load_image(split.image_paths[t.reference], transform) for t in batch])
         with torch.no_grad():
             embeds = model.encode_image(references.to(model.device))
-        gates, changes = fusion_maps(model, embeds, [process_caption(t.caption) for t in batch])
+        gates, changes = fusion_maps(model, embeds, [t.caption for t in batch])
         for i, triplet in enumerate(batch):
             gate, change = (None if maps is None else maps[i] for maps in (gates, changes))
             top = [names[candidate] for candidate in best[start + i]]
@@ -128,19 +127,13 @@ def draw_sheet(
     """
     rows = [cells_of(view) for view in views]
     wide, high = (len(rows), len(rows[0])) if down else (len(rows[0]), len(rows))
-    # In inches, fixed: a layout that is computed takes seconds a sheet.
-    side, across, between = 1.4, 0.5, 0.25 if down else 0.45
-    left, right, bottom, top = 0.1, across, 0.1 if down else 0.3, 0.85 if down else 0.25
-    width = left + wide * side + (wide - 1) * across + right
-    height = bottom + high * side + (high - 1) * between + top
-    figure, axes = plt.subplots(high, wide, figsize=(width, height), squeeze=False)
-    figure.subplots_adjust(
-        left=left / width,
-        right=1 - right / width,
-        bottom=bottom / height,
-        top=1 - top / height,
-        wspace=across / side,
-        hspace=between / side,
+    across = 0.5
+    figure, axes = make_grid(
+        high,
+        wide,
+        side=1.4,
+        gaps=(across, 0.25 if down else 0.45),
+        margins=(0.1, across, 0.1 if down else 0.3, 0.85 if down else 0.25),
     )
     for view, cells, row in zip(views, rows, axes.T if down else axes, strict=True):
         for cell, axis in zip(cells, row, strict=True):

@@ -1,5 +1,6 @@
 """Look at a finished run: loss and recall curves, a sheet of gate maps, and the table of recall."""
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -11,27 +12,28 @@ from sprc.figures import plt, save_figure
 from sprc.files import write_atomically
 from sprc.gates.maps import draw_sheet, picture_of, view_queries
 from sprc.models.device import start_device
+from sprc.run_folder import RunFolder
 from sprc.scoring.benchmarks import CIRR
 from sprc.scoring.recall import rank_modalities
 from sprc.scoring.scorer import Scorer
 
 
 def report_run(
-    run_folder: Path,
+    path: Path,
     *,
     data_path: Path | None = None,
     queries: int = 8,
     seed: int = 0,
     device: str | None = None,
 ) -> None:
-    """Write `curves.png`, `gate_maps.png` and `recall_table.csv` into ``run_folder``; print the table.
+    """Write `curves.png`, `gate_maps.png` and `recall_table.csv` into a run's folder; print the table.
 
     ``data_path`` is where the data are now; None takes the place where they were in training.
     Raises :class:`InputError` if the run has no CSV files, no checkpoint, or its data is gone.
     """
-    on = start_device(device)
+    run_folder, on = RunFolder(path), start_device(device)
     plot_curves(run_folder)
-    checkpoint_file = run_folder / "saved_models" / f"{CIRR.checkpoint}.pt"
+    checkpoint_file = run_folder.checkpoint(CIRR.checkpoint)
     if not checkpoint_file.exists():
         raise InputError(f"{checkpoint_file} is missing; train with --save-training --save-best")
     scorer = Scorer.load(checkpoint_file, device=on)
@@ -39,21 +41,21 @@ def report_run(
     told = checkpoint.hyperparameters
     if told["dataset"] != CIRR.key:
         raise InputError(f"{run_folder} was trained on {told['dataset']}; reports are made of CIRR runs")
-    place = Path(told["data_path"]) if data_path is None else data_path
+    place = trained_on(run_folder) if data_path is None else data_path
     split = CIRR.read(place, "val", missing_images=told.get("missing_images", "error"))
     (encoded,) = scorer.encode([split])
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(split.triplets), generator=generator)[:queries].tolist()
     batch_size = scorer.settings["batch_size"]
     views = view_queries(checkpoint.model, split, encoded, rows, scorer.transform, batch_size)
-    draw_sheet(run_folder / "gate_maps.png", views, picture_of(split, scorer.transform))
-    print(f"wrote {run_folder / 'gate_maps.png'}")
+    draw_sheet(run_folder.gate_maps, views, picture_of(split, scorer.transform))
+    print(f"wrote {run_folder.gate_maps}")
     rankings = rank_modalities(split, encoded)
     recalls = {query: CIRR.metrics_of({"": ranking}) for query, ranking in rankings.items()}
     table = pd.DataFrame(recalls).T.rename_axis("query")
     table = table.assign(**left_out_columns([split]))
     text = table.to_csv(lineterminator="\n")
-    write_atomically(run_folder / "recall_table.csv", lambda file: file.write(text.encode()))
+    write_atomically(run_folder.recall_table, lambda file: file.write(text.encode()))
     shown = table[[name for name in table if "recall_at" in name]]
     shown = shown.rename(
         columns=lambda name: name.replace("group_recall_at", "R_s@").replace("recall_at", "R@")
@@ -64,9 +66,18 @@ def report_run(
         print(describe(split))
 
 
-def plot_curves(run_folder: Path) -> None:
+def trained_on(run_folder: RunFolder) -> Path:
+    """Where the run's data were; its checkpoint, which travels, does not say it."""
+    try:
+        return Path(json.loads(run_folder.hyperparameters.read_text(encoding="utf-8"))["data_path"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        file = run_folder.hyperparameters
+        raise InputError(f"{file} does not say where the data are; give --data-path") from error
+
+
+def plot_curves(run_folder: RunFolder) -> None:
     """Draw losses, recall and, where they were logged, the fusion's diagnostics over epochs."""
-    files = [run_folder / name for name in ("train_metrics.csv", "validation_metrics.csv")]
+    files = [run_folder.train_metrics, run_folder.validation_metrics]
     for file in files:
         if not file.exists():
             raise InputError(f"{file} is missing; give the folder of a run that has finished an epoch")
@@ -83,5 +94,5 @@ def plot_curves(run_folder: Path) -> None:
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), layout="constrained")
     for axis, (title, frame) in zip(axes, panels.items(), strict=True):
         frame.plot(ax=axis, title=title, xlabel="epoch", grid=True, marker="." if len(frame) < 30 else None)
-    save_figure(figure, run_folder / "curves.png")
-    print(f"wrote {run_folder / 'curves.png'}")
+    save_figure(figure, run_folder.curves)
+    print(f"wrote {run_folder.curves}")

@@ -1,6 +1,5 @@
 """From a checkpoint to sheets and a page of gate maps, and to the numbers (``visualize_gates.py``)."""
 
-import argparse
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from sprc.gates.localisation import as_text, localise, read_edits, require_squar
 from sprc.gates.maps import draw_sheet, picture_of, view_queries
 from sprc.gates.page import write_page
 from sprc.gates.probe import probe
+from sprc.gates.settings import GateSettings
 from sprc.models.device import start_device
 from sprc.scoring.benchmarks import benchmark_class
 from sprc.scoring.scorer import Scorer
@@ -34,52 +34,52 @@ NOTE = (
 )
 
 
-def run_visualisation(arguments: argparse.Namespace) -> None:
+def run_visualisation(settings: GateSettings) -> None:
     """Draw the chosen queries, or references under several captions.
 
     With ``localisation`` also measure where the edits are, with ``probe`` what recall owes to them.
     Raises :class:`InputError` before any long work.
     """
-    device = start_device(arguments.device)
-    split = load_split(arguments)
-    if arguments.missing_images == "skip":
+    device = start_device(settings.device)
+    split = load_split(settings)
+    if settings.missing_images == "skip":
         tell_left_out([split])
-    benchmark = benchmark_class(arguments.dataset)
+    benchmark = benchmark_class(settings.dataset)
     edits = None
-    if arguments.localisation:
-        edits = read_edits(benchmark.edits_file(arguments.data_path, split), split)
-    groups = choose(split, arguments)
-    if arguments.probe and any(triplet.target is None for triplet in split.triplets):
+    if settings.localisation:
+        edits = read_edits(benchmark.edits_file(settings.data_path, split), split)
+    groups = choose(split, settings)
+    if settings.probe and any(triplet.target is None for triplet in split.triplets):
         raise InputError(f"--probe: the split {split.name} keeps its targets secret; give --split val")
-    scorer = Scorer.from_flags(arguments, device)
+    scorer = Scorer.from_settings(settings, device)
     if scorer.checkpoint.model.gated_fusion is None:
         raise InputError(
-            f"{arguments.model_path} holds plain SPRC: without fusion there is no gate and no change to "
+            f"{settings.model_path} holds plain SPRC: without fusion there is no gate and no change to "
             "draw; give a checkpoint with fusion (plain SPRC goes to --off-model-path, with --localisation)"
         )
-    off = load_off(arguments, device)
+    off = load_off(settings, device)
     check_images(split.image_paths, split.image_paths)
     if edits is not None:
         require_squares(split)
-    out = arguments.out or arguments.model_path.parent / "gate_maps"
+    out = settings.out or settings.model_path.parent / "gate_maps"
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {out}: cannot write there ({error}); choose another folder") from error
     if groups:
-        side_by_side = arguments.same_image is not None
+        side_by_side = settings.same_image is not None
         draw(split, groups, scorer, out, side_by_side=side_by_side)
     if edits is not None:
         rows = []
         for label, one in (("fused", scorer), ("off", off)):
             if one is not None:
                 batch_size, model = one.settings["batch_size"], one.checkpoint.model
-                rows += localise(model, label, split, edits, one.transform, batch_size, arguments.seed)
+                rows += localise(model, label, split, edits, one.transform, batch_size, settings.seed)
         rows = [{**row, **left_out_columns([split])} for row in rows]
         write_csv(out / "localisation.csv", rows)
         print(as_text(rows))
         print(f"wrote {out / 'localisation.csv'}")
-    if arguments.probe:
+    if settings.probe:
         rows = [{**row, **left_out_columns([split])} for row in probe(scorer, benchmark, split)]
         write_csv(out / "probe.csv", rows)
         shown = [name for name in rows[0] if "recall" in name or name.startswith("mean(")]
@@ -89,75 +89,74 @@ def run_visualisation(arguments: argparse.Namespace) -> None:
         print(f"wrote {out / 'probe.csv'}")
 
 
-def load_split(arguments: argparse.Namespace) -> Split:
+def load_split(settings: GateSettings) -> Split:
     """The split that the flags name; FashionIQ's is of one type."""
-    return benchmark_class(arguments.dataset).read(
-        arguments.data_path,
-        arguments.split,
-        part=arguments.fiq_type,
-        protocol=arguments.fiq_protocol,
-        missing_images=arguments.missing_images,
-        with_targets=arguments.probe,
+    return benchmark_class(settings.dataset).read(
+        settings.data_path,
+        settings.split,
+        part=settings.fiq_type,
+        protocol=settings.fiq_protocol,
+        missing_images=settings.missing_images,
+        with_targets=settings.probe,
     )
 
 
-def load_off(arguments: argparse.Namespace, device: torch.device) -> Scorer | None:
+def load_off(settings: GateSettings, device: torch.device) -> Scorer | None:
     """The plain SPRC model of ``--off-model-path``; None where there is no such flag."""
-    if arguments.off_model_path is None:
+    if settings.off_model_path is None:
         return None
-    given = argparse.Namespace(**{**vars(arguments), "model_path": arguments.off_model_path})
-    scorer = Scorer.from_flags(given, device)
+    scorer = Scorer.from_settings(replace(settings, model_path=settings.off_model_path), device)
     if scorer.checkpoint.model.gated_fusion is not None:
         raise InputError(
-            f"--off-model-path {arguments.off_model_path} holds a fusion; give a checkpoint of plain SPRC, "
+            f"--off-model-path {settings.off_model_path} holds a fusion; give a checkpoint of plain SPRC, "
             "trained with --no-use-gated-fusion"
         )
     return scorer
 
 
-def choose(split: Split, arguments: argparse.Namespace) -> list[list[Triplet]]:
+def choose(split: Split, settings: GateSettings) -> list[list[Triplet]]:
     """The triplets to draw, those of one group side by side: one each, or with ``same_image`` an image's.
 
     Raises :class:`InputError` for flags that do not go together, an unknown pair or reference, and
     references that have one caption only.
     """
-    if arguments.queries < 0:
-        raise InputError(f"--queries {arguments.queries}: give a whole number of at least 0")
-    if arguments.queries == 0 and not (arguments.localisation or arguments.probe):
+    if settings.queries < 0:
+        raise InputError(f"--queries {settings.queries}: give a whole number of at least 0")
+    if settings.queries == 0 and not (settings.localisation or settings.probe):
         raise InputError("--queries 0 draws nothing; give at least 1, or add --localisation or --probe")
-    if arguments.off_model_path is not None and not arguments.localisation:
-        raise InputError(f"--off-model-path {arguments.off_model_path}: only --localisation uses it; add it")
-    if arguments.captions is not None and len(arguments.same_image or ()) != 1:
+    if settings.off_model_path is not None and not settings.localisation:
+        raise InputError(f"--off-model-path {settings.off_model_path}: only --localisation uses it; add it")
+    if settings.captions is not None and len(settings.same_image or ()) != 1:
         raise InputError("--captions needs one image to go with: add --same-image NAME")
-    if arguments.same_image is not None:
-        if arguments.pairs is not None:
+    if settings.same_image is not None:
+        if settings.pairs is not None:
             raise InputError("--pairs and --same-image do not go together; give one of them")
-        return choose_same_image(split, arguments)
-    if arguments.pairs is None:
-        return [[split.triplets[i]] for i in draw_numbers(len(split.triplets), arguments)]
+        return choose_same_image(split, settings)
+    if settings.pairs is None:
+        return [[split.triplets[i]] for i in draw_numbers(len(split.triplets), settings)]
     by_id = {triplet.pair_id: triplet for triplet in split.triplets}
-    if unknown := [pair for pair in arguments.pairs if pair not in by_id]:
+    if unknown := [pair for pair in settings.pairs if pair not in by_id]:
         raise InputError(
             f"--pairs {unknown[0]}: the split {split.name} has no such pair; its ids run from "
             f"{min(by_id)} to {max(by_id)}"
         )
-    return [[by_id[pair]] for pair in dict.fromkeys(arguments.pairs)]
+    return [[by_id[pair]] for pair in dict.fromkeys(settings.pairs)]
 
 
-def choose_same_image(split: Split, arguments: argparse.Namespace) -> list[list[Triplet]]:
+def choose_same_image(split: Split, settings: GateSettings) -> list[list[Triplet]]:
     """The triplets of each reference named, or of random ones that have several; or one with new captions."""
-    names = list(dict.fromkeys(arguments.same_image))
+    names = list(dict.fromkeys(settings.same_image or ()))
     if unknown := [name for name in names if name not in split.image_paths]:
         raise InputError(
             f"--same-image {quote(unknown[0])}: the split {split.name} has no such image; "
             "take a name from its split file"
         )
-    if arguments.captions is not None:
-        for caption in arguments.captions:
+    if settings.captions is not None:
+        for caption in settings.captions:
             require_text(caption, "--captions")
             if not process_caption(caption):
                 raise InputError(f"--captions {quote(caption)} holds no word; give a modification text")
-        return [[Triplet(i, names[0], None, caption) for i, caption in enumerate(arguments.captions)]]
+        return [[Triplet(i, names[0], None, caption) for i, caption in enumerate(settings.captions)]]
     counts = Counter(triplet.reference for triplet in split.triplets)
     several = [name for name, count in counts.items() if count > 1]
     if few := [name for name in names if name not in several]:
@@ -170,7 +169,7 @@ def choose_same_image(split: Split, arguments: argparse.Namespace) -> list[list[
             f"--same-image: no reference of the split {split.name} has several captions; "
             "name an image and add --captions"
         )
-    names = names or [several[i] for i in draw_numbers(len(several), arguments)]
+    names = names or [several[i] for i in draw_numbers(len(several), settings)]
     triplets_of: dict[str, list[Triplet]] = {name: [] for name in names}
     for triplet in split.triplets:
         if triplet.reference in triplets_of:
@@ -178,10 +177,10 @@ def choose_same_image(split: Split, arguments: argparse.Namespace) -> list[list[
     return list(triplets_of.values())
 
 
-def draw_numbers(count: int, arguments: argparse.Namespace) -> list[int]:
+def draw_numbers(count: int, settings: GateSettings) -> list[int]:
     """``--queries`` different numbers below ``count``, or all of them, in an order drawn by ``--seed``."""
-    generator = torch.Generator().manual_seed(arguments.seed)
-    return torch.randperm(count, generator=generator)[: arguments.queries].tolist()
+    generator = torch.Generator().manual_seed(settings.seed)
+    return torch.randperm(count, generator=generator)[: settings.queries].tolist()
 
 
 def draw(

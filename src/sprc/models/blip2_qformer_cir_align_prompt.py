@@ -22,7 +22,6 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import BertTokenizer
 
 from sprc.config import ModelConfig
 from sprc.distributed import rank
@@ -31,7 +30,7 @@ from sprc.models.gated_fusion import FusionOutput, at_least_float32, fusion_clas
 from sprc.models.losses import align_loss, contrastive_loss, gather_rows, similarity
 from sprc.models.qformer import ImageKeys, Layout, QFormer, ScaledImage, batch_of
 from sprc.models.switches import Switches
-from sprc.models.tokenizer import CaptionIds
+from sprc.models.tokenizer import CaptionIds, WordPiece
 from sprc.models.vision import ClipViT, EvaViT
 
 # `image` and `target`, tensors, and `text_input`, a list of captions.
@@ -61,11 +60,14 @@ class Blip2QformerCirAlignPrompt(nn.Module):
         tokenizer: a BERT tokenizer of ``config.vocab_size`` entries.
     """
 
-    def __init__(self, config: ModelConfig, tokenizer: BertTokenizer) -> None:
+    def __init__(self, config: ModelConfig, tokenizer: WordPiece) -> None:
         super().__init__()
         self.config = config
         self.tokenizer = tokenizer
         self.caption_ids = CaptionIds(tokenizer, config.max_txt_len)
+
+        # Looked up before anything large is built: an unknown name is refused at once.
+        strategy = fusion_class(config.fusion_strategy) if config.use_gated_fusion else None
 
         self.visual_encoder = self.vision_transformer(config)
         self.ln_vision = nn.LayerNorm(config.vit_width, eps=config.vision_norm_eps)
@@ -93,8 +95,8 @@ class Blip2QformerCirAlignPrompt(nn.Module):
 
         # Built last, so that one seed gives the same other weights with fusion and without.
         self.gated_fusion = None
-        if config.use_gated_fusion:
-            self.gated_fusion = fusion_class(config.fusion_strategy)(
+        if strategy is not None:
+            self.gated_fusion = strategy(
                 config.vit_width,
                 config.hidden_size,
                 dropout=config.fusion_dropout,
@@ -230,7 +232,7 @@ class Blip2QformerCirAlignPrompt(nn.Module):
         return self.target_features(image_embeds), image_embeds
 
     def tokenize(self, text: list[str]) -> Text:
-        """B captions, cut to ``max_txt_len`` tokens and padded to the longest of them.
+        """B captions, cleaned, cut to ``max_txt_len`` tokens and padded to the longest of them.
 
         What is masked is not computed, so padding further would change nothing; only the mean over all
         positions (``pool="all"``) sees it, and gets all ``max_txt_len``.

@@ -6,6 +6,7 @@ Ours leave out a frozen vision transformer, which the backbone provides, and hol
 """
 
 import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,21 +14,21 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import BertTokenizer
 
-from sprc.config import ModelConfig, read_backbone
+from sprc.config import ModelConfig, read_backbone, switches_from_environment
+from sprc.data.captions import process_caption
 from sprc.data.synthetic.scenes import caption_words
 from sprc.errors import InputError
 from sprc.files import verify_archive, write_atomically
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
-from sprc.models.factory import backbone_weights, model_class
+from sprc.models.factory import backbone_weights, create_model, model_class
 from sprc.models.switches import FUSION, SWITCHES, VIT, mismatches, read_switches, sizes_of, vocabulary_digest
 from sprc.models.tokenizer import (
     SPECIAL_TOKENS,
+    WordPiece,
     bert_tokenizer,
     make_vocabulary,
     read_bert_vocabulary,
-    tokenizer_from_vocabulary,
 )
 
 # Of frozen vision transformers, which do not change while they live: hashing 2 GB takes seconds.
@@ -42,6 +43,17 @@ class Checkpoint(NamedTuple):
     epoch: int
     hyperparameters: dict[str, Any]  # empty for a published checkpoint
     found: str  # one line for the user: what the file holds
+
+    def told(self) -> list[str]:
+        """Lines for the user: what the file holds, and what its training left out."""
+        lines = [self.found]
+        for title, left_out in self.hyperparameters.get("left_out", {}).items():
+            if title.startswith("train") and left_out["images"]:
+                lines.append(
+                    f"its training left {left_out['images']:,} images without a file and "
+                    f"{left_out['triplets']:,} triplets of {title} out"
+                )
+        return lines
 
 
 def save_checkpoint(
@@ -155,9 +167,47 @@ def load_checkpoint(
     return Checkpoint(model.eval(), contents["epoch"], hyperparameters, found)
 
 
+def start_model(
+    name: str,
+    backbone: str,
+    captions: Iterable[str],
+    *,
+    model_path: Path | None = None,
+    vocab: Path | None = None,
+    switches: Mapping[str, Any],
+    recorded: Mapping[str, Any] | None = None,
+) -> Blip2QformerCirAlignPrompt:
+    """The model to train: from its backbone's weights, or from a checkpoint's.
+
+    Args:
+        name: of the model's class.
+        backbone: one of ``sprc.config.BACKBONES``.
+        captions: where the vocabulary comes from for a backbone that has none of its own (`tiny`).
+        model_path: the checkpoint; None for the backbone's weights.
+        vocab: BERT's `vocab.txt`, see :func:`sprc.models.tokenizer.bert_tokenizer`.
+        switches: fields of :class:`ModelConfig` that the user sets; they win over ``SPRC_SWITCHES``.
+        recorded: the config of the run that goes on. It decides: neither ``SPRC_SWITCHES`` nor the backbone's
+            file, which may have changed, has a say.
+    """
+    if recorded:
+        # A field that an earlier version did not write was at its default. The words are the tokenizer's.
+        known = {**asdict(ModelConfig()), **recorded}
+        decided = {field: value for field, value in known.items() if field != "vocab_size"}
+    else:
+        decided = {"use_gated_fusion": True, **switches_from_environment(), **switches}
+    if model_path is not None:
+        checkpoint = load_checkpoint(
+            model_path, model_name=name, backbone=backbone, vocab=vocab, switches=decided
+        )
+        print(checkpoint.found, flush=True)
+        return checkpoint.model
+    cleaned = [process_caption(caption) for caption in captions]
+    return create_model(model_class(name), backbone, captions=cleaned, vocab=vocab, **decided)
+
+
 def described_by_state(
     state: dict[str, Tensor], backbone: str, path: Path, vocab: Path | None
-) -> tuple[dict[str, Any], BertTokenizer]:
+) -> tuple[dict[str, Any], WordPiece]:
     """Config and tokenizer of a file that holds a state dict alone.
 
     The backbone's values, over them what the shapes say, and over these the switches that a fusion's state
@@ -168,7 +218,7 @@ def described_by_state(
     values = {**recipe["model"], **sizes_of(state), **told}
     if "weights" in recipe:
         return values, bert_tokenizer(vocab)
-    tokenizer = tokenizer_from_vocabulary(make_vocabulary(caption_words()))
+    tokenizer = WordPiece(make_vocabulary(caption_words()))
     if values.get("vocab_size") != len(tokenizer) or words not in (None, vocabulary_digest(tokenizer)):
         raise InputError(
             f"{path} has {values.get('vocab_size')} words and does not hold them, and they are not the "
@@ -178,10 +228,10 @@ def described_by_state(
     return values, tokenizer
 
 
-def read_vocabulary(words: list[str], path: Path) -> BertTokenizer:
+def read_vocabulary(words: list[str], path: Path) -> WordPiece:
     """The tokenizer of a file's vocabulary; words that cannot be kept raise :class:`InputError`."""
     try:
-        return tokenizer_from_vocabulary(words)
+        return WordPiece(words)
     except (ValueError, TypeError) as error:
         raise InputError(f"{path} is not a checkpoint of this model: its vocabulary is no text") from error
 

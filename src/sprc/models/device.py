@@ -23,6 +23,7 @@ from torch import nn
 
 from sprc.distributed import local_rank, objects_of_all_ranks, rank, sees_gpu, world_size
 from sprc.errors import InputError, OutOfResources, ran_out_of_memory
+from sprc.processes import own_cores
 
 INSTALL = "https://pytorch.org/get-started/locally/"
 # The least driver for a CUDA of this major number, of all its minor ones.
@@ -302,7 +303,7 @@ def can_open(node: Path) -> bool:
 SCORING_HELPS = ("a smaller --batch-size", "--save-memory", "--gallery-dtype float16")
 
 
-def training_helps(grad_cache: int, *, has_cache: bool, frozen_vit: bool) -> list[str]:
+def training_helps(grad_cache: int | None, *, has_cache: bool, frozen_vit: bool) -> list[str]:
     """What helps where memory runs out in training, best first: flags that are not in use yet."""
     helps = [f"--grad-cache below {grad_cache}" if grad_cache else "--grad-cache 16, at the same result"]
     if frozen_vit and not has_cache:
@@ -331,11 +332,6 @@ def memory_explained(device: torch.device, batch_size: int, helps: Iterable[str]
             f"memory ran out on {device} with --batch-size {batch_size}{memory_of(device)}; what helps, best "
             f"first: {', '.join(helps)}. What was saved stays"
         ) from error
-
-
-def own_cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_workers(device: torch.device) -> int:

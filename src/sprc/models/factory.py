@@ -13,7 +13,7 @@ from sprc.config import ModelConfig, read_backbone
 from sprc.distributed import local_main_first, local_rank
 from sprc.errors import InputError
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
-from sprc.models.tokenizer import bert_tokenizer, make_vocabulary, tokenizer_from_vocabulary
+from sprc.models.tokenizer import WordPiece, bert_tokenizer, make_vocabulary
 from sprc.models.vision import resize_positions
 from sprc.models.weights import read_weights, state_of
 
@@ -62,7 +62,7 @@ def create_model(
     elif vocab is not None:
         raise InputError(f"--vocab {vocab}: backbone {backbone} takes its words from the data; leave it out")
     else:
-        tokenizer = tokenizer_from_vocabulary(make_vocabulary(captions))
+        tokenizer = WordPiece(make_vocabulary(captions))
         arguments["vocab_size"] = len(tokenizer)
         model = cls(ModelConfig.from_dict(arguments, f"backbone {backbone}"), tokenizer)
     return model

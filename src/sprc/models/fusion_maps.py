@@ -23,7 +23,7 @@ def fusion_maps(
     Args:
         model: in eval mode.
         image_embeds: (B, N, D) from ``model.encode_image``.
-        captions: B of them, as :func:`process_caption` leaves them.
+        captions: B of them.
 
     Returns:
         None for what the model does not have: both without fusion, the gate in a strategy without one.

@@ -6,7 +6,8 @@ With image tokens I (N, D) and the pooled, projected text t (1, D), the default 
     delta = tanh(MLP_d(t))                  (1, D), in (-1, 1): in which direction
     fused = I + alpha * gate * delta        (N, D)
 
-Adding a strategy is one class in this file, under ``@register_fusion("name")``.
+Adding a strategy is one class in this file, under ``@register_fusion("name")``, and its line in
+``sprc.config.STRATEGIES``, which `--help` and the ablation read without torch.
 
 In mixed precision the networks and the gate are computed in half precision. What is one row a sample,
 (B, 1, D), and the learned scalars are float32 from there on (:func:`at_least_float32`): in bfloat16, which

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BertTokenizer
 
 from sprc.config import ModelConfig
 from sprc.errors import InputError
+from sprc.models.tokenizer import WordPiece
 
 FUSION = "gated_fusion."
 SWITCHES = "gated_fusion.switches._extra_state"
@@ -53,7 +53,7 @@ class Switches(nn.Module):
     Loading a state dict leaves it as it is: whoever loads one asks :func:`differences` first.
     """
 
-    def __init__(self, config: ModelConfig, tokenizer: BertTokenizer) -> None:
+    def __init__(self, config: ModelConfig, tokenizer: WordPiece) -> None:
         super().__init__()
         self.config = config
         self.tokenizer = tokenizer
@@ -71,7 +71,7 @@ class Switches(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *others)
 
 
-def vocabulary_digest(tokenizer: BertTokenizer) -> str:
+def vocabulary_digest(tokenizer: WordPiece) -> str:
     """A hash of the words in the order of their ids."""
     words = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     return hashlib.blake2b("\n".join(words).encode(), digest_size=8).hexdigest()

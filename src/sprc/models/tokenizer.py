@@ -1,22 +1,30 @@
-"""BERT's tokenizer with BLIP-2's extra [DEC] token, over the published vocabulary or the data's own."""
+"""BERT's tokenizer with BLIP-2's extra [DEC] token, over the published vocabulary or the data's own.
+
+It is written out here because importing transformers takes longer than a search; a test compares the two.
+"""
 
 from __future__ import annotations
 
 import logging
 import re
-import tempfile
+import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from threading import Thread
 
-from transformers import BertTokenizer
-from transformers.utils import cached_file
-
+from sprc.data.captions import process_caption
 from sprc.errors import InputError
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+DEC = "[DEC]"
+LONGEST_WORD = 100  # letters; a longer one is unknown
+# First and last letters of the blocks of ideographs, each of which BERT takes for a word.
+IDEOGRAPHS = (
+    *((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F)),
+    *((0x2B740, 0x2B81F), (0x2B820, 0x2CEAF), (0x2F800, 0x2FA1F)),
+)
 
 # Of bert-base-uncased.
 HUB_NAMES = ("bert-base-uncased", "google-bert/bert-base-uncased")
@@ -39,34 +47,134 @@ def make_vocabulary(captions: Iterable[str]) -> list[str]:
     return list(dict.fromkeys([*pieces, *by_frequency]))
 
 
-def tokenizer_from_vocabulary(vocabulary: list[str]) -> BertTokenizer:
-    """BERT's uncased WordPiece over ``vocabulary`` (one entry an id), with [DEC] added at the end."""
-    with tempfile.TemporaryDirectory() as folder:
-        vocab_file = Path(folder) / "vocab.txt"
-        vocab_file.write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
-        return _with_dec(BertTokenizer(str(vocab_file)))
+class _Cleaned(dict):
+    """For ``str.translate``: a letter in lower case, spaces for whitespace, nothing for what is no letter."""
+
+    def __missing__(self, code: int) -> str:
+        letter = chr(code)
+        kind = unicodedata.category(letter)
+        if letter in "\t\n\r" or kind == "Zs":
+            cleaned = " "
+        elif kind[0] == "C" or letter == "\ufffd":
+            cleaned = ""
+        elif any(first <= code <= last for first, last in IDEOGRAPHS):
+            cleaned = f" {letter} "
+        else:
+            cleaned = letter.lower()
+        self[code] = cleaned
+        return cleaned
+
+
+class _Parted(dict):
+    """For ``str.translate``: punctuation between spaces, and nothing for an accent."""
+
+    def __missing__(self, code: int) -> str:
+        letter = chr(code)
+        kind = unicodedata.category(letter)
+        # Of ASCII the symbols too, such as $ and `.
+        symbol = letter.isascii() and not letter.isalnum() and letter != " "
+        parted = f" {letter} " if symbol or kind[0] == "P" else "" if kind == "Mn" else letter
+        self[code] = parted
+        return parted
+
+
+class WordPiece:
+    """BERT's uncased tokenizer: words, and where the vocabulary lacks one its longest pieces.
+
+    Args:
+        vocabulary: an entry an id, the special tokens among them. [DEC] is added at the end.
+
+    Raises:
+        ValueError: an entry cannot be written in UTF-8.
+        TypeError: an entry is no text.
+    """
+
+    pad_token, unk_token, cls_token, sep_token, _ = SPECIAL_TOKENS
+    bos_token = DEC
+    _cleaned, _parted = _Cleaned(), _Parted()
+
+    def __init__(self, vocabulary: Sequence[str]) -> None:
+        "\n".join(vocabulary).encode()
+        self._ids = {word: number for number, word in enumerate(vocabulary)}
+        self.vocab_size = len(self._ids)  # without [DEC]
+        self._ids.setdefault(DEC, self.vocab_size)
+        self._words = {number: word for word, number in self._ids.items()}
+        self._unknown = self._ids[self.unk_token]
+        self.pad_token_id = self._ids[self.pad_token]
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def get_vocab(self) -> dict[str, int]:
+        """The id of each entry, [DEC] among them."""
+        return dict(self._ids)
+
+    def convert_ids_to_tokens(self, ids: int | list[int]) -> str | list[str]:
+        """The entry of an id, or those of several; [UNK] for an id that none has."""
+        if isinstance(ids, int):
+            return self._words.get(ids, self.unk_token)
+        return [self._words.get(number, self.unk_token) for number in ids]
+
+    def convert_tokens_to_ids(self, tokens: str | list[str]) -> int | list[int]:
+        """The id of an entry, or those of several; that of [UNK] for what is none."""
+        if isinstance(tokens, str):
+            return self._ids.get(tokens, self._unknown)
+        return [self._ids.get(token, self._unknown) for token in tokens]
+
+    def encode(self, text: str, most: int | None = None) -> list[int]:
+        """The ids of a text between [CLS] and [SEP], at most ``most`` of them all."""
+        ids = [self._ids.get(piece, self._unknown) for piece in self.tokenize(text)]
+        if most is not None:
+            ids = ids[: max(most - 2, 0)]
+        return [self._ids[self.cls_token], *ids, self._ids[self.sep_token]]
+
+    def tokenize(self, text: str) -> list[str]:
+        """The text's pieces; one that goes on with a word starts with ``##``.
+
+        A special token's name in the text is a word like others: captions come in lower case.
+        """
+        text = text.translate(self._cleaned)
+        if not text.isascii():
+            text = unicodedata.normalize("NFD", text)  # an accent becomes a letter of its own
+        return [piece for word in text.translate(self._parted).split() for piece in self._pieces(word)]
+
+    def _pieces(self, word: str) -> list[str]:
+        """The word in the longest pieces that the vocabulary has, from the left; [UNK] if that fails."""
+        pieces: list[str] = []
+        start = 0
+        while start < len(word) <= LONGEST_WORD:
+            before = "##" if start else ""
+            ends = range(len(word), start, -1)
+            end = next((end for end in ends if before + word[start:end] in self._ids), None)
+            if end is None:
+                return [self.unk_token]
+            pieces.append(before + word[start:end])
+            start = end
+        return pieces or [self.unk_token]
 
 
 class CaptionIds(dict):
     """The token ids of a caption, cut to ``max_length`` of them: ``ids[caption]``, worked out once a caption.
+
+    A caption is cleaned first, see :func:`process_caption`; one that is clean already stays as it is.
 
     Epochs repeat captions, and tokenizing takes 0.4 ms each, in the process that should be feeding the GPU.
     """
 
     MOST = 2**18  # FashionIQ's training has 72,000 different ones
 
-    def __init__(self, tokenizer: BertTokenizer, max_length: int) -> None:
+    def __init__(self, tokenizer: WordPiece, max_length: int) -> None:
         super().__init__()
         self.tokenizer, self.max_length = tokenizer, max_length
 
     def __missing__(self, caption: str) -> list[int]:
-        ids = self.tokenizer(caption, truncation=True, max_length=self.max_length).input_ids
+        ids = self.tokenizer.encode(process_caption(caption), self.max_length)
         if len(self) < self.MOST:
             self[caption] = ids
         return ids
 
 
-def bert_tokenizer(vocab: Path | None = None) -> BertTokenizer:
+def bert_tokenizer(vocab: Path | None = None) -> WordPiece:
     """BERT's uncased tokenizer, over the `vocab.txt` of `bert-base-uncased`.
 
     Args:
@@ -76,7 +184,7 @@ def bert_tokenizer(vocab: Path | None = None) -> BertTokenizer:
     Raises:
         InputError: it is neither cached nor reachable, or is not that vocabulary.
     """
-    return tokenizer_from_vocabulary(read_bert_vocabulary(_cached_vocabulary() if vocab is None else vocab))
+    return WordPiece(read_bert_vocabulary(_cached_vocabulary() if vocab is None else vocab))
 
 
 def read_bert_vocabulary(path: Path) -> list[str]:
@@ -122,6 +230,8 @@ def _cached_vocabulary() -> Path:
 
 
 def _find(name: str, *, local_files_only: bool) -> str | None:
+    from transformers.utils import cached_file  # here, because it takes a second to import
+
     logger = logging.getLogger("huggingface_hub")  # it tells of each of its tries
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -133,8 +243,3 @@ def _find(name: str, *, local_files_only: bool) -> str | None:
         return None
     finally:
         logger.setLevel(level)
-
-
-def _with_dec(tokenizer: BertTokenizer) -> BertTokenizer:
-    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
-    return tokenizer

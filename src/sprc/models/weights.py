@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sprc.distributed import rank
 from sprc.errors import InputError
-from sprc.files import READ_ONLY, verify_archive, write_json
+from sprc.files import READ_ONLY, hash_file, verify_archive, write_json
 
 
 def cached_path(url: str) -> Path:
@@ -151,7 +151,7 @@ def _verified(path: Path, again: str) -> dict[str, Any]:
     if zipfile.is_zipfile(path) and before and looks == {key: before[key] for key in looks}:
         return before
     if not before or before["size"] == looks["size"]:
-        looks["sha256"] = _sha256(path)
+        looks["sha256"] = hash_file(path, hashlib.sha256())
     if before and before["sha256"] != looks.get("sha256"):
         raise InputError(
             f"{path} is not the file that loaded here before ({record.name} has its size and SHA-256): it "
@@ -185,11 +185,3 @@ def _record(path: Path, looks: dict[str, Any]) -> None:
         write_json(record, looks)
     except OSError:
         print(f"{path.parent} cannot be written: the checksum of {path.name} is not recorded", flush=True)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for part in iter(lambda: file.read(2**20), b""):
-            digest.update(part)
-    return digest.hexdigest()

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sprc.config import ModelConfig
-from sprc.data.captions import process_caption
 from sprc.data.datasets import ImageDataset, SteadyLoader, batches_of_rank
 from sprc.data.images import Loader
 from sprc.data.split import Split
@@ -113,7 +112,7 @@ class Vectors(NamedTuple):
 
 
 class Query(NamedTuple):
-    """A triplet's number in its split, and its caption as the tokenizer takes it."""
+    """A triplet's number in its split, and its caption."""
 
     number: int
     caption: str
@@ -123,7 +122,7 @@ def queries_by_reference(split: Split, index: dict[str, int]) -> dict[int, list[
     """The queries of each gallery image that is a reference, in the order of the triplets."""
     found: dict[int, list[Query]] = {}
     for number, triplet in enumerate(split.triplets):
-        query = Query(number, process_caption(triplet.caption))
+        query = Query(number, triplet.caption)
         found.setdefault(index[triplet.reference], []).append(query)
     return found
 

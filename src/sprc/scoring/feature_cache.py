@@ -21,12 +21,11 @@ import hashlib
 import json
 import os
 import shutil
-import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,19 +40,18 @@ from sprc.data.shared_memory import check_shared_memory
 from sprc.data.transforms import make_transform
 from sprc.distributed import from_main, objects_of_all_ranks, rank, wait_for_all, world_size
 from sprc.errors import InputError
-from sprc.files import READ_ONLY, compact_json, hold_lock, named_write_errors, write_atomically, write_json
+from sprc.files import READ_ONLY, compact_json, hold_lock, look_at_file, write_atomically, write_json
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.device import memory_explained
+from sprc.records import RecordStore
 
 FORMAT = 1
-# A file changed within a clock tick of its reading may keep its times. Two seconds cover any clock.
-SETTLED_NS = 2 * 10**9
 UNWRITABLE = "fill it where it can be written (extract_features.py), or give another folder"
 
 
 def open_images(
     model: Blip2QformerCirAlignPrompt,
-    preprocessing: dict[str, object],
+    preprocessing: dict[str, Any],
     paths: Iterable[Path],
     *,
     feature_cache: Path | None,
@@ -89,7 +87,7 @@ def open_images(
     read_at_once = batch_size if read_at_once is None else read_at_once
     if feature_cache is None:
         check_shared_memory(read_at_once * pixel_bytes(model), num_workers)
-        check_images({path: path for path in paths}, paths)
+        check_images({str(path): path for path in paths}, map(str, paths))
         return image_loader(transform)
     cache = FeatureCache(feature_cache, model, preprocessing, cache_dtype)
     check_shared_memory(read_at_once * cache.record_bytes, num_workers)
@@ -119,7 +117,7 @@ class FeatureCache:
     """
 
     def __init__(
-        self, folder: Path, model: Blip2QformerCirAlignPrompt, preprocessing: dict[str, object], dtype: str
+        self, folder: Path, model: Blip2QformerCirAlignPrompt, preprocessing: dict[str, Any], dtype: str
     ) -> None:
         config = model.config
         if not config.freeze_vit:
@@ -167,14 +165,20 @@ class FeatureCache:
                 raise ValueError("key.json tells of another key")
         except (OSError, ValueError) as error:
             raise InputError(f"--feature-cache: {self.folder} cannot be used ({error}); remove it") from error
-        self.tokens_file = self.folder / "tokens.bin"
+        self.store = RecordStore(
+            self.folder / "tokens.bin",
+            self.folder / "index.txt",
+            self.record_bytes,
+            unit="image",
+            hexadecimal=True,
+        )
         self.records: dict[Path, int] = {}  # what fill has verified
 
     def __call__(self, path: Path) -> Tensor:
         """The tokens (N, D) of the image at ``path``, which :meth:`fill` was given."""
         # Mapped for this record alone and copied: what a process keeps in memory does not grow.
         record = np.memmap(
-            self.tokens_file, np.uint8, "r", self.records[path] * self.record_bytes, (self.record_bytes,)
+            self.store.values, np.uint8, "r", self.records[path] * self.record_bytes, (self.record_bytes,)
         )
         return torch.from_numpy(np.array(record)).view(self.dtype).view(self.shape)
 
@@ -207,7 +211,7 @@ class FeatureCache:
                 computed = len(missing)
                 if missing:
                     self._check_disk(computed)
-                    check_images({path: path for path in missing.values()}, missing.values())
+                    check_images({str(path): path for path in missing.values()}, map(str, missing.values()))
                     found |= self._compute(missing, model, transform, batch_size, num_workers)
         self.records |= {path: found[digest] for path, digest in digests.items()}
         return computed
@@ -235,7 +239,7 @@ class FeatureCache:
             num_workers=num_workers,
             generator=torch.Generator(),
         )
-        first = from_main(lambda: 1 + max((record for _, record, _ in self._index()), default=-1))
+        first = from_main(self.store.next_number)
         records = {digest: first + number for number, digest in enumerate(digests)}
         computed = (model.vit_tokens(batch.to(model.device)).to(self.dtype).cpu() for _, batch in loader)
         with torch.no_grad():
@@ -260,72 +264,35 @@ class FeatureCache:
                 yield received.view(self.dtype)
 
     def _write(self, paths: list[Path], digests: list[str], first: int, batches: Iterator[Tensor]) -> None:
-        """Append the records of ``paths``, from number ``first`` on, and their lines, batch by batch."""
-        index_file = self.folder / "index.txt"
-        with (
-            named_write_errors(
-                self.tokens_file, "What was computed is kept: the same command goes on from there"
-            ),
-            self.tokens_file.open("r+b" if self.tokens_file.exists() else "w+b") as tokens_file,
-            index_file.open("a+b") as index,
-            tqdm(total=len(paths), desc="Extracting features", unit="image") as bar,
-        ):
-            cut_torn_line(index)
+        """Append the records of ``paths``, from number ``first`` on, batch by batch."""
+
+        def checked(start: int, tokens: Tensor) -> Iterator[tuple[str, bytes]]:
+            for number, record in enumerate(tokens, start):
+                if not record.isfinite().all():
+                    raise InputError(
+                        f"{paths[number]}: a token of the vision transformer does not fit into "
+                        f"{str(self.dtype).removeprefix('torch.')}; use --cache-dtype bfloat16 or float32"
+                    )
+                yield digests[number], record.contiguous().view(torch.uint8).numpy().tobytes()
+
+        bar = tqdm(total=len(paths), desc="Extracting features", unit="image")
+        with bar, self.store.append(first) as append:
             written = 0
             for tokens in batches:
-                lines = []
-                for number, record in enumerate(tokens, start=written):
-                    if not record.isfinite().all():
-                        raise InputError(
-                            f"{paths[number]}: a token of the vision transformer does not fit into "
-                            f"{str(self.dtype).removeprefix('torch.')}; use --cache-dtype bfloat16 or float32"
-                        )
-                    values = record.contiguous().view(torch.uint8).numpy().tobytes()
-                    tokens_file.seek((first + number) * self.record_bytes)
-                    tokens_file.write(values)
-                    lines.append(f"{digests[number]} {first + number} {zlib.crc32(values):08x}\n")
-                tokens_file.flush()
-                index.write("".join(lines).encode())
-                index.flush()
-                written += len(lines)
-                bar.update(len(lines))
-            os.fsync(tokens_file.fileno())
-            os.fsync(index.fileno())
-
-    def _index(self) -> Iterator[tuple[str, int, int]]:
-        """(digest, record, checksum) of each line; the later of two lines of one digest holds."""
-        try:
-            text = (self.folder / "index.txt").read_bytes().decode("ascii", "replace")
-        except FileNotFoundError:
-            return
-        for line in text.splitlines(keepends=True):
-            fields = line.split(" ")
-            # A line that a kill cut short, or that is damaged, tells of no record.
-            if len(fields) == 3 and line.endswith("\n") and fields[1].isdecimal():
-                try:
-                    yield fields[0], int(fields[1]), int(fields[2], 16)
-                except ValueError:
-                    continue
+                append(checked(written, tokens))
+                written += len(tokens)
+                bar.update(len(tokens))
 
     def _verified(self, digests: set[str]) -> dict[str, int]:
-        """The records of those of ``digests`` that are there and whose checksum is right."""
-        lines = {digest: (record, crc) for digest, record, crc in self._index() if digest in digests}
-        entries = dict(list(lines.items())[rank() :: world_size()])
+        """The records of those of ``digests`` that are there and whose checksum is right.
 
-        def is_right(entry: tuple[int, int]) -> bool:
-            record, crc = entry
-            values = read_record(self.tokens_file, record, self.record_bytes)
-            return len(values) == self.record_bytes and zlib.crc32(values) == crc
-
-        right: dict[str, bool] = {}
-        if self.tokens_file.exists():
-            with ThreadPoolExecutor() as pool:
-                checks = pool.map(is_right, entries.values())
-                bar = tqdm(checks, "Verifying features", len(entries), delay=1, unit="image")
-                right = dict(zip(entries, bar, strict=True))
-        parts = objects_of_all_ranks({digest: entries[digest][0] for digest, ok in right.items() if ok})
+        Each rank verifies its share.
+        """
+        entries = {digest: entry for digest, entry in self.store.entries().items() if digest in digests}
+        own = dict(list(entries.items())[rank() :: world_size()])
+        parts = objects_of_all_ranks({d: entry.number for d, entry in self.store.intact(own).items()})
         found = {digest: record for part in parts for digest, record in part.items()}
-        if damaged := len(lines) - len(found):
+        if damaged := len(entries) - len(found):
             print(f"{self.folder}: {damaged} damaged records are computed again", flush=True)
         return found
 
@@ -340,26 +307,18 @@ class FeatureCache:
         except (FileNotFoundError, ValueError):
             known = {}
 
-        def digest(path: Path) -> tuple[list[int], str]:
+        def look(path: Path) -> tuple[list[int], str]:
+            before = known.get(str(path.absolute()))
             try:
-                seen_at = time.time_ns()
-                status = path.stat()
-                looks = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-                before = known.get(str(path.absolute()))
-                if isinstance(before, list) and before[:4] == looks:
-                    return looks, before[4]
-                with path.open("rb") as image:
-                    value = hashlib.file_digest(image, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+                return look_at_file(path, (before[:4], before[4]) if isinstance(before, list) else None)
             except FileNotFoundError as error:
                 raise InputError(f"{path} is missing; restore it, or correct --data-path") from error
             except OSError as error:
                 raise InputError(f"{path} cannot be read ({error}); restore it from a copy") from error
-            settled = seen_at - max(looks[1], looks[2]) > SETTLED_NS
-            return looks if settled else [], value
 
         own = paths[rank() :: world_size()]
         with ThreadPoolExecutor() as pool:
-            bar = tqdm(pool.map(digest, own), "Looking at images", len(own), delay=1, unit="image")
+            bar = tqdm(pool.map(look, own), "Looking at images", len(own), delay=1, unit="image")
             parts = objects_of_all_ranks(dict(zip(own, bar, strict=True)))
         of_path = {path: value for part in parts for path, value in part.items()}
         found = {path: of_path[path] for path in paths}
@@ -401,25 +360,12 @@ class FeatureCache:
             yield
 
 
-def read_record(path: Path, number: int, size: int) -> bytes:
-    """The bytes of record ``number`` of ``path``, whose records have ``size``; fewer where it ends."""
-    with path.open("rb", buffering=0) as file:  # opened for each: threads would share a position
-        file.seek(number * size)
-        return file.read(size)
-
-
-def cut_torn_line(file: object) -> None:
-    """Cut what a killed process left behind the last line's end of ``file``, open to read and append."""
-    file.seek(0)
-    file.truncate(file.read().rfind(b"\n") + 1)
-
-
 def weights_digest(state: dict[str, Tensor]) -> str:
     """A hash of names and exact values; unlike ``checkpoint.fingerprint`` it sees the last bit."""
 
     def of_one(item: tuple[str, Tensor]) -> bytes:
         name, value = item
-        values = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        values = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
         head = f"{name} {value.dtype} {tuple(value.shape)}".encode()
         return hashlib.blake2b(values, digest_size=16, key=hashlib.blake2b(head).digest()).digest()
 

@@ -1,44 +1,52 @@
 """From the command line of ``extract_features.py`` to a filled feature cache."""
 
-import argparse
 from pathlib import Path
 
 import torch
 
+from sprc.models.checkpoint import start_model
 from sprc.models.device import default_workers, place, start_device
 from sprc.scoring.benchmarks import benchmark_class
 from sprc.scoring.feature_cache import open_images
-from sprc.training.fine_tuning import start_model
+from sprc.scoring.settings import ExtractionSettings
 
 
-def extract_features(arguments: argparse.Namespace) -> None:
+def extract_features(settings: ExtractionSettings) -> None:
     """Compute the tokens of every image of the splits that is not in the cache yet.
 
     Raises :class:`InputError`, see :class:`sprc.scoring.feature_cache.FeatureCache`.
     """
-    device = start_device(arguments.device)
-    paths = image_paths(arguments)
-    torch.manual_seed(arguments.seed)
+    device = start_device(settings.device)
+    paths = image_paths(settings)
+    torch.manual_seed(settings.seed)
     # Its captions only make a vocabulary, which comes after the vision transformer and does not touch it.
-    model = place(start_model(arguments, captions=[]), device)
+    model = start_model(
+        settings.blip_model_name,
+        settings.backbone,
+        [],
+        model_path=settings.model_path,
+        vocab=settings.vocab,
+        switches=settings.switches,
+    )
+    place(model, device)
     open_images(
         model,
-        {"transform": arguments.transform, "target_ratio": arguments.target_ratio},
+        {"transform": settings.transform, "target_ratio": settings.target_ratio},
         paths,
-        feature_cache=arguments.feature_cache,
-        cache_dtype=arguments.cache_dtype,
-        batch_size=arguments.batch_size,
-        num_workers=default_workers(device) if arguments.num_workers is None else arguments.num_workers,
+        feature_cache=settings.feature_cache,
+        cache_dtype=settings.cache_dtype,
+        batch_size=settings.batch_size,
+        num_workers=default_workers(device) if settings.num_workers is None else settings.num_workers,
         read_at_once=0,
     )
 
 
-def image_paths(arguments: argparse.Namespace) -> list[Path]:
+def image_paths(settings: ExtractionSettings) -> list[Path]:
     """The images that training on the splits, or scoring them, reads."""
-    splits = benchmark_class(arguments.dataset).read_parts(
-        arguments.data_path,
-        arguments.splits,
-        arguments.fiq_protocol,
-        missing_images=arguments.missing_images,
+    splits = benchmark_class(settings.dataset).read_parts(
+        settings.data_path,
+        settings.splits,
+        settings.fiq_protocol,
+        missing_images=settings.missing_images,
     )
     return [path for split in splits for path in split.image_paths.values()]

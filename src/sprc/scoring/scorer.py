@@ -1,6 +1,5 @@
 """A checkpoint with the settings to score it with."""
 
-import argparse
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +14,22 @@ from sprc.models.checkpoint import Checkpoint, load_checkpoint
 from sprc.models.device import SCORING_HELPS, default_workers, memory_explained, place
 from sprc.scoring.encoding import LARGEST_BATCH, EncodedSplit, encode_split
 from sprc.scoring.feature_cache import open_images
+from sprc.scoring.settings import (
+    SCORING_BATCH,
+    CacheSettings,
+    GallerySettings,
+    ImageSettings,
+    ScoringSettings,
+)
 
 # How a checkpoint that does not say it is scored: as SPRC's are.
 PUBLISHED = {
-    "transform": "targetpad",
-    "target_ratio": 1.25,
-    "batch_size": 32,
-    "save_memory": False,
-    "gallery_dtype": "float32",
-    "cache_dtype": "float16",
+    "transform": ImageSettings.transform,
+    "target_ratio": ImageSettings.target_ratio,
+    "batch_size": SCORING_BATCH,
+    "save_memory": GallerySettings.save_memory,
+    "gallery_dtype": GallerySettings.gallery_dtype,
+    "cache_dtype": CacheSettings.cache_dtype,
 }
 
 
@@ -51,14 +57,8 @@ class Scorer:
         Raises :class:`InputError`, see :func:`sprc.models.checkpoint.load_checkpoint`.
         """
         checkpoint = load_checkpoint(path, model_name=blip_model_name, backbone=backbone, vocab=vocab)
-        print(checkpoint.found, flush=True)
-        for title, found in checkpoint.hyperparameters.get("left_out", {}).items():
-            if title.startswith("train") and found["images"]:
-                print(
-                    f"its training left {found['images']:,} images without a file and {found['triplets']:,} "
-                    f"triplets of {title} out",
-                    flush=True,
-                )
+        for line in checkpoint.told():
+            print(line, flush=True)
         place(checkpoint.model, device)
         own = {name: checkpoint.hyperparameters.get(name, value) for name, value in PUBLISHED.items()}
         own["num_workers"] = default_workers(device)
@@ -67,11 +67,12 @@ class Scorer:
         return cls(checkpoint, {**own, **given, "feature_cache": feature_cache})
 
     @classmethod
-    def from_flags(cls, arguments: argparse.Namespace, device: torch.device) -> "Scorer":
-        """The same from the command line of :func:`sprc.flags.add_scoring_flags`."""
+    def from_settings(cls, settings: ScoringSettings, device: torch.device) -> "Scorer":
+        """The same from a command's settings."""
         names = ("blip_model_name", "backbone", "vocab", "feature_cache", "num_workers", *PUBLISHED)
-        flags = {name: getattr(arguments, name) for name in names}
-        return cls.load(arguments.model_path, device=device, **flags)
+        return cls.load(
+            settings.model_path, device=device, **{name: getattr(settings, name) for name in names}
+        )
 
     @property
     def transform(self) -> Transform:

@@ -1,6 +1,6 @@
 """The two files that CIRR's server takes (``cirr_test_submission.py``)."""
 
-import argparse
+from operator import methodcaller
 from pathlib import Path
 
 from sprc.data.cirr import load_cirr
@@ -9,9 +9,11 @@ from sprc.distributed import from_main
 from sprc.errors import InputError
 from sprc.files import compact_json, write_atomically
 from sprc.models.device import start_device
+from sprc.run_folder import name_of_checkpoint
 from sprc.scoring.encoding import EncodedSplit
 from sprc.scoring.recall import rank_split
 from sprc.scoring.scorer import Scorer
+from sprc.scoring.settings import SubmissionSettings
 from sprc.scoring.validation import TOP
 
 TOP_IN_SET = 3
@@ -20,35 +22,40 @@ SERVER = "https://cirr.cecs.anu.edu.au/test_process/"
 LARGEST_SUBMISSION = 5_000_000  # bytes
 
 
-def run_submission(arguments: argparse.Namespace) -> tuple[Path, Path]:
+def run_submission(settings: SubmissionSettings) -> tuple[Path, Path]:
     """Write CIRR's two submission files for test1 and return their paths.
 
     Both are checked first, so that a file exists only if it is right.
     """
-    if arguments.missing_images == "skip":
+    if settings.missing_images == "skip":
         raise InputError(
             "--missing-images skip: CIRR's server wants every query of test1, ranked over all its images; "
             "restore the files and leave the flag out"
         )
-    device = start_device(arguments.device)
-    split = load_cirr(arguments.data_path, "test1")
+    name = settings.name or name_of_checkpoint(settings.model_path)
+    device = start_device(settings.device)
+    split = load_cirr(settings.data_path, "test1")
     try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
+        settings.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
-            f"--out {arguments.out} cannot be made ({error.strerror}); give another folder"
+            f"--out {settings.out} cannot be made ({error.strerror}); give another folder"
         ) from error
-    scorer = Scorer.from_flags(arguments, device)
+    scorer = Scorer.from_settings(settings, device)
     with scorer.memory_explained():
         (encoded,) = scorer.encode([split])
-        return from_main(lambda: write_submission(arguments, split, encoded))
+        return from_main(lambda: write_submission(split, encoded, settings.out, name, settings.data_path))
 
 
-def write_submission(arguments: argparse.Namespace, split: Split, encoded: EncodedSplit) -> tuple[Path, Path]:
-    """Rank, check and write what :func:`run_submission` promises."""
+def write_submission(
+    split: Split, encoded: EncodedSplit, out: Path, name: str, data_path: Path
+) -> tuple[Path, Path]:
+    """Rank, check and write what :func:`run_submission` promises, into ``out``; ``name`` ends the files'."""
     ranking = rank_split(split, encoded, k=TOP)
     names = list(split.image_paths)
     ids = [str(triplet.pair_id) for triplet in split.triplets]
+    assert ranking.top is not None  # it was asked for
+    assert ranking.set_order is not None  # CIRR has image sets
     files = []
     for metric, rows in (("recall", ranking.top), ("recall_subset", ranking.set_order[:, :TOP_IN_SET])):
         ranked = {pair_id: [names[i] for i in row] for pair_id, row in zip(ids, rows.tolist(), strict=True)}
@@ -57,15 +64,16 @@ def write_submission(arguments: argparse.Namespace, split: Split, encoded: Encod
         if len(text) > LARGEST_SUBMISSION:
             raise InputError(
                 f"the {metric} submission would have {len(text):,} bytes, and CIRR's server takes at most "
-                f"{LARGEST_SUBMISSION:,}; {len(ids):,} queries of {arguments.data_path} are not CIRR's "
+                f"{LARGEST_SUBMISSION:,}; {len(ids):,} queries of {data_path} are not CIRR's "
                 "test1: correct --data-path"
             )
-        files.append((arguments.out / f"{metric}_submission_{arguments.name}.json", text))
+        files.append((out / f"{metric}_submission_{name}.json", text))
     for path, text in files:
-        write_atomically(path, lambda file, text=text: file.write(text))
+        write_atomically(path, methodcaller("write", text))
         print(f"wrote {path} ({len(text):,} bytes)")
     print(f"send both to CIRR's evaluation server, {SERVER}")
-    return tuple(path for path, _ in files)
+    (recall, _), (recall_subset, _) = files
+    return recall, recall_subset
 
 
 def check_submission(split: Split, metric: str, ranked: dict[str, list[str]]) -> None:

@@ -1,6 +1,5 @@
 """Score a checkpoint on a split with targets (``blip_validate.py``)."""
 
-import argparse
 from typing import Any
 
 from sprc.distributed import from_main
@@ -12,50 +11,51 @@ from sprc.scoring.encoding import EncodedSplit
 from sprc.scoring.ranking import Ranking
 from sprc.scoring.recall import rank_split
 from sprc.scoring.scorer import Scorer
+from sprc.scoring.settings import ValidationSettings
 
 TOP = 50
 
 
-def run_validation(arguments: argparse.Namespace) -> dict[str, float | str]:
+def run_validation(settings: ValidationSettings) -> dict[str, float | str]:
     """Print and return the metrics of a checkpoint.
 
     With ``save_rankings`` write each query's top 50, with ``save_ranks`` its target's ranks. With the
     settings of its training, the default, the figures of "val" are those that training wrote.
     """
-    device = start_device(arguments.device)
+    device = start_device(settings.device)
     for flag in ("save_ranks", "save_rankings"):
-        file = getattr(arguments, flag)
+        file = getattr(settings, flag)
         if file is not None and not file.absolute().parent.is_dir():
             name = f"--{flag.replace('_', '-')} {file}"
             raise InputError(f"{name}: its folder does not exist; make it, or give another")
-    benchmark = benchmark_class(arguments.dataset).load(
-        arguments.data_path,
-        arguments.fiq_protocol,
-        arguments.split,
-        missing_images=arguments.missing_images,
+    benchmark = benchmark_class(settings.dataset).load(
+        settings.data_path,
+        settings.fiq_protocol,
+        settings.split,
+        missing_images=settings.missing_images,
     )
-    scorer = Scorer.from_flags(arguments, device)
+    scorer = Scorer.from_settings(settings, device)
     with scorer.memory_explained():
         encoded = scorer.encode(benchmark.splits)
-        return from_main(lambda: report_scores(arguments, benchmark, encoded))
+        return from_main(lambda: report_scores(settings, benchmark, encoded))
 
 
 def report_scores(
-    arguments: argparse.Namespace, benchmark: Benchmark, encoded: list[EncodedSplit]
+    settings: ValidationSettings, benchmark: Benchmark, encoded: list[EncodedSplit]
 ) -> dict[str, float | str]:
     """Rank, print, and write what :func:`run_validation` is asked for."""
-    k = TOP if arguments.save_rankings else None
+    k = TOP if settings.save_rankings else None
     rankings = [rank_split(split, one, k=k) for split, one in zip(benchmark.splits, encoded, strict=True)]
     metrics = benchmark.metrics(rankings)
     for name, value in metrics.items():
         print(f"{name}: {value}")
-    if arguments.save_rankings:
+    if settings.save_rankings:
         text = compact_json(named_rankings(benchmark, rankings))
-        write_atomically(arguments.save_rankings, lambda file: file.write(text))
-        print(f"wrote {arguments.save_rankings}")
-    if arguments.save_ranks:
-        write_csv(arguments.save_ranks, query_ranks(benchmark, rankings))
-        print(f"wrote {arguments.save_ranks}")
+        write_atomically(settings.save_rankings, lambda file: file.write(text))
+        print(f"wrote {settings.save_rankings}")
+    if settings.save_ranks:
+        write_csv(settings.save_ranks, query_ranks(benchmark, rankings))
+        print(f"wrote {settings.save_ranks}")
     return metrics
 
 
@@ -63,6 +63,7 @@ def named_rankings(benchmark: Benchmark, rankings: list[Ranking]) -> list[dict[s
     """Each query with its best candidates, best first, as names."""
     result = []
     for split, ranking in zip(benchmark.splits, rankings, strict=True):
+        assert ranking.top is not None  # it was asked for
         names = list(split.image_paths)
         for triplet, row in zip(split.triplets, ranking.top.tolist(), strict=True):
             entry = {"reference": triplet.reference, "caption": triplet.caption, "target": triplet.target}

@@ -4,22 +4,28 @@ Streamlit runs this file anew at every click, with the settings of the page as J
 module, which is imported once, so that what it keeps is kept.
 """
 
-import argparse
 import json
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from sprc.data.captions import process_caption
+from sprc.data.cirr import load_cirr
 from sprc.errors import InputError, Interrupted
-from sprc.flags import INDEX
+from sprc.models.checkpoint import read_contents
 from sprc.models.device import start_device
+from sprc.models.tokenizer import make_vocabulary
+from sprc.run_folder import RunFolder
 from sprc.search.commands import index_pictures
 from sprc.search.searcher import load_model, require_engine
+from sprc.search.settings import AppSettings
+from sprc.settings import INDEX
 
 
-def run_app(arguments: argparse.Namespace) -> None:
+def run_app(settings: AppSettings) -> None:
     """Serve the page until it is stopped, which raises :class:`Interrupted`.
 
     An index of the built-in data, with the newest model of ``make demo``, is made where there is no index.
@@ -30,34 +36,34 @@ def run_app(arguments: argparse.Namespace) -> None:
         from streamlit.web import cli
     except ImportError as error:
         raise InputError("the page needs the package streamlit: pip install -e '.[search]'") from error
-    require_engine(arguments.engine, arguments.candidates)
-    if not 1 <= arguments.port <= 65535:
-        raise InputError(f"--port {arguments.port}: give a number from 1 to 65535")
-    device = start_device(arguments.device)
-    demo = arguments.data_path / "cirr_dataset" / "dev"
-    index = arguments.index or INDEX
-    if arguments.index is None and not (INDEX / "index.json").exists():
-        index = arguments.data_path / "picture_index"
-        index_demo(demo, arguments.models_path, index, device)
+    require_engine(settings.engine, settings.candidates)
+    if not 1 <= settings.port <= 65535:
+        raise InputError(f"--port {settings.port}: give a number from 1 to 65535")
+    device = start_device(settings.device)
+    demo = settings.data_path / "cirr_dataset" / "dev"
+    index = settings.index or INDEX
+    if settings.index is None and not (INDEX / "index.json").exists():
+        index = settings.data_path / "picture_index"
+        index_demo(settings.data_path, demo, settings.models_path, index, device)
     # Here and not at the first visit, which then has its answer at once. The page finds them loaded.
     from sprc.search.page import MOST_BYTES, current_searcher, warm_up
 
-    given = arguments.model_path
-    settings = {
+    of_page: dict[str, Any] = {
         "index": str(index.resolve()),
-        "model_path": given and str(given.resolve()),
-        "vocab": arguments.vocab and str(arguments.vocab.resolve()),
-        "engine": arguments.engine,
-        "candidates": arguments.candidates,
+        "model_path": None if settings.model_path is None else str(settings.model_path.resolve()),
+        "vocab": None if settings.vocab is None else str(settings.vocab.resolve()),
+        "engine": settings.engine,
+        "candidates": settings.candidates,
         "device": str(device),
     }
-    searcher = current_searcher(**settings)
+    searcher = current_searcher(**of_page)
     inside = demo.resolve().is_relative_to(searcher.index.folder)
-    samples = str(arguments.data_path.resolve()) if inside else None
-    warm_up(searcher, samples and Path(samples))
+    samples = settings.data_path.resolve() if inside else None
+    warm_up(searcher, samples)
+    of_page["samples"] = None if samples is None else str(samples)
     options = {
-        "server.address": arguments.address,
-        "server.port": arguments.port,
+        "server.address": settings.address,
+        "server.port": settings.port,
         "server.headless": "true",
         "server.maxUploadSize": MOST_BYTES // 2**20,
         "server.fileWatcherType": "none",
@@ -67,26 +73,50 @@ def run_app(arguments: argparse.Namespace) -> None:
     }
     flags = [f"--{name}={value}" for name, value in options.items()]
     try:
-        cli.main(["run", __file__, *flags, "--", json.dumps({"samples": samples, **settings})])
+        cli.main(["run", __file__, *flags, "--", json.dumps(of_page)])
     except SystemExit as end:
         if end.code:
             raise
         raise Interrupted(signal.SIGINT) from None  # without an error it ends when it is told to stop
 
 
-def index_demo(pictures: Path, models: Path, path: Path, device: torch.device) -> None:
-    """Index the built-in data's validation pictures with the newest model."""
-    checkpoints = models.glob("clip_finetuned_on_*/saved_models/tuned_clip_*.pt")
-    newest = max(checkpoints, key=lambda path: path.stat().st_mtime, default=None)
-    if newest is None or not pictures.is_dir():
-        missing = f"a checkpoint in {models}" if pictures.is_dir() else pictures
+def index_demo(data_path: Path, pictures: Path, models: Path, path: Path, device: torch.device) -> None:
+    """Index the built-in data's validation pictures with the newest model that was trained on these data."""
+    found = sorted(
+        (file for run in RunFolder.all_in(models) for file in run.checkpoints.glob("tuned_clip_*.pt")),
+        key=lambda file: file.stat().st_mtime,
+        reverse=True,
+    )
+    missing = None if pictures.is_dir() else str(pictures)
+    if missing is None and not found:
+        missing = f"a checkpoint in {models}"
+    own = None
+    if missing is None:  # `tiny` takes its words from the captions that it is trained on
+        triplets = load_cirr(data_path, "train").triplets
+        words = make_vocabulary(process_caption(triplet.caption) for triplet in triplets)
+        own = next((file for file in found if is_tiny_with(words, file)), None)
+    if own is None:
+        missing = missing or f"a checkpoint in {models} that was trained with --backbone tiny on {data_path}"
         raise InputError(
             f"there is no index yet, and no demo to make one of ({missing} is missing); run `make demo`, or "
             "index a folder of your own: search.py index FOLDER --model-path FILE"
         )
-    print(f"indexing {pictures} with {newest}", flush=True)
-    scored_as = {"model_path": str(newest.resolve()), "blip_model_name": None, "backbone": None}
-    index_pictures(path, pictures, load_model(newest), device, scored_as, rebuild=True)
+    others = found.index(own)
+    told = f"; newer ones are of other data or backbones: {others}" if others else ""
+    print(f"indexing {pictures} with {own}{told}", flush=True)
+    scored_as = {"model_path": str(own.resolve()), "blip_model_name": None, "backbone": None}
+    names = ("blip_model_name", "backbone", "vocab", "transform", "target_ratio")
+    retriever = load_model(own, **dict.fromkeys(names))
+    index_pictures(path, pictures, retriever, device, scored_as, rebuild=True)
+
+
+def is_tiny_with(words: list[str], checkpoint: Path) -> bool:
+    """Whether a checkpoint is of the backbone `tiny`, with these words."""
+    try:
+        contents = read_contents(checkpoint)
+    except InputError:
+        return False
+    return contents.get("vocabulary") == words and contents["hyperparameters"]["backbone"] == "tiny"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The commands of ``search.py``: index a folder, and query it."""
 
-import argparse
 import json
 import signal
 import sys
@@ -10,53 +9,77 @@ from typing import Any
 import torch
 from PIL import Image
 
-from sprc.data.images import load_image
+from sprc.data.images import own_formats
+from sprc.data.reading import require_words
 from sprc.errors import InputError, Interrupted
-from sprc.models.device import memory_explained, place, start_device
-from sprc.scoring.scorer import Scorer
-from sprc.search.index import (
-    PictureIndex,
-    identity_of,
-    open_index,
-    printable,
-)
-from sprc.search.indexing import FORMATS, check_folder, file_digest, search_transform, update_index
+from sprc.models.device import default_workers, memory_explained, place, start_device
+from sprc.scoring.encoding import LARGEST_BATCH
+from sprc.scoring.retriever import Retriever
+from sprc.scoring.settings import SCORING_BATCH
+from sprc.search.folder import check_folder
+from sprc.search.index import PictureIndex, Result, identity_of, open_index, printable
+from sprc.search.indexing import update_index
 from sprc.search.pictures import draw_results, open_thumbnail, thumbnail
-from sprc.search.searcher import Searcher, load_model, require_engine, require_search_text
+from sprc.search.searcher import Searcher, find_reference, load_model, require_engine
+from sprc.search.settings import IndexSettings, QuerySettings
 
 SHOWN = 20  # of the pictures left out
+SIDE = 256  # of a picture on a sheet
 
 
-def run_index(arguments: argparse.Namespace) -> None:
+def run_index(settings: IndexSettings) -> None:
     """Index a folder of pictures and print what was done; see :func:`sprc.search.indexing.update_index`."""
-    device = start_device(arguments.device)
-    folder = arguments.folder
-    check_folder(folder)
-    names = ("blip_model_name", "backbone", "transform", "target_ratio", "batch_size", "num_workers", "vocab")
-    scorer = load_model(arguments.model_path, **{name: getattr(arguments, name) for name in names})
+    device = start_device(settings.device)
+    check_folder(settings.folder)
+    called: dict[str, Any] = {"blip_model_name": settings.blip_model_name, "backbone": settings.backbone}
+    retriever = load_model(
+        settings.model_path,
+        **called,
+        vocab=settings.vocab,
+        transform=settings.transform,
+        target_ratio=settings.target_ratio,
+    )
     # A published checkpoint does not say what it is: remember what it was called.
-    scored_as = {name: getattr(arguments, name) for name in ("blip_model_name", "backbone")}
-    scored_as["model_path"] = str(arguments.model_path.resolve())
-    if arguments.vocab is not None:
-        scored_as["vocab"] = str(arguments.vocab.resolve())
-    index_pictures(arguments.index, folder, scorer, device, scored_as, rebuild=arguments.rebuild)
+    scored_as = {**called, "model_path": str(settings.model_path.resolve())}
+    if settings.vocab is not None:
+        scored_as["vocab"] = str(settings.vocab.resolve())
+    index_pictures(
+        settings.index,
+        settings.folder,
+        retriever,
+        device,
+        scored_as,
+        batch_size=settings.batch_size,
+        num_workers=settings.num_workers,
+        rebuild=settings.rebuild,
+    )
 
 
 def index_pictures(
     path: Path,
     folder: Path,
-    scorer: Scorer,
+    retriever: Retriever,
     device: torch.device,
     scored_as: dict[str, Any],
     *,
+    batch_size: int | None = None,
+    num_workers: int | None = None,
     rebuild: bool,
 ) -> None:
-    """Bring the index at ``path`` up to date with ``folder`` and print what was done."""
-    identity = identity_of(scorer)
-    place(scorer.checkpoint.model, device)
+    """Bring the index at ``path`` up to date with ``folder`` and print what was done.
+
+    The batch size is by default the training's own, the number of processes that read by the cores.
+    """
+    identity = identity_of(retriever.model, retriever.transform_name, retriever.target_ratio)
+    place(retriever.model, device)
+    if batch_size is None:
+        batch_size = min(retriever.checkpoint.hyperparameters.get("batch_size", SCORING_BATCH), LARGEST_BATCH)
+    if num_workers is None:
+        num_workers = default_workers(device)
+    reading = {"batch_size": batch_size, "num_workers": num_workers}
     try:
-        with memory_explained(device, scorer.settings["batch_size"], ["a smaller --batch-size"]):
-            update = update_index(path, folder, scorer, identity, scored_as, rebuild=rebuild)
+        with memory_explained(device, batch_size, ["a smaller --batch-size"]):
+            update = update_index(path, folder, retriever, identity, scored_as, **reading, rebuild=rebuild)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         raise Interrupted(signal.SIGINT) from None
@@ -71,65 +94,51 @@ def index_pictures(
             print(f"  {printable(name)}: {printable(reason)}")
 
 
-def run_query(arguments: argparse.Namespace) -> None:
+def run_query(settings: QuerySettings) -> None:
     """Print the best pictures for a reference and a text; draw them too, with ``sheet``."""
-    device = start_device(arguments.device, file=sys.stderr)  # stdout is the results' alone
-    require_search_text(arguments.text, "--text")
-    if arguments.top < 1:
-        raise InputError(f"--top {arguments.top}: give a whole number of at least 1")
-    require_engine(arguments.engine, arguments.candidates)
-    if arguments.sheet is not None and not arguments.sheet.absolute().parent.is_dir():
-        raise InputError(f"--sheet {arguments.sheet}: its folder does not exist; make it, or give another")
-    path, name = find_reference(open_index(arguments.index), arguments.image)
-    searcher = Searcher.open(
-        arguments.index,
-        model_path=arguments.model_path,
-        vocab=arguments.vocab,
+    device = start_device(settings.device, file=sys.stderr)  # stdout is the results' alone
+    require_words(settings.text, "--text")
+    if settings.top < 1:
+        raise InputError(f"--top {settings.top}: give a whole number of at least 1")
+    require_engine(settings.engine, settings.candidates)
+    sheet = settings.sheet
+    if sheet is not None and not sheet.absolute().parent.is_dir():
+        raise InputError(f"--sheet {sheet}: its folder does not exist; make it, or give another")
+    index = open_index(settings.index)
+    path, _ = find_reference(index, settings.image, "--image")
+    searcher = Searcher.of(
+        index,
+        model_path=settings.model_path,
+        vocab=settings.vocab,
         device=str(device),
-        engine=arguments.engine,
-        candidates=arguments.candidates,
+        engine=settings.engine,
+        candidates=settings.candidates,
     )
-    index = searcher.index
-    pixels = load_image(path, search_transform(searcher.scorer.transform), FORMATS)
-    leave_out = [] if arguments.keep_reference else searcher.copies(digest=file_digest(path), name=name)
-    query = searcher.compose(searcher.encode(pixels), arguments.text)
-    results = searcher.best(query, arguments.top, leave_out)
-    for note in searcher.notes(arguments.text):
+    results = searcher.search(path, settings.text, top=settings.top, keep_reference=settings.keep_reference)
+    for note in searcher.notes(settings.text):
         print(f"note: {note}", file=sys.stderr)
-    if arguments.sheet is not None:
-        side = 256
-        with Image.open(path, formats=FORMATS) as image:
-            reference = thumbnail(image, side)
-        drawn = [(result, open_thumbnail(index, result.name, side)) for result in results]
-        draw_results(arguments.sheet, reference, arguments.text, drawn)
-        print(f"wrote {arguments.sheet}", file=sys.stderr)
+    if sheet is not None:
+        draw_sheet(sheet, index, path, settings.text, results)
+    if settings.json:
+        print_json(path, settings.text, results)
+        return
+    for rank, result in enumerate(results, start=1):
+        print(f"{rank:>3}  {result.score:.4f}  {printable(str(result.path))}")
+
+
+def draw_sheet(sheet: Path, index: PictureIndex, path: Path, text: str, results: list[Result]) -> None:
+    """Write a PNG of the reference at ``path``, the text and the results."""
+    with Image.open(path, formats=own_formats()) as image:
+        reference = thumbnail(image, SIDE)
+    drawn = [(result, open_thumbnail(index.path_of(result.name), SIDE)) for result in results]
+    draw_results(sheet, reference, text, drawn)
+    print(f"wrote {sheet}", file=sys.stderr)
+
+
+def print_json(path: Path, text: str, results: list[Result]) -> None:
+    """Print the results as JSON."""
     rows = [
-        {"rank": rank, "score": result.score, "path": str(index.folder / result.name)}
+        {"rank": rank, "score": result.score, "path": str(result.path)}
         for rank, result in enumerate(results, start=1)
     ]
-    if arguments.json:
-        print(json.dumps({"image": str(path), "text": arguments.text, "results": rows}, indent=1))
-    else:
-        for row in rows:
-            print(f"{row['rank']:>3}  {row['score']:.4f}  {printable(row['path'])}")
-
-
-def find_reference(index: PictureIndex, given: str) -> tuple[Path, str | None]:
-    """The file that ``--image`` names, and its name in the index if it is one of its pictures.
-
-    A file, or else the name of a picture of the index. Raises :class:`InputError` if it is neither.
-    """
-    path = Path(given)
-    if not path.is_file():
-        if path.is_dir():
-            raise InputError(f"--image {given} is a folder; give a picture")
-        if given not in index.number:
-            raise InputError(
-                f"--image {given} is neither a file nor a picture of the index {index.path}; "
-                f"its pictures have names such as {printable(index.names[0])}"
-            )
-        path = index.path_of(given)
-    resolved = path.resolve()
-    if resolved.is_relative_to(index.folder):
-        return path, str(resolved.relative_to(index.folder))
-    return path, None
+    print(json.dumps({"image": str(path), "text": text, "results": rows}, indent=1))

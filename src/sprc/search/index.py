@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from sprc.errors import InputError
+from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.switches import SWITCHES
 from sprc.scoring.feature_cache import weights_digest
-from sprc.scoring.scorer import Scorer
 
 FORMAT = 1
 
@@ -36,6 +36,14 @@ class Identity(NamedTuple):
     model: str  # a hash of weights, configuration and vocabulary
     transform: str
     target_ratio: float | None  # None for "squarepad", which has none
+
+
+class Result(NamedTuple):
+    """A picture found."""
+
+    name: str
+    path: Path
+    score: float
 
 
 class Picture(NamedTuple):
@@ -190,24 +198,25 @@ def printable(text: str | Path) -> str:
 # --- the model
 
 
-def identity_of(scorer: Scorer) -> Identity:
-    """What the features that ``scorer`` makes depend on. Its model must still be in the checkpoint's type."""
-    model, settings = scorer.checkpoint.model, scorer.settings
+def identity_of(model: Blip2QformerCirAlignPrompt, transform: str, target_ratio: float) -> Identity:
+    """What the features that a model makes depend on; it must still be in the checkpoint's type."""
     words = model.tokenizer.convert_ids_to_tokens(list(range(model.tokenizer.vocab_size)))
     weights = {key: value for key, value in model.state_dict().items() if key != SWITCHES}  # the config's
     told = json.dumps([weights_digest(weights), asdict(model.config), words], sort_keys=True)
-    ratio = settings["target_ratio"] if settings["transform"] == "targetpad" else None
-    return Identity(hashlib.blake2b(told.encode(), digest_size=16).hexdigest(), settings["transform"], ratio)
+    digest = hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
+    return Identity(digest, transform, target_ratio if transform == "targetpad" else None)
 
 
-def refuse_other_model(path: Path, described: dict[str, Any], identity: Identity, given: str) -> None:
-    """Raise :class:`InputError` if the index at ``path`` was made by another model or preprocessing."""
-    made: Identity = described["identity"]
+def refuse_other_model(path: Path, made: Identity, made_by: str, identity: Identity, given: str) -> None:
+    """Raise :class:`InputError` if the index at ``path`` is of another model or preprocessing.
+
+    ``made`` and ``made_by`` are the index's, ``identity`` and ``given`` the present model's: what features
+    depend on, and the checkpoint's path.
+    """
     if made.model != identity.model:
         raise InputError(
-            f"the index {path} was made by another model ({described['scored_as']['model_path']}, "
-            f"{made.model[:8]}) than {given} ({identity.model[:8]}); give another --index, or "
-            "`search.py index --rebuild` to replace it"
+            f"the index {path} was made by another model ({made_by}, {made.model[:8]}) than {given} "
+            f"({identity.model[:8]}); give another --index, or `search.py index --rebuild` to replace it"
         )
     if made != identity:
         raise InputError(

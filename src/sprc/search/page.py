@@ -6,32 +6,32 @@ texts are shown by ``st.text``, which knows no markup; all other elements get fi
 """
 
 import hashlib
-import io
 import random
 import sys
 import time
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import streamlit as st
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from sprc.data.captions import process_caption
 from sprc.data.cirr import load_cirr
+from sprc.data.images import own_formats
 from sprc.data.transforms import denormalise
 from sprc.errors import InputError
 from sprc.figures import FIXED, OPACITY, colored, own_scale
 from sprc.models.fusion_maps import fusion_maps
-from sprc.search.index import printable
-from sprc.search.indexing import FORMATS
-from sprc.search.pictures import open_thumbnail, read_picture, thumbnail
-from sprc.search.searcher import Result, Searcher
+from sprc.search.index import Result, printable
+from sprc.search.pictures import as_bytes, on_square, open_thumbnail, read_picture, thumbnail
+from sprc.search.searcher import Searcher, SharedSearcher
 
 MOST_BYTES = 10 * 2**20  # of a picture that is sent
 MOST_PIXELS = 40 * 10**6
+MOST_INDEXED = Image.MAX_IMAGE_PIXELS or MOST_PIXELS  # of a picture of the index
 MOST_LETTERS = 500  # of a text
 MOST_STEPS = 30  # kept of a chain of edits
 SIDE = 224  # of the reference
@@ -45,7 +45,7 @@ class Reference(NamedTuple):
     """The picture that a search starts from."""
 
     tokens: Tensor  # (1, N, D), on the model's device
-    copies: list[int]  # gallery indices of the same picture, which are no results
+    digest: str  # of its file's bytes: the same pictures of the index are no results
     name: str
     small: bytes  # a picture to be shown
     pixels: Tensor  # (3, S, S)
@@ -65,26 +65,31 @@ class Step(NamedTuple):
     text: str
 
 
+def current_searcher(**settings: Any) -> Searcher:
+    """The index as it is now, with its model, for all who look at the page.
+
+    The settings are those of ``Searcher.open``, paths as text. Raises :class:`InputError` as that does.
+    """
+    return _shared_searcher(**dict(sorted(settings.items()))).current()  # a cache heeds their order
+
+
 @lru_cache(maxsize=1)
-def open_searcher(
-    changed: int,
+def _shared_searcher(
     index: str,
     model_path: str | None,
+    device: str | None,
+    engine: str,
+    candidates: int,
     vocab: str | None = None,
-    **settings: str | int | None,
-) -> Searcher:
-    """The index with its model, once for all who look at the page, and again when it has ``changed``."""
-    paths = {"model_path": model_path and Path(model_path), "vocab": vocab and Path(vocab)}
-    return Searcher.open(Path(index), **paths, **settings)
-
-
-def current_searcher(index: str, **settings: str | int | None) -> Searcher:
-    """The index as it is now; the settings are those of ``Searcher.open``, paths as text."""
-    try:
-        changed = (Path(index) / "pictures.json").stat().st_mtime_ns
-    except OSError:
-        changed = 0  # opening it says what is wrong
-    return open_searcher(changed, index, **settings)
+) -> SharedSearcher:
+    return SharedSearcher(
+        Path(index),
+        model_path=Path(model_path) if model_path else None,
+        vocab=Path(vocab) if vocab else None,
+        device=device,
+        engine=engine,
+        candidates=candidates,
+    )
 
 
 @lru_cache(maxsize=8)
@@ -100,7 +105,7 @@ def warm_up(searcher: Searcher, samples: Path | None) -> None:
     """Ask a query and draw its answer, so that the first visit does not wait for what is done but once."""
     try:
         data = searcher.index.path_of(searcher.index.names[0]).read_bytes()
-        pixels = searcher.pixels(read_picture(data, Image.MAX_IMAGE_PIXELS))
+        pixels = searcher.pixels(read_picture(data, MOST_INDEXED))
         found = [] if samples is None else samples_of(samples, searcher.index.folder)
     except (InputError, OSError):  # gone or broken by now: the page says so where it is asked for
         return
@@ -110,28 +115,22 @@ def warm_up(searcher: Searcher, samples: Path | None) -> None:
     draw_map(pixels, None, OPACITY)
 
 
-# --- pictures as bytes
+# --- pictures
 
 
-def as_bytes(image: Image.Image, kind: str = "JPEG") -> bytes:
-    """The picture as a file."""
-    file = io.BytesIO()
-    image.save(file, kind, **({"quality": 90} if kind == "JPEG" else {}))
-    return file.getvalue()
-
-
-def on_square(image: Image.Image, side: int) -> Image.Image:
-    """The picture as large as fits on a light square, so that those of a grid stand in line."""
-    return ImageOps.pad(image, (side, side), color="#eeeeee")
+def small_picture(searcher: Searcher, name: str) -> bytes | None:
+    """A picture of the index; None if it is gone or broken since it was indexed."""
+    index = searcher.index
+    try:
+        return small_bytes(index.path_of(name), index.pictures[index.number[name]].digest)
+    except InputError:
+        return None
 
 
 @lru_cache(maxsize=4096)
-def small_picture(searcher: Searcher, name: str) -> bytes | None:
-    """A picture of the index; None if it is gone or broken since it was indexed."""
-    try:
-        return as_bytes(on_square(open_thumbnail(searcher.index, name, SMALL), SMALL))
-    except InputError:
-        return None
+def small_bytes(path: Path, _digest: str) -> bytes:
+    """The same by its path; a picture that changes and is indexed again has another digest."""
+    return as_bytes(on_square(open_thumbnail(path, SMALL), SMALL))
 
 
 def draw_map(pixels: Tensor, shown: Map | None, opacity: float) -> bytes:
@@ -151,12 +150,13 @@ def take(searcher: Searcher, name: str) -> None:
     """Make a picture of the index the reference."""
     try:
         data = searcher.index.path_of(name).read_bytes()
-        image = read_picture(data, Image.MAX_IMAGE_PIXELS)
+        image = read_picture(data, MOST_INDEXED)
     except (InputError, OSError):  # whose words tell of this machine's folders
         shown = shortened(printable(name), 80, end=True)
         st.session_state.problem = f"{shown} is not in the index, or is gone or broken since it was indexed."
         return
-    use(searcher, image, searcher.copies(name=name), name)
+    index = searcher.index
+    use(searcher, image, index.pictures[index.number[name]].digest, name)
 
 
 def take_upload(searcher: Searcher, key: str) -> None:
@@ -173,11 +173,10 @@ def take_upload(searcher: Searcher, key: str) -> None:
     except InputError as error:
         st.session_state.problem = f"This picture was refused: {error}."
         return
-    digest = hashlib.blake2b(data, digest_size=16).hexdigest()
-    use(searcher, image, searcher.copies(digest=digest), "your picture")
+    use(searcher, image, hashlib.blake2b(data, digest_size=16).hexdigest(), "your picture")
 
 
-def use(searcher: Searcher, image: Image.Image, copies: list[int], name: str) -> None:
+def use(searcher: Searcher, image: Image.Image, digest: str, name: str) -> None:
     """Make ``image`` the reference; what was searched before becomes a step of the chain."""
     try:
         pixels = searcher.pixels(image)
@@ -189,7 +188,7 @@ def use(searcher: Searcher, image: Image.Image, copies: list[int], name: str) ->
     if state.reference is not None and process_caption(text):
         state.steps = [*state.steps, Step(state.reference, text)][-MOST_STEPS:]
     small = as_bytes(on_square(thumbnail(image, SMALL), SMALL))
-    state.reference = Reference(searcher.encode(pixels), copies, name, small, pixels)
+    state.reference = Reference(searcher.encode(pixels), digest, name, small, pixels)
     state.text = ""
 
 
@@ -213,12 +212,14 @@ def turn(by: int) -> None:
 
 
 def start_state(searcher: Searcher) -> None:
-    """What a browser starts with: nothing, or the query that its address names."""
+    """What a browser starts with, and with another model: nothing, or the query that its address names."""
     state = st.session_state
-    if "steps" in state:
+    if state.get("identity") == searcher.index.identity:
         return
+    state.identity = searcher.index.identity  # another model's tokens are of no use to it
     state.steps, state.reference, state.text = [], None, ""
-    state.uploads, state.page, state.problem, state.found = 0, 0, None, {}
+    state.uploads, state.page, state.problem = 0, 0, None
+    state.index, state.found = searcher.index, {}
     if name := st.query_params.get("reference"):
         take(searcher, name)
         state.text = st.query_params.get("text", "")[:MOST_LETTERS]
@@ -229,23 +230,26 @@ def start_state(searcher: Searcher) -> None:
 
 def search(searcher: Searcher, text: str, strength: float, top: int) -> tuple[list[Result], float]:
     """The results and how many seconds they took; those of the last queries are remembered."""
-    reference, found = st.session_state.reference, st.session_state.found
-    key = (id(searcher), id(reference), text, strength, top)
+    state = st.session_state
+    if state.index is not searcher.index:
+        state.index, state.found = searcher.index, {}
+    reference, found = state.reference, state.found
+    key = (id(reference), text, strength, top)
     if key not in found:
         start = time.perf_counter()
         query = searcher.compose(reference.tokens, text, strength)
-        results = searcher.best(query, top, reference.copies)
+        results = searcher.best(query, top, searcher.copies(digest=reference.digest))
         while len(found) >= 32:
             found.pop(next(iter(found)))
-        # With the objects whose numbers are in the key, so that no other gets their numbers.
-        found[key] = results, time.perf_counter() - start, searcher, reference
+        # With the object whose number is in the key, so that no other gets its number.
+        found[key] = results, time.perf_counter() - start, reference
     return found[key][:2]
 
 
 # --- the page
 
 
-def show(samples: str | None = None, **settings: str | int | None) -> None:
+def show(samples: str | None = None, **settings: Any) -> None:
     """Draw the page.
 
     Args:
@@ -278,7 +282,7 @@ def show(samples: str | None = None, **settings: str | int | None) -> None:
             show_query(searcher)
     with choice:
         show_choice(searcher, samples)
-    index, epoch, engine = searcher.index, searcher.scorer.checkpoint.epoch, searcher.engine
+    index, epoch, engine = searcher.index, searcher.retriever.checkpoint.epoch, searcher.engine
     left_out = f", {len(index.left_out)} files left out" if index.left_out else ""
     fusion = "with" if searcher.has_fusion else "without"
     st.caption(
@@ -329,7 +333,7 @@ def show_query(searcher: Searcher) -> None:
             maps = edit_maps(searcher, text, strength)
             chosen = st.selectbox("Map of the edit", list(maps), key="map") if maps else None
     with picture:
-        show_reference(maps.get(chosen), opacity)
+        show_reference(maps[chosen] if chosen else None, opacity)
     if not text:
         st.info("Say what should change: type a sentence and press Enter.")
         return
@@ -353,9 +357,10 @@ def edit_maps(searcher: Searcher, text: str, strength: float) -> dict[str, Map]:
     """The maps of the edit that the text makes of the reference; none without text or fusion."""
     if not text or not searcher.has_fusion:
         return {}
-    model = searcher.scorer.checkpoint.model
-    gate, change = fusion_maps(model, st.session_state.reference.tokens, [process_caption(text)])
-    change = strength * change[0]
+    model = searcher.retriever.model
+    gate, changes = fusion_maps(model, st.session_state.reference.tokens, [text])
+    assert changes is not None  # there is a fusion
+    change = strength * changes[0]
     maps = {"change, own scale": Map(change, own_scale(change))}
     if gate is not None:
         maps = {
@@ -389,7 +394,7 @@ def show_results(searcher: Searcher, results: list[Result], seconds: float, kind
 
 
 def show_grid(
-    searcher: Searcher, names: list[str], key: str, label: str, below: Callable[[int], None]
+    searcher: Searcher, names: list[str], key: str, label: str, below: Callable[[int], object]
 ) -> None:
     """Pictures of the index; ``below`` draws what stands under the picture of a number."""
     with st.container(horizontal=True, key=f"{key}s"):
@@ -439,7 +444,7 @@ def show_choice(searcher: Searcher, samples: str | None) -> None:
         key = f"upload-{state.uploads}"
         st.file_uploader(
             f"A picture of at most {MOST_BYTES // 2**20} MB and {MOST_PIXELS // 10**6} million pixels "
-            f"({', '.join(FORMATS)}). It is not stored.",
+            f"({', '.join(own_formats())}). It is not stored.",
             key=key,
             on_change=take_upload,
             args=(searcher, key),

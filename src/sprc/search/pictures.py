@@ -4,18 +4,12 @@ import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
-from sprc.data.images import strict_pillow
-from sprc.data.transforms import to_eight_bits
+from sprc.data.images import own_formats, strict_pillow
+from sprc.data.transforms import to_eight_bits, upright
 from sprc.errors import InputError
-from sprc.figures import Cell, draw_cell, plt, save_figure
-from sprc.search.index import (
-    PictureIndex,
-    printable,
-)
-from sprc.search.indexing import FORMATS, upright
-from sprc.search.searcher import Result
+from sprc.search.index import Result, printable
 
 COLUMNS = 6  # of a sheet
 
@@ -28,7 +22,7 @@ def read_picture(data: bytes, most_pixels: int) -> Image.Image:
     """
     try:
         with strict_pillow():
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = Image.open(io.BytesIO(data), formats=own_formats())
             width, height = image.size
             if width * height > most_pixels:
                 raise InputError(
@@ -44,7 +38,7 @@ def read_picture(data: bytes, most_pixels: int) -> Image.Image:
     except Exception as error:  # broken bytes come out of Pillow's decoders as almost any exception
         raise InputError(
             "the file is no picture that can be read: it is broken, or of another format than "
-            f"{', '.join(FORMATS)}"
+            f"{', '.join(own_formats())}"
         ) from error
     return image
 
@@ -57,20 +51,34 @@ def thumbnail(image: Image.Image, side: int) -> Image.Image:
     return small.convert("RGB")
 
 
-def open_thumbnail(index: PictureIndex, name: str, side: int) -> Image.Image:
-    """The picture ``name`` of an index, small; raises :class:`InputError` if it is gone or broken by now."""
-    path = index.path_of(name)
+def open_thumbnail(path: Path, side: int) -> Image.Image:
+    """The picture at ``path``, small; raises :class:`InputError` if it is gone or broken by now."""
     try:
-        with strict_pillow(), Image.open(path, formats=FORMATS) as image:
+        with strict_pillow(), Image.open(path, formats=own_formats()) as image:
             return thumbnail(image, side)
     except Exception as error:
         raise InputError(f"{printable(path)} cannot be read any more; run `search.py index` again") from error
+
+
+def as_bytes(image: Image.Image, kind: str = "JPEG") -> bytes:
+    """The picture as a file."""
+    file = io.BytesIO()
+    image.save(file, kind, **({"quality": 90} if kind == "JPEG" else {}))
+    return file.getvalue()
+
+
+def on_square(image: Image.Image, side: int) -> Image.Image:
+    """The picture as large as fits on a light square, so that those of a grid stand in line."""
+    return ImageOps.pad(image, (side, side), color="#eeeeee")
 
 
 def draw_results(
     path: Path, reference: Image.Image, text: str, results: list[tuple[Result, Image.Image]]
 ) -> None:
     """Write a PNG: the reference, the text, and the results with their scores and names, best first."""
+    # Here, because a search without a sheet need not import matplotlib.
+    from sprc.figures import Cell, draw_cell, make_grid, save_figure
+
     cells = [("reference", "", reference)]
     cells += [
         (f"{place}: {result.score:.4f}", result.name, image)
@@ -78,19 +86,9 @@ def draw_results(
     ]
     wide = min(len(cells), COLUMNS)
     high = -(-len(cells) // wide)
-    # In inches, fixed: a layout that is computed takes seconds.
-    side, across, between, left, bottom, top = 1.5, 0.15, 0.5, 0.1, 0.35, 0.6
-    width = 2 * left + wide * side + (wide - 1) * across
-    height = bottom + high * side + (high - 1) * between + top
-    figure, axes = plt.subplots(high, wide, figsize=(width, height), squeeze=False)
-    figure.subplots_adjust(
-        left=left / width,
-        right=1 - left / width,
-        bottom=bottom / height,
-        top=1 - top / height,
-        wspace=across / side,
-        hspace=between / side,
-    )
+    left = 0.1
+    figure, axes = make_grid(high, wide, side=1.5, gaps=(0.15, 0.5), margins=(left, left, 0.35, 0.6))
+    width, height = figure.get_size_inches()
     for axis in axes.flat[len(cells) :]:
         axis.axis("off")
     for (title, name, image), axis in zip(cells, axes.flat, strict=False):

@@ -1,33 +1,38 @@
 """Search an index of pictures with a picture and a sentence."""
 
+from __future__ import annotations
+
 import contextlib
 import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from threading import Lock
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from sprc.data.captions import process_caption
-from sprc.data.reading import require_text
+from sprc.data.images import load_image, own_formats
+from sprc.data.reading import require_words
+from sprc.data.transforms import upright_first
 from sprc.errors import InputError
+from sprc.files import file_digest
+from sprc.models.checkpoint import load_checkpoint
 from sprc.models.device import choose_device, place
 from sprc.scoring.ranking import block_scores, top_k
-from sprc.scoring.scorer import Scorer
-from sprc.search.index import PictureIndex, identity_of, open_index, read_description, refuse_other_model
-from sprc.search.indexing import search_transform
-
-CANDIDATES = 1000  # that FAISS gives, and the exact score ranks
-
-
-class Result(NamedTuple):
-    """A picture found."""
-
-    name: str
-    score: float
+from sprc.scoring.retriever import Retriever
+from sprc.search.index import (
+    PictureIndex,
+    Result,
+    identity_of,
+    open_index,
+    printable,
+    refuse_other_model,
+)
+from sprc.search.settings import EngineSettings, QuerySettings
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,22 +40,22 @@ class Searcher:
     """An index and its model."""
 
     index: PictureIndex
-    scorer: Scorer
-    engine: str = "exact"  # or "faiss"
-    candidates: int = CANDIDATES
+    retriever: Retriever
+    engine: str = EngineSettings.engine
+    candidates: int = EngineSettings.candidates
 
     @classmethod
     def open(
         cls,
-        path: Path,
+        path: str | Path,
         *,
-        model_path: Path | None = None,
-        vocab: Path | None = None,
+        model_path: str | Path | None = None,
+        vocab: str | Path | None = None,
         device: str | None = None,
-        engine: str = "exact",
-        candidates: int = CANDIDATES,
-    ) -> "Searcher":
-        """The index at ``path`` with the model that made it.
+        engine: str = EngineSettings.engine,
+        candidates: int = EngineSettings.candidates,
+    ) -> Searcher:
+        """The index at ``path``, which `search.py index` made, with its model.
 
         Args:
             path: of the index.
@@ -65,16 +70,36 @@ class Searcher:
             InputError: there is no index, its model is gone, or ``model_path`` holds another.
         """
         require_engine(engine, candidates)
-        index = open_index(path)
-        _ = index.gallery  # mapped now: another process may replace the index at any time
+        return cls.of(
+            open_index(Path(path)),
+            model_path=None if model_path is None else Path(model_path),
+            vocab=None if vocab is None else Path(vocab),
+            device=device,
+            engine=engine,
+            candidates=candidates,
+        )
+
+    @classmethod
+    def of(
+        cls,
+        index: PictureIndex,
+        *,
+        model_path: Path | None,
+        vocab: Path | None,
+        device: str | None,
+        engine: str,
+        candidates: int,
+    ) -> Searcher:
+        """The same of an index that is open. Its features are mapped now: it may be replaced at any time."""
+        map_features(index, engine)
         told = index.scored_as
         if model_path is None and not Path(told["model_path"]).exists():
             raise InputError(
-                f"{told['model_path']}, the model of the index {path}, is gone; give --model-path FILE if it "
-                "was moved, or index again with another"
+                f"{told['model_path']}, the model of the index {index.path}, is gone; give --model-path FILE "
+                "if it was moved, or index again with another"
             )
         on = choose_device(device)
-        scorer = load_model(
+        retriever = load_model(
             model_path or Path(told["model_path"]),
             blip_model_name=told["blip_model_name"],
             backbone=told["backbone"],
@@ -82,30 +107,75 @@ class Searcher:
             transform=index.identity.transform,
             target_ratio=index.identity.target_ratio,
         )
+        identity = identity_of(retriever.model, retriever.transform_name, retriever.target_ratio)
         given = str(model_path or told["model_path"])
-        refuse_other_model(path, read_description(path), identity_of(scorer), given)
-        place(scorer.checkpoint.model, on)
-        return cls(index, scorer, engine, candidates)
+        refuse_other_model(index.path, index.identity, told["model_path"], identity, given)
+        place(retriever.model, on)
+        return cls(index, retriever, engine, candidates)
+
+    def with_index(self, index: PictureIndex) -> Searcher:
+        """The same model with another index that it has made."""
+        map_features(index, self.engine)
+        return Searcher(index, self.retriever, self.engine, self.candidates)
 
     @property
     def has_fusion(self) -> bool:
         """Whether the model edits the reference."""
-        return self.scorer.checkpoint.model.gated_fusion is not None
+        return self.retriever.model.gated_fusion is not None
+
+    def search(
+        self,
+        image: str | Path | Image.Image,
+        text: str,
+        *,
+        top: int = QuerySettings.top,
+        keep_reference: bool = False,
+        strength: float = 1.0,
+    ) -> list[Result]:
+        """The best pictures of the index for a reference and a text, best first.
+
+        Args:
+            image: the reference: a file, the name of a picture of the index, or a PIL image.
+            text: what to change, such as "make it red".
+            top: how many pictures.
+            keep_reference: let the reference, and copies of it, be results too. A PIL image's copies cannot
+                be known, and may be results always.
+            strength: of the fusion's edit, as in the model's ``compose``.
+
+        Raises:
+            InputError: there is no such picture, it cannot be read, or the text holds no word.
+        """
+        require_words(text, "the text")
+        if top < 1:
+            raise InputError(f"top {top}: give a whole number of at least 1")
+        leave_out = []
+        if isinstance(image, Image.Image):
+            try:
+                pixels = self.pixels(image)
+            except Exception as error:  # of almost any kind, out of what Pillow opened and cannot decode
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise InputError(f"the picture cannot be prepared ({reason})") from error
+        else:
+            path, name = find_reference(self.index, str(image), "the picture")
+            pixels = load_image(path, upright_first(self.retriever.transform), own_formats())
+            if not keep_reference:
+                leave_out = self.copies(digest=file_digest(path), name=name)
+        return self.best(self.compose(self.encode(pixels), text, strength), top, leave_out)
 
     def pixels(self, image: Image.Image) -> Tensor:
         """(3, S, S) as the model takes it."""
-        return search_transform(self.scorer.transform)(image)
+        return upright_first(self.retriever.transform)(image)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """(3, S, S) pixels to image tokens (1, N, D)."""
-        model = self.scorer.checkpoint.model
+        model = self.retriever.model
         return model.encode_image(pixels[None].to(model.device))
 
     def copies(self, *, digest: str | None = None, name: str | None = None) -> list[int]:
         """Gallery indices of the pictures with these bytes, or this name."""
-        found = set(self.index.by_digest.get(digest, ()))
-        if name in self.index.number:
+        found = set(self.index.by_digest.get(digest, ())) if digest is not None else set()
+        if name is not None and name in self.index.number:
             number = self.index.number[name]
             found |= {number, *self.index.by_digest[self.index.pictures[number].digest]}
         return sorted(found)
@@ -113,8 +183,8 @@ class Searcher:
     @torch.no_grad()
     def compose(self, tokens: Tensor, text: str, strength: float = 1.0) -> Tensor:
         """The query (E,) of (1, N, D) image tokens and a text; ``strength`` as in the model's ``compose``."""
-        model = self.scorer.checkpoint.model
-        return model.compose(tokens, model.tokenize([process_caption(text)]), strength=strength)[0].cpu()
+        model = self.retriever.model
+        return model.compose(tokens, model.tokenize([text]), strength=strength)[0].cpu()
 
     def best(self, query: Tensor, top: int, leave_out: list[int] | None = None) -> list[Result]:
         """The ``top`` pictures for a query (E,), best first, without the gallery indices ``leave_out``."""
@@ -128,10 +198,10 @@ class Searcher:
             scores = block_scores(query[None], self.index.gallery)
         places = top_k(scores, wanted)[0]
         rows = places if numbers is None else numbers[places]
-        values = scores[0, places].tolist()
+        names = self.index.names
         found = [
-            Result(self.index.names[row], value)
-            for row, value in zip(rows.tolist(), values, strict=True)
+            Result(names[row], self.index.folder / names[row], value)
+            for row, value in zip(rows.tolist(), scores[0, places].tolist(), strict=True)
             if row not in leave_out
         ]
         return found[:top]
@@ -150,8 +220,7 @@ class Searcher:
 
     def notes(self, text: str) -> list[str]:
         """What of ``text`` the model does not read, in sentences."""
-        model = self.scorer.checkpoint.model
-        tokenizer, most = model.tokenizer, model.config.max_txt_len
+        tokenizer, most = self.retriever.model.tokenizer, self.retriever.model.config.max_txt_len
         caption = process_caption(text)
         notes = []
         unknown = [
@@ -159,9 +228,82 @@ class Searcher:
         ]
         if unknown:
             notes.append(f"the model does not know: {', '.join(unknown)}")
-        if len(tokenizer(caption).input_ids) > most or len(text.split()) > len(caption.split()):
+        if len(tokenizer.encode(caption)) > most or len(text.split()) > len(caption.split()):
             notes.append(f"the text is long: the model reads its first {most - 2} word pieces")
         return notes
+
+
+class SharedSearcher:
+    """The searcher of an index as it is now, for threads that share it.
+
+    The settings are those of :meth:`Searcher.open`. A model is loaded anew only if the index has another.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        model_path: Path | None,
+        vocab: Path | None,
+        device: str | None,
+        engine: str,
+        candidates: int,
+    ) -> None:
+        self.path = path
+        self.settings: dict[str, Any] = {"model_path": model_path, "vocab": vocab, "device": device}
+        self.settings |= {"engine": engine, "candidates": candidates}
+        self._lock = Lock()
+        self._opened: tuple[int, Searcher] | None = None  # with when its index changed, in nanoseconds
+
+    def current(self) -> Searcher:
+        """Raises :class:`InputError`, see :meth:`Searcher.open`."""
+        try:
+            changed = (self.path / "pictures.json").stat().st_mtime_ns
+        except OSError:
+            changed = 0  # opening it says what is wrong
+        with self._lock:
+            if self._opened is None or self._opened[0] != changed:
+                index = open_index(self.path)
+                before = self._opened and self._opened[1]
+                if before and before.index.identity == index.identity:
+                    searcher = before.with_index(index)
+                else:
+                    self._opened = before = None  # the old model goes before the new one comes
+                    searcher = Searcher.of(index, **self.settings)
+                self._opened = changed, searcher
+            return self._opened[1]
+
+
+def find_reference(index: PictureIndex, given: str, what: str) -> tuple[Path, str | None]:
+    """The file of a reference, and its name in the index if it is one of its pictures.
+
+    ``given`` is a file, or else the name of a picture of the index. Raises :class:`InputError` if it is
+    neither, and calls it ``what``.
+    """
+    path = Path(given)
+    if not path.is_file():
+        if path.is_dir():
+            raise InputError(f"{what} {given} is a folder; give a picture")
+        if given not in index.number:
+            raise InputError(
+                f"{what} {given} is neither a file nor a picture of the index {index.path}; "
+                f"its pictures have names such as {printable(index.names[0])}"
+            )
+        path = index.path_of(given)
+    resolved = path.resolve()
+    if resolved.is_relative_to(index.folder):
+        return path, str(resolved.relative_to(index.folder))
+    return path, None
+
+
+def map_features(index: PictureIndex, engine: str) -> None:
+    """Map what the engine reads, so that it is there when another process replaces the index.
+
+    Raises :class:`InputError` if it is missing or cut short.
+    """
+    _ = index.gallery
+    if engine == "faiss":
+        _ = index.pooled
 
 
 def require_engine(engine: str, candidates: int) -> None:
@@ -183,20 +325,21 @@ def import_faiss() -> Any:
     return faiss
 
 
-def load_model(path: Path, **settings: Any) -> Scorer:
-    """The checkpoint on the CPU; what it holds is told on stderr, so that results are alone on stdout."""
+def load_model(
+    path: Path,
+    *,
+    blip_model_name: str | None,
+    backbone: str | None,
+    vocab: Path | None,
+    transform: str | None,
+    target_ratio: float | None,
+) -> Retriever:
+    """A checkpoint's model on the CPU; what is told of it goes to stderr, as stdout is the results' alone.
+
+    What is None is the checkpoint's own. Raises :class:`InputError`, see :func:`load_checkpoint`.
+    """
     with contextlib.redirect_stdout(sys.stderr):
-        return Scorer.load(path, device=torch.device("cpu"), **settings)
-
-
-def require_search_text(text: str, what: str) -> None:
-    """Raise :class:`InputError` if ``text`` holds no word; ``what`` names it."""
-    require_text(text, what)
-    if not process_caption(text):
-        raise InputError(f"{what} {text!r} holds no word; say what to change, such as 'make it red'")
-
-
-# --- pictures to be looked at
-
-
-# --- the two commands
+        checkpoint = load_checkpoint(path, model_name=blip_model_name, backbone=backbone, vocab=vocab)
+        for line in checkpoint.told():
+            print(line, flush=True)
+        return Retriever.of(checkpoint, transform=transform, target_ratio=target_ratio)

@@ -15,12 +15,12 @@ from sprc.models.device import (
     default_device,
     find_driver,
     gpus_are_hidden,
-    own_cores,
     precision,
     sees_gpu,
     start_device,
     why_no_gpu,
 )
+from sprc.processes import own_cores
 from sprc.self_check.report import FAIL, NOTE, OK, Line
 from sprc.self_check.setting import Setting
 

@@ -13,12 +13,11 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import BertTokenizer
 
 from sprc.config import ModelConfig
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt, Samples
 from sprc.models.device import place, precision
-from sprc.models.tokenizer import make_vocabulary, tokenizer_from_vocabulary
+from sprc.models.tokenizer import WordPiece, make_vocabulary
 
 Model = Blip2QformerCirAlignPrompt
 LOSS_WEIGHTS = {"loss_itc": 1.0, "loss_rtc": 0.4, "loss_align": 0.4}  # CIRR's
@@ -140,12 +139,10 @@ class MadeTriplets(Dataset):
         return {"image": image, "target": target, "text_input": caption(index)}
 
 
-def made_tokenizer(size: int) -> BertTokenizer:
+def made_tokenizer(size: int) -> WordPiece:
     """A tokenizer of ``size`` entries, [DEC] among them, that has each of ``WORDS`` as one."""
     vocabulary = make_vocabulary(WORDS)
-    return tokenizer_from_vocabulary(
-        [*vocabulary, *(f"unused{number}" for number in range(size - 1 - len(vocabulary)))]
-    )
+    return WordPiece([*vocabulary, *(f"unused{number}" for number in range(size - 1 - len(vocabulary)))])
 
 
 def caption(index: int) -> str:

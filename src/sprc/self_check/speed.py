@@ -13,7 +13,8 @@ from sprc.data.datasets import ImageDataset, SteadyLoader
 from sprc.data.images import image_loader
 from sprc.data.transforms import make_transform
 from sprc.errors import ran_out_of_memory
-from sprc.models.device import own_cores, place
+from sprc.models.device import place
+from sprc.processes import own_cores
 from sprc.self_check.report import FAIL, NOTE, OK, Line
 from sprc.self_check.setting import Model, Samples, Setting, fill_vit, make_pictures, pixels, weighted
 from sprc.training.grad_cache import Embedder, GradCache

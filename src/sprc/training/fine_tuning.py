@@ -1,23 +1,24 @@
-"""From the command line of ``blip_fine_tune_2.py`` to a trained model: data, model, run folder, loop."""
+"""From the settings of ``blip_fine_tune_2.py`` to a trained model: data, model, run folder, loop."""
 
-import argparse
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 
-from sprc.config import ModelConfig, switches_from_environment
-from sprc.data.captions import process_caption
+from sprc.config import MODEL_SWITCHES
 from sprc.data.datasets import TripletDataset
+from sprc.data.images import Loader
 from sprc.data.missing import names_left_out
-from sprc.data.split import triplets_of
+from sprc.data.split import Triplet, triplets_of
 from sprc.distributed import from_main, rank, world_size
 from sprc.errors import InputError, Interrupted
 from sprc.files import write_json
-from sprc.models.checkpoint import load_checkpoint, save_checkpoint
+from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
+from sprc.models.checkpoint import save_checkpoint, start_model
 from sprc.models.device import (
     default_workers,
     memory_explained,
@@ -26,19 +27,19 @@ from sprc.models.device import (
     start_device,
     training_helps,
 )
-from sprc.models.factory import create_model, model_class
+from sprc.models.gated_fusion import fusion_class
 from sprc.models.switches import vocabulary_digest
-from sprc.run_folder import create_run_folder
+from sprc.run_folder import RunFolder
 from sprc.scoring.benchmarks import Benchmark, benchmark_class
 from sprc.scoring.encoding import LARGEST_BATCH, encode_split
 from sprc.scoring.feature_cache import open_images
 from sprc.scoring.recall import rank_split
 from sprc.training.compilation import require_compiler, told_compile_errors
 from sprc.training.fusion_log import FusionLog
-from sprc.training.loop import Trainer, TrainingConfig
+from sprc.training.loop import Trainer
+from sprc.training.recipe import TrainingConfig
 from sprc.training.resume import (
-    HYPERPARAMETERS,
-    MISSING_IMAGES,
+    OF_THE_MACHINE,
     absolute_paths,
     check_left_out,
     check_same,
@@ -46,19 +47,43 @@ from sprc.training.resume import (
     digest_of_file,
     resumed_flags,
 )
+from sprc.training.settings import LoopSettings, TrainingSettings
 
-# Flags that set a field of ModelConfig; None leaves the backbone's value.
-MODEL_SWITCHES = (
-    "image_size",
-    "freeze_vit",
-    "use_gated_fusion",
-    "fusion_strategy",
-    "alpha_init",
-    "fusion_dropout",
-    "pool",
-    "fusion_start",
-    "fusion_text",
-)
+
+@dataclass(frozen=True)
+class Resumed:
+    """What ``--resume`` goes on with."""
+
+    flags: dict[str, Any]  # what the run's file says, and over it the command line
+    differing: list[str]  # in words, the flags that are not the run's own
+
+    @property
+    def folder(self) -> RunFolder:
+        """The run's folder."""
+        return RunFolder(self.flags["resume"])
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained on and what is scored."""
+
+    benchmark: Benchmark
+    triplets: list[Triplet]
+    paths: dict[str, Path]  # of the images that the triplets need
+    left_out: dict[str, dict[str, Any]]  # by split, what --missing-images skip leaves out
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that is ready before the first step."""
+
+    settings: TrainingSettings
+    folder: RunFolder
+    data: Data
+    model: Blip2QformerCirAlignPrompt
+    load: Loader
+    trainer: Trainer
+    hyperparameters: dict[str, Any]  # as the run's file has them
 
 
 def fine_tune(defaults: dict[str, Any], given: dict[str, Any]) -> Path:
@@ -74,165 +99,243 @@ def fine_tune(defaults: dict[str, Any], given: dict[str, Any]) -> Path:
         InputError: a flag, a file or an entry of one is wrong.
         Interrupted: a signal asked the run to stop; its state is saved.
     """
-    differing: list[str] = []
+    settings, resumed = read_settings(defaults, given)
+    make_writer = tensorboard_writer() if settings.tensorboard else None  # on all ranks, so that all complain
+    device = start_device(settings.device, settings.amp)
+    settings = complete(settings, device)
+    data, config = read_data(settings, device, resumed)
+    model, digests = make_model(settings, data, config, resumed)
+    place(model, device)
+    load = open_loader(settings, data, config, model)
+    folder = make_folder(settings, data, resumed)
+    hyperparameters = {**describe_run(settings, data, model), "digests": digests}
+    scalars = make_writer(folder.tensorboard) if make_writer is not None and rank() == 0 else None
+    trainer = make_trainer(settings, data, config, model, load, folder, scalars)
+    if resumed is not None:
+        go_on(trainer)
+    write_json(folder.hyperparameters, {**hyperparameters, "model_config": asdict(model.config)})
+    log_fusion(settings, trainer, scalars)
+    train(Run(settings, folder, data, model, load, trainer, hyperparameters))
+    return folder.path
+
+
+def read_settings(defaults: dict[str, Any], given: dict[str, Any]) -> tuple[TrainingSettings, Resumed | None]:
+    """The settings of the run, for ``--resume`` those that it was started with."""
+    resumed = None
     if given.get("resume") is None:
         flags = absolute_paths({**defaults, **given})
     else:
         flags, differing = resumed_flags(defaults, given)
-    arguments = argparse.Namespace(**flags)
-    resume: Path | None = arguments.resume
-    if arguments.log_fusion_every < 0:
-        raise InputError(f"--log-fusion-every {arguments.log_fusion_every} is too small; 0 logs nothing")
-    writer = tensorboard_writer() if arguments.tensorboard else None  # on all ranks, so that all complain
-    for name, weight in benchmark_class(arguments.dataset).loss_weights.items():
-        if getattr(arguments, name) is None:
-            setattr(arguments, name, weight)
-    device = start_device(arguments.device, arguments.amp)
-    if arguments.num_workers is None:
-        arguments.num_workers = default_workers(device)
-    missing_images = arguments.missing_images
-    benchmark = benchmark_class(arguments.dataset).load(
-        arguments.data_path, arguments.fiq_protocol, missing_images=missing_images
+        resumed = Resumed(flags, differing)
+    settings = TrainingSettings.of_flags(flags)
+    if settings.log_fusion_every < 0:
+        raise InputError(f"--log-fusion-every {settings.log_fusion_every} is too small; 0 logs nothing")
+    if strategy := settings.switches.get("fusion_strategy"):
+        fusion_class(strategy)  # an unknown one is refused before anything is read
+    return settings, resumed
+
+
+def complete(settings: TrainingSettings, device: torch.device) -> TrainingSettings:
+    """The settings with what the benchmark and the machine give where the user gives nothing."""
+    weights = benchmark_class(settings.dataset).loss_weights
+    found: dict[str, Any] = {k: v for k, v in weights.items() if getattr(settings, k) is None}
+    if settings.num_workers is None:
+        found["num_workers"] = default_workers(device)
+    return replace(settings, **found)
+
+
+def read_data(
+    settings: TrainingSettings, device: torch.device, resumed: Resumed | None
+) -> tuple[Data, TrainingConfig]:
+    """The annotations, read and checked, and the loop's configuration, which has to fit them."""
+    missing = settings.missing_images
+    benchmark = benchmark_class(settings.dataset).load(
+        settings.data_path, settings.fiq_protocol, missing_images=missing
     )
-    config = training_config(arguments, benchmark)
-    if arguments.compile:
+    config = training_config(settings, benchmark)
+    if settings.compile:
         require_compiler(device)
-    train_splits = benchmark.train_splits(arguments.data_path, missing_images=missing_images)
+    train_splits = benchmark.train_splits(settings.data_path, missing_images=missing)
     triplets, paths = triplets_of(train_splits)
     left_out = names_left_out([*train_splits, *benchmark.splits])
-    if resume is not None and missing_images == "skip":
-        check_left_out(resume / MISSING_IMAGES, left_out)
+    if resumed is not None and missing == "skip":
+        check_left_out(resumed.folder.missing_images, left_out)
     config.check_fits(len(triplets))
+    return Data(benchmark, triplets, paths, left_out), config
 
+
+def make_model(
+    settings: TrainingSettings, data: Data, config: TrainingConfig, resumed: Resumed | None
+) -> tuple[Blip2QformerCirAlignPrompt, dict[str, str | None]]:
+    """The model on the CPU, and digests of what it starts from and of the data.
+
+    A resumed run's have to be those that it was started with.
+    """
     torch.manual_seed(config.seed)
-    model = start_model(arguments, [text for t in triplets for text in (t.training_captions or (t.caption,))])
-    if arguments.fusion_lr is not None and model.gated_fusion is None:
-        raise InputError(f"--fusion-lr {arguments.fusion_lr}: fusion is off; leave the flag out")
+    model = start_model(
+        settings.blip_model_name,
+        settings.backbone,
+        [text for t in data.triplets for text in (t.training_captions or (t.caption,))],
+        model_path=settings.model_path,
+        vocab=settings.vocab,
+        switches=settings.switches,
+        recorded=None if resumed is None else resumed.flags.get("model_config"),
+    )
+    if settings.fusion_lr is not None and model.gated_fusion is None:
+        raise InputError(f"--fusion-lr {settings.fusion_lr}: fusion is off; leave the flag out")
     digests = {
-        "data_path": digest_of_data(benchmark.splits, triplets),
-        "model_path": digest_of_file(arguments.model_path),
+        "data_path": digest_of_data(data.benchmark.splits, data.triplets),
+        "model_path": digest_of_file(settings.model_path),
         "vocab": vocabulary_digest(model.tokenizer),
     }
-    if resume is not None:
-        check_same(flags.get("digests", {}), digests, flags)
-        check_same_model(arguments, model)
-        if differing:
-            print(f"resuming with {', '.join(differing)}", flush=True)
-    place(model, device)
+    if resumed is not None:
+        check_same(resumed.flags.get("digests", {}), digests, resumed.flags)
+        if resumed.differing:
+            print(f"resuming with {', '.join(resumed.differing)}", flush=True)
+    return model, digests
+
+
+def open_loader(
+    settings: TrainingSettings, data: Data, config: TrainingConfig, model: Blip2QformerCirAlignPrompt
+) -> Loader:
+    """What reads the images of training and validation: pixels, or tokens from the feature cache."""
+    at_once = min(config.batch_size, LARGEST_BATCH)
     load = open_images(
         model,
-        {name: getattr(arguments, name) for name in ("transform", "target_ratio")},
-        [*paths.values(), *benchmark.image_paths()],
-        feature_cache=arguments.feature_cache,
-        cache_dtype=arguments.cache_dtype,
-        batch_size=min(config.batch_size, LARGEST_BATCH),
-        num_workers=config.num_workers,
-        read_at_once=max(2 * config.batch_size // world_size(), min(config.batch_size, LARGEST_BATCH)),
+        {"transform": settings.transform, "target_ratio": settings.target_ratio},
+        [*data.paths.values(), *data.benchmark.image_paths()],
+        feature_cache=settings.feature_cache,
+        cache_dtype=settings.cache_dtype,
+        batch_size=at_once,
+        num_workers=workers_of(settings),
+        read_at_once=max(2 * config.batch_size // world_size(), at_once),
     )
-    if arguments.feature_cache is not None:
+    if settings.feature_cache is not None:
         rest_vit(model)
-    if resume is None:
-        name = arguments.blip_model_name
-        run_folder = from_main(lambda: create_run_folder(arguments.models_path, benchmark.short_name, name))
-        print(f"run folder: {run_folder}", flush=True)
-    else:
-        run_folder = resume
-    hyperparameters = {**describe_run(arguments, model), "digests": digests}
-    if missing_images == "skip":
-        hyperparameters["left_out"] = {
-            title: {"images": len(found["images"]), "triplets": found["triplets"]}
-            for title, found in left_out.items()
-        }
-        if resume is None:
-            write_json(run_folder / MISSING_IMAGES, left_out)
-    if arguments.compile:
+    return load
+
+
+def make_folder(settings: TrainingSettings, data: Data, resumed: Resumed | None) -> RunFolder:
+    """A new folder, which is told of at once; or that of the run that goes on."""
+    if resumed is not None:
+        return resumed.folder
+    short_name, name = data.benchmark.short_name, settings.blip_model_name
+    folder = from_main(lambda: RunFolder.create(settings.models_path, short_name, name))
+    print(f"run folder: {folder}", flush=True)
+    if settings.missing_images == "skip":
+        write_json(folder.missing_images, data.left_out)
+    return folder
+
+
+def make_trainer(
+    settings: TrainingSettings,
+    data: Data,
+    config: TrainingConfig,
+    model: Blip2QformerCirAlignPrompt,
+    load: Loader,
+    folder: RunFolder,
+    scalars: Any,
+) -> Trainer:
+    """The loop around the model, which it may have compiled."""
+    if settings.compile:
         # The method and not the model, so that parameters keep their names.
-        model.embed_tokens = torch.compile(model.embed_tokens, dynamic=True)
-    scalars = writer(run_folder / "tensorboard") if arguments.tensorboard and rank() == 0 else None
-    training_set = TripletDataset(triplets, paths, load, config.seed)
-    trainer = Trainer(model, training_set, config, run_folder, scalars=scalars)
-    if resume is not None:
-        go_on(trainer)
-    write_json(run_folder / HYPERPARAMETERS, {**hyperparameters, "model_config": asdict(model.config)})
-    if model.gated_fusion is not None and arguments.log_fusion_every:
-        step = trainer.progress.epoch * trainer.steps_per_epoch + trainer.progress.step
-        log = FusionLog(model.gated_fusion, run_folder, arguments.log_fusion_every, step, scalars)
+        model.embed_tokens = torch.compile(model.embed_tokens, dynamic=True)  # type: ignore[method-assign]
+    training_set = TripletDataset(data.triplets, data.paths, load, config.seed)
+    return Trainer(model, training_set, config, folder, scalars=scalars)
+
+
+def log_fusion(settings: TrainingSettings, trainer: Trainer, scalars: Any) -> None:
+    """Have the loop write what the fusion does, if there is one and the user wants it."""
+    progress, module = trainer.progress, cast(nn.Module | None, trainer.model.gated_fusion)
+    if module is not None and settings.log_fusion_every:
+        step = progress.epoch * trainer.steps_per_epoch + progress.step
+        log = FusionLog(module, trainer.run_folder, settings.log_fusion_every, step, scalars)
         trainer.after_backward = log.after_backward
 
-    def score(stop_if_asked: Callable[[], None]) -> dict[str, float | str]:
-        names = ("num_workers", "save_memory", "gallery_dtype")
-        encoding = {name: getattr(arguments, name) for name in names}
-        encoding |= {"batch_size": min(config.batch_size, LARGEST_BATCH), "on_batch": stop_if_asked}
-        encoded = [encode_split(model, split, load, **encoding) for split in benchmark.splits]
-        pairs = list(zip(benchmark.splits, encoded, strict=True))
-        return from_main(lambda: benchmark.metrics([rank_split(*pair) for pair in pairs]))
 
-    def keep(epoch: int, metrics: dict[str, Any], earlier: list[dict[str, Any]]) -> None:
-        better = all(metrics[benchmark.criterion] > row[benchmark.criterion] for row in earlier)
-        print(f"epoch {epoch}: {benchmark.summary(metrics)}{' (best so far)' if better else ''}", flush=True)
-        if arguments.save_training and (better or not arguments.save_best):
-            name = benchmark.checkpoint if arguments.save_best else f"tuned_clip_{epoch}"
-            path = run_folder / "saved_models" / f"{name}.pt"
-            save_checkpoint(path, model, epoch, hyperparameters, full=arguments.save_full)
-
+def train(run: Run) -> None:
+    """Run the loop, with the benchmark's validation, keeping the checkpoints that the user wants."""
+    config, settings = run.trainer.config, run.settings
     helps = training_helps(
         config.grad_cache,
-        has_cache=arguments.feature_cache is not None,
-        frozen_vit=model.config.freeze_vit,
+        has_cache=settings.feature_cache is not None,
+        frozen_vit=run.model.config.freeze_vit,
     )
+
+    def validate(stop_if_asked: Callable[[], None]) -> dict[str, float | str]:
+        return score(run, stop_if_asked)
+
+    def keep_if_wanted(epoch: int, metrics: dict[str, Any], earlier: list[dict[str, Any]]) -> None:
+        keep(run, epoch, metrics, earlier)
+
     try:
-        with memory_explained(device, config.batch_size, helps), told_compile_errors():
-            trainer.train(score, keep)
+        with memory_explained(run.model.device, config.batch_size, helps), told_compile_errors():
+            run.trainer.train(validate, keep_if_wanted)
     except Interrupted as stop:
         launcher = "python" if world_size() == 1 else "torchrun ..."
         with suppress(OSError):  # the terminal may be gone, which SIGHUP tells of
             print(
-                f"stopped by {stop}; go on with: {launcher} src/blip_fine_tune_2.py --resume {run_folder}",
+                f"stopped by {stop}; go on with: {launcher} src/blip_fine_tune_2.py --resume {run.folder}",
                 flush=True,
             )
         raise
-    return run_folder
 
 
-def training_config(arguments: argparse.Namespace, benchmark: Benchmark) -> TrainingConfig:
-    """The flags that the loop needs; :class:`InputError` names one that cannot work."""
-    span = benchmark.schedule_span(arguments.num_epochs)
+def score(run: Run, stop_if_asked: Callable[[], None]) -> dict[str, float | str]:
+    """The metrics of the model as it is, on the benchmark's validation split."""
+    benchmark, settings = run.data.benchmark, run.settings
+    encoded = [
+        encode_split(
+            run.model,
+            split,
+            run.load,
+            batch_size=min(settings.batch_size, LARGEST_BATCH),
+            num_workers=workers_of(settings),
+            save_memory=settings.save_memory,
+            gallery_dtype=settings.gallery_dtype,
+            on_batch=stop_if_asked,
+        )
+        for split in benchmark.splits
+    ]
+    pairs = list(zip(benchmark.splits, encoded, strict=True))
+    return from_main(lambda: benchmark.metrics([rank_split(*pair) for pair in pairs]))
+
+
+def keep(run: Run, epoch: int, metrics: dict[str, Any], earlier: list[dict[str, Any]]) -> None:
+    """Say what an epoch's metrics are, and save the model if the user wants it."""
+    benchmark, settings = run.data.benchmark, run.settings
+    better = all(metrics[benchmark.criterion] > row[benchmark.criterion] for row in earlier)
+    print(f"epoch {epoch}: {benchmark.summary(metrics)}{' (best so far)' if better else ''}", flush=True)
+    if settings.save_training and (better or not settings.save_best):
+        name = benchmark.checkpoint if settings.save_best else f"tuned_clip_{epoch}"
+        told = {name: value for name, value in run.hyperparameters.items() if name not in OF_THE_MACHINE}
+        save_checkpoint(run.folder.checkpoint(name), run.model, epoch, told, full=settings.save_full)
+
+
+def training_config(settings: TrainingSettings, benchmark: Benchmark) -> TrainingConfig:
+    """The settings that the loop needs; :class:`InputError` names one that cannot work."""
+    span = benchmark.schedule_span(settings.num_epochs)
     return TrainingConfig(
-        num_epochs=arguments.num_epochs,
+        **{one.name: getattr(settings, one.name) for one in fields(LoopSettings)},
         schedule_epochs=span,
         warm_up=benchmark.warm_up(span),
         start_divisor=benchmark.start_divisor,
-        batch_size=arguments.batch_size,
-        grad_cache=chunk_of(arguments),
-        learning_rate=arguments.learning_rate,
-        loss_weights={name: getattr(arguments, name) for name in ("loss_itm", "loss_rtc", "loss_align")},
-        validation_frequency=arguments.validation_frequency,
-        checkpoint_every=arguments.checkpoint_every,
-        num_workers=arguments.num_workers,
-        seed=arguments.seed,
-        amp=arguments.amp,
-        other_rates={} if arguments.fusion_lr is None else {"gated_fusion.": arguments.fusion_lr},
+        loss_weights={name: getattr(settings, name) for name in ("loss_itm", "loss_rtc", "loss_align")},
+        other_rates={} if settings.fusion_lr is None else {"gated_fusion.": settings.fusion_lr},
     )
 
 
-def describe_run(arguments: argparse.Namespace, model: torch.nn.Module) -> dict[str, Any]:
+def describe_run(settings: TrainingSettings, data: Data, model: Blip2QformerCirAlignPrompt) -> dict[str, Any]:
     """The hyperparameters, as JSON holds them: all flags, and on what the run runs now."""
-    left_out = ("resume", "model_config", "digests")
-    flags = {name: value for name, value in vars(arguments).items() if name not in left_out}
+    flags = {name: value for name, value in vars(settings).items() if name not in ("resume", "switches")}
     flags |= {name: getattr(model.config, name) for name in MODEL_SWITCHES}
     flags |= {"device": str(model.device), "ranks": world_size(), "torch": str(torch.__version__)}
+    if settings.missing_images == "skip":
+        flags["left_out"] = {
+            title: {"images": len(found["images"]), "triplets": found["triplets"]}
+            for title, found in data.left_out.items()
+        }
     return {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
-
-
-def check_same_model(arguments: argparse.Namespace, model: torch.nn.Module) -> None:
-    """Raise :class:`InputError` unless the model is as the run to resume was started with."""
-    # Fields that an earlier version did not know were at their defaults.
-    started_with = asdict(ModelConfig()) | getattr(arguments, "model_config", asdict(model.config))
-    if changed := [k for k, v in asdict(model.config).items() if started_with[k] != v]:
-        raise InputError(
-            f"{arguments.resume} was started with another {', '.join(changed)} than "
-            f"{arguments.backbone}.yaml gives now; put the file back as it was, or start a new run"
-        )
 
 
 def go_on(trainer: Trainer) -> None:
@@ -244,13 +347,10 @@ def go_on(trainer: Trainer) -> None:
         print(f"all of its {last} epochs are done; --num-epochs with more goes on", flush=True)
 
 
-def chunk_of(arguments: argparse.Namespace) -> int:
-    """``--grad-cache``; 0 where it is not given, which on the command line is an error."""
-    if arguments.grad_cache is None:
-        return 0
-    if arguments.grad_cache < 1:
-        raise InputError(f"--grad-cache {arguments.grad_cache} is too small; the least is 1 (triplet)")
-    return arguments.grad_cache
+def workers_of(settings: TrainingSettings) -> int:
+    """The processes that read images, which :func:`complete` has settled."""
+    assert settings.num_workers is not None
+    return settings.num_workers
 
 
 def tensorboard_writer() -> Callable[[Path], Any]:
@@ -260,27 +360,3 @@ def tensorboard_writer() -> Callable[[Path], Any]:
     except ImportError as error:
         raise InputError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
     return SummaryWriter
-
-
-def start_model(arguments: argparse.Namespace, captions: list[str]) -> torch.nn.Module:
-    """The model to train: from its backbone's weights, or from the checkpoint of ``--model-path``."""
-    flags = {name: getattr(arguments, name, None) for name in MODEL_SWITCHES}
-    switches = {name: value for name, value in flags.items() if value is not None}
-    switches = {"use_gated_fusion": True} | switches_from_environment() | switches  # the command line wins
-    # A run keeps the depth that it was started with, whatever the backbone builds for a new one.
-    recorded = getattr(arguments, "model_config", {})
-    if "vit_depth" in recorded:
-        switches["vit_depth"] = recorded["vit_depth"]
-    if arguments.model_path is not None:
-        checkpoint = load_checkpoint(
-            arguments.model_path,
-            model_name=arguments.blip_model_name,
-            backbone=arguments.backbone,
-            vocab=arguments.vocab,
-            switches=switches,
-        )
-        print(checkpoint.found, flush=True)
-        return checkpoint.model
-    cls = model_class(arguments.blip_model_name)
-    captions = [process_caption(caption) for caption in captions]
-    return create_model(cls, arguments.backbone, captions=captions, vocab=arguments.vocab, **switches)

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from sprc.distributed import of_all_ranks, rank
 from sprc.files import append_csv, write_csv
 from sprc.models.gated_fusion import FusionOutput
+from sprc.run_folder import RunFolder
 
-FILE = "fusion_metrics.csv"
 # A value of the gate this near to 0 or 1 has hardly a gradient left; a gate of them has stopped to choose.
 NEAR = 0.05
 SATURATED = 0.95
@@ -43,9 +43,15 @@ class FusionLog:
     """
 
     def __init__(
-        self, module: nn.Module, run_folder: Path, every: int, step: int = 0, scalars: Any = None
+        self,
+        module: nn.Module,
+        run_folder: RunFolder | Path,
+        every: int,
+        step: int = 0,
+        scalars: Any = None,
     ) -> None:
-        self.module, self.file, self.every, self.step = module, run_folder / FILE, every, step
+        self.module, self.every, self.step = module, every, step
+        self.file = RunFolder(run_folder).fusion_metrics
         self.scalars = scalars
         self.parts: list[tuple[int, dict[str, Tensor]]] = []  # samples seen at once, and what was seen
         self.warned: set[str] = set()

@@ -1,8 +1,7 @@
 """The training loop. It takes any model that returns a dict of losses, and knows nothing of fusion.
 
-A run can be killed at any moment and resumed. What the next step depends on is saved together, atomically:
-weights, optimizer, schedule, scaler, random states, the place in the data's order, the CSV files' rows.
-A validation can take long and can fail, so it is saved before that as well, and a resumed run begins there.
+A run can be killed at any moment and resumed, see :mod:`sprc.training.state`. A validation can take long and
+can fail, so the state is saved before that as well, and a resumed run begins there.
 
 With torchrun each of R ranks takes its R-th of every batch. Their losses see all ranks' targets, and
 DistributedDataParallel averages the gradients, so a step is the single process's step on the same batch.
@@ -11,142 +10,42 @@ rank: rank 0 draws what a single process draws.
 """
 
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from torch.utils.data import Sampler
 from tqdm import tqdm
 
-from sprc.config import AMP
-from sprc.data.datasets import SteadyLoader, TripletDataset
-from sprc.distributed import from_main, of_all_ranks, rank, seed_rank, wait_for_all, world_size
-from sprc.errors import InputError, Interrupted
-from sprc.files import write_atomically, write_csv
-from sprc.models.device import precision
+from sprc.data.datasets import SteadyLoader
+from sprc.distributed import of_all_ranks, rank, seed_rank, world_size
+from sprc.errors import Interrupted
+from sprc.files import write_csv
+from sprc.models.device import default_workers, precision
+from sprc.processes import stop_signals
+from sprc.run_folder import RunFolder
 from sprc.training.grad_cache import Embedder, GradCache
+from sprc.training.recipe import TrainingConfig, make_optimizer, make_schedule
+from sprc.training.state import Progress, RunState
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-# In the run's folder: where it goes on, and where the epoch began that it is in.
-STATE_FILE = "saved_models/training_state.pt"
-EPOCH_FILE = "saved_models/training_state_of_epoch.pt"
-# What asks a run to stop. A closed ssh session sends SIGHUP, which Windows does not have.
-SIGHUP = getattr(signal, "SIGHUP", None)
-STOP_SIGNALS = tuple(signum for signum in (signal.SIGINT, signal.SIGTERM, SIGHUP) if signum is not None)
 
+class EpochItems(Protocol):
+    """What is trained on: items by their number, which may depend on the epoch."""
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """How long, how fast, with which weights. A value that cannot work raises :class:`InputError`."""
+    def __len__(self) -> int: ...
 
-    num_epochs: int = 10
-    # Of the one-cycle schedule: the epochs it spans, the share of them after which the rate is at its peak,
-    # and the peak over the first rate.
-    schedule_epochs: int = 80
-    warm_up: float = 1 / 50
-    start_divisor: float = 25.0
-    batch_size: int = 64  # of all ranks together
-    grad_cache: int = (
-        0  # triplets a rank embeds at once, see sprc.training.grad_cache; 0 embeds all of its own
-    )
-    learning_rate: float = 1e-5
-    # Of the parameters whose names start with a key; a rate that a model's part needs for itself.
-    other_rates: dict[str, float] = field(default_factory=dict)
-    loss_weights: dict[str, float] = field(default_factory=dict)  # a loss that is not named weighs 1
-    validation_frequency: int = 1
-    checkpoint_every: int = 0  # steps between saved states; 0 saves one an epoch
-    num_workers: int = 2
-    seed: int = 0
-    amp: str = "off"  # see precision
+    def __getitem__(self, index: int, /) -> Any: ...
 
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("num_epochs", 1),
-            ("batch_size", 1),
-            ("validation_frequency", 1),
-            ("checkpoint_every", 0),
-            ("grad_cache", 0),
-            ("num_workers", 0),
-            ("seed", 0),
-        ):
-            if getattr(self, name) < least:
-                raise InputError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)} is too small; the least is {least}"
-                )
-        rates = {"--learning-rate": self.learning_rate}
-        rates |= {f"the learning rate of {prefix}*": rate for prefix, rate in self.other_rates.items()}
-        for name, rate in rates.items():
-            if not 0 < rate < math.inf:
-                raise InputError(f"{name} {rate} must be a positive number")
-        for name, weight in self.loss_weights.items():
-            if not 0 <= weight < math.inf:
-                raise InputError(f"--{name.replace('_', '-')} {weight} must be a number of at least 0")
-
-        if self.amp not in AMP:
-            raise InputError(f"--amp {self.amp!r} is unknown; choose from {', '.join(AMP)}")
-
-    def check_fits(self, num_triplets: int) -> None:
-        """Raise :class:`InputError` if ``num_triplets`` do not fill a batch, or the ranks cannot share it."""
-        if num_triplets < self.batch_size:
-            raise InputError(
-                f"--batch-size {self.batch_size} is larger than the training set of {num_triplets} triplets"
-            )
-        ranks = world_size()
-        if left := self.batch_size % ranks:
-            less, more = self.batch_size - left, self.batch_size - left + ranks
-            raise InputError(
-                f"--batch-size {self.batch_size} is that of all ranks together and does not divide by their "
-                f"number, {ranks}; give {f'{less} or {more}' if less else more}"
-            )
-        if self.grad_cache >= self.batch_size // ranks:
-            raise InputError(
-                f"--grad-cache {self.grad_cache} saves nothing: a rank's batch is {self.batch_size // ranks} "
-                "triplets; give fewer than that, or leave the flag out"
-            )
-
-
-def make_optimizer(
-    model: nn.Module, learning_rate: float, other_rates: dict[str, float] | None = None
-) -> Optimizer:
-    """SPRC's AdamW over the parameters that require a gradient.
-
-    Parameters whose names start with a key of ``other_rates`` are a group of their own, at its rate. Raises
-    :class:`InputError` if there are none.
-    """
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    groups = []
-    for prefix, rate in (other_rates or {}).items():
-        names = [name for name in trained if name.startswith(prefix)]
-        if not names:
-            raise InputError(f"a learning rate of {rate} is for {prefix}*, which this model does not have")
-        groups.append({"params": [trained.pop(name) for name in names], "lr": rate})
-    groups.insert(0, {"params": list(trained.values()), "lr": learning_rate})
-    # fused: one pass over the parameters in place of ten; on a CPU five times as fast.
-    return AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), eps=1e-7, weight_decay=0.05, fused=True)
-
-
-def make_schedule(config: TrainingConfig, optimizer: Optimizer, steps_per_epoch: int) -> LRScheduler:
-    """SPRC's one-cycle schedule, stepped once a batch, up to each group's own rate."""
-    return OneCycleLR(
-        optimizer,
-        max_lr=[group["lr"] for group in optimizer.param_groups],
-        epochs=max(config.schedule_epochs, config.num_epochs),
-        steps_per_epoch=steps_per_epoch,
-        pct_start=config.warm_up,
-        div_factor=config.start_divisor,
-    )
+    def set_epoch(self, epoch: int, /) -> None:
+        """Tell the epoch."""
 
 
 class EpochOrder(Sampler[int]):
@@ -173,18 +72,6 @@ class EpochOrder(Sampler[int]):
         return iter(order[:, rank()].flatten().tolist())
 
 
-@dataclass
-class Progress:
-    """Where a run is, and what it has written so far."""
-
-    epoch: int = 0
-    step: int = 0  # batches of this epoch that are trained
-    sums: dict[str, float] = field(default_factory=dict)  # over those batches, of what is logged
-    train_rows: list[dict[str, float]] = field(default_factory=list)
-    validation_rows: list[dict[str, float]] = field(default_factory=list)
-    time_rows: list[dict[str, float]] = field(default_factory=list)
-
-
 class Trainer:
     """A model, what trains it, and the state that a resumed run needs.
 
@@ -204,33 +91,36 @@ class Trainer:
     def __init__(
         self,
         model: nn.Module,
-        dataset: TripletDataset,
+        dataset: EpochItems,
         config: TrainingConfig,
-        run_folder: Path,
+        run_folder: RunFolder | Path,
         *,
         after_backward: Callable[[], None] = lambda: None,
         scalars: "SummaryWriter | None" = None,
     ) -> None:
         config.check_fits(len(dataset))
-        self.model, self.dataset, self.config, self.run_folder = model, dataset, config, run_folder
+        self.model, self.dataset, self.config = model, dataset, config
+        self.device = cast(torch.device, model.device)
+        self.run_folder = RunFolder(run_folder)
         self.after_backward, self.scalars = after_backward, scalars
         self.steps_per_epoch = len(dataset) // config.batch_size
         self.order = EpochOrder(len(dataset), config.seed, config.batch_size)
+        workers = default_workers(self.device) if config.num_workers is None else config.num_workers
         self.loader = SteadyLoader(
             dataset,
             config.batch_size // world_size(),
             sampler=self.order,
             # Its own, or starting workers would draw from the model's.
             generator=torch.Generator(),
-            num_workers=config.num_workers,
-            persistent_workers=config.num_workers > 0,
-            pin_memory=model.device.type == "cuda",
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=self.device.type == "cuda",
         )
         self.optimizer = make_optimizer(model, config.learning_rate, config.other_rates)
         self.schedule = make_schedule(config, self.optimizer, self.steps_per_epoch)
-        self.precision = precision(config.amp, model.device)
+        self.precision = precision(config.amp, self.device)
         # float16's gradients would vanish without scaling; bfloat16 has float32's range.
-        self.scaler = torch.amp.GradScaler(model.device.type, enabled=self.precision is torch.float16)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision is torch.float16)
         if rank():  # rank 0 goes on with what the weights were drawn from, as a single process does
             seed_rank(config.seed, epoch=0)
         forward = in_parallel(Embedder(model) if config.grad_cache else model)
@@ -238,121 +128,40 @@ class Trainer:
         if config.grad_cache:
             self.cache = GradCache(model, forward, config.grad_cache, self.mixed_precision)
         self.losses = self.cache.losses if self.cache else forward
-        self.progress = Progress()
-        self.saved_step = 0  # of the state that is on the disk
+        self.state = RunState(
+            self.run_folder,
+            model,
+            self.optimizer,
+            self.schedule,
+            self.scaler,
+            seed=config.seed,
+            steps_per_epoch=self.steps_per_epoch,
+        )
         self.received: list[int] = []  # the signals that ask this process to stop
 
     def mixed_precision(self) -> torch.autocast:
         """The context in which the model computes."""
-        return torch.autocast(self.model.device.type, self.precision, enabled=self.precision is not None)
+        return torch.autocast(self.device.type, self.precision, enabled=self.precision is not None)
 
     @property
-    def state_file(self) -> Path:
-        """Where the state is kept while the run is not finished."""
-        return self.run_folder / STATE_FILE
-
-    @property
-    def epoch_file(self) -> Path:
-        """The state at the beginning of the epoch, where that of :attr:`state_file` is within it.
-
-        Another number of ranks cannot go on within an epoch: each has random numbers of its own.
-        """
-        return self.run_folder / EPOCH_FILE
-
-    def is_within_epoch(self, step: int) -> bool:
-        """Whether an epoch has steps both before and after ``step``."""
-        return 0 < step < self.steps_per_epoch
-
-    def save_state(self) -> None:
-        """Write all that the next step depends on. Frozen weights are not part of it.
-
-        All ranks call it at the same step, and go on when rank 0 has written.
-        """
-        device, step = self.model.device, self.progress.step
-        weights = self.model.state_dict()
-        state = {
-            "model": {name: value for name, value in weights.items() if self._is_trained(name)},
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "random": of_all_ranks(torch.get_rng_state()),  # a row a rank
-            "random_cuda": of_all_ranks(torch.cuda.get_rng_state(device)) if device.type == "cuda" else [],
-            "progress": vars(self.progress),
-        }
-        if rank() == 0:
-            within = self.is_within_epoch(step)
-            if within and not self.saved_step and self.state_file.exists():
-                self.state_file.replace(self.epoch_file)
-            write_atomically(self.state_file, lambda file: torch.save(state, file))
-            if not within:
-                self.epoch_file.unlink(missing_ok=True)
-        self.saved_step = step
-        wait_for_all()
+    def progress(self) -> Progress:
+        """Where the run is."""
+        return self.state.progress
 
     def load_state(self) -> str:
-        """Go on from :meth:`save_state`, if there is a state yet.
-
-        Where another number of ranks saved it, the epoch begins again; what is returned says so, and is else
-        empty.
-
-        Raises:
-            InputError: the epoch's beginning is not there, or a rank does not see the file, or it is broken.
-        """
-        has_state, has_beginning = from_main(lambda: (self.state_file.exists(), self.epoch_file.exists()))
-        if not has_state and not has_beginning:
-            return ""
-        state = read_state(self.state_file if has_state else self.epoch_file)
-        random = torch.atleast_2d(state["random"])  # an earlier version saved one row
-        same_ranks = len(random) == world_size()
-        note = "" if same_ranks else f"; {len(random)} ranks saved it and {world_size()} go on"
-        epoch, step = state["progress"]["epoch"], state["progress"]["step"]
-        if not same_ranks and self.is_within_epoch(step):
-            note += f", so epoch {epoch} begins again and its {step} steps are dropped"
-            if has_beginning:
-                state = read_state(self.epoch_file)
-            if not has_beginning or state["progress"]["epoch"] != epoch:
-                if epoch:
-                    raise InputError(
-                        f"{self.state_file} was saved within epoch {epoch} by {len(random)} ranks, and "
-                        f"{self.epoch_file.name} of the epoch's beginning is missing; resume with "
-                        f"{len(random)} ranks"
-                    )
-                seed_rank(self.config.seed, epoch)
-                self.saved_step = step
-                return note  # the first epoch begins with the model as it is
-        own = self.model.state_dict()
-        frozen = {name: value for name, value in own.items() if not self._is_trained(name)}
-        self.model.load_state_dict(frozen | state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        if state["scaler"] and self.scaler.is_enabled():  # --amp auto may differ on another GPU
-            self.scaler.load_state_dict(state["scaler"])
-        self.progress = Progress(**state["progress"])
-        self.saved_step = step
-        if same_ranks:
-            torch.set_rng_state(random[rank()].clone())  # torch crashes on a view that starts further in
-            if len(state["random_cuda"]) and self.model.device.type == "cuda":
-                torch.cuda.set_rng_state(state["random_cuda"][rank()].clone(), self.model.device)
-        else:
-            seed_rank(self.config.seed, self.progress.epoch)
-        return note
-
-    def _is_trained(self, name: str) -> bool:
-        try:
-            return self.model.get_parameter(name).requires_grad
-        except AttributeError:  # a buffer
-            return True
+        """Go on from the state on the disk, see :meth:`RunState.load`."""
+        return self.state.load()
 
     def train(
         self,
-        validate: Callable[[Callable[[], None]], dict[str, float]],
-        keep: Callable[[int, dict[str, float], list[dict[str, float]]], None],
+        validate: Callable[[Callable[[], None]], dict[str, Any]],
+        keep: Callable[[int, dict[str, Any], list[dict[str, Any]]], None],
     ) -> None:
-        """Train up to ``config.num_epochs``, writing `train_metrics.csv` and `validation_metrics.csv`.
+        """Train up to ``config.num_epochs``, writing the CSV files of metrics.
 
-        `step_times.csv` holds each epoch's median wall-clock seconds a step, reading the batch included, and
-        the share of the epoch in which this process waited for a batch, while a GPU may still have been at
-        work. It is a file of its own, because times are the one thing that two runs of one seed do not share.
+        That of step times holds each epoch's median wall-clock seconds a step, reading the batch included,
+        and the share of the epoch in which this process waited for a batch, while a GPU may still have been
+        at work. It is a file of its own: times are the one thing that two runs of one seed do not share.
 
         The state is saved after an epoch's last step, before the validation, and again after it.
 
@@ -364,7 +173,7 @@ class Trainer:
 
         Raises:
             FloatingPointError: a loss is not finite; the step is named, what was saved stays.
-            Interrupted: one of :data:`STOP_SIGNALS` came; the state is saved.
+            Interrupted: one of :data:`sprc.processes.STOP_SIGNALS` came; the state is saved.
         """
         config, progress = self.config, self.progress
         with stop_signals() as self.received:
@@ -375,30 +184,30 @@ class Trainer:
                 if seconds:  # none after a resume at an epoch's very end
                     times = {"median_step_seconds": median(seconds), "data_wait_share": waited / sum(seconds)}
                     progress.time_rows.append({"epoch": epoch, **times})
-                    write_csv(self.run_folder / "step_times.csv", progress.time_rows)
+                    write_csv(self.run_folder.step_times, progress.time_rows)
                     if validates:
-                        self.save_state()
+                        self.state.save()
                 means = {name: value / self.steps_per_epoch for name, value in sums.items()}
                 progress.train_rows.append({"epoch": epoch, **means})
-                self.write("train_metrics", progress.train_rows)
+                self.write(self.run_folder.train_metrics, progress.train_rows)
                 if validates:
                     metrics = validate(self.stop_if_asked)
                     row = {"epoch": epoch, **metrics}
                     keep(epoch, metrics, progress.validation_rows)
                     progress.validation_rows.append(row)
-                    self.write("validation_metrics", progress.validation_rows)
+                    self.write(self.run_folder.validation_metrics, progress.validation_rows)
                 progress.epoch, progress.step, progress.sums = epoch + 1, 0, {}
-                self.save_state()
+                self.state.save()
                 if progress.epoch < config.num_epochs:
                     self.stop_if_asked()
 
-    def write(self, name: str, rows: list[dict[str, float | str]]) -> None:
-        """Write all rows to `name.csv`, and the numbers of the last one to TensorBoard."""
-        write_csv(self.run_folder / f"{name}.csv", rows)
+    def write(self, file: Path, rows: list[dict[str, Any]]) -> None:
+        """Write all rows to the CSV file, and the numbers of the last one to TensorBoard."""
+        write_csv(file, rows)
         if self.scalars is not None:
             for key, value in rows[-1].items():
                 if key != "epoch" and isinstance(value, float):
-                    self.scalars.add_scalar(f"{name}/{key}", value, rows[-1]["epoch"])
+                    self.scalars.add_scalar(f"{file.stem}/{key}", value, rows[-1]["epoch"])
 
     def stop_if_asked(self) -> None:
         """Raise :class:`Interrupted` if any rank was sent a signal. All ranks call it alike."""
@@ -413,7 +222,6 @@ class Trainer:
         """
         model, progress, config = self.model, self.progress, self.config
         model.train()
-        device = model.device
         self.dataset.set_epoch(progress.epoch)
         self.order.epoch = progress.epoch
         self.order.start = progress.step * config.batch_size
@@ -428,13 +236,14 @@ class Trainer:
         for batch in bar:
             waited += time.perf_counter() - before
             batch = {
-                key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+                key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
                 for key, value in batch.items()
             }
             self.optimizer.zero_grad(set_to_none=True)
             with self.mixed_precision():
                 losses = self.losses(batch)
-                total = sum(config.loss_weights.get(name, 1.0) * loss for name, loss in losses.items())
+                weighted = (config.loss_weights.get(name, 1.0) * loss for name, loss in losses.items())
+                total = cast(Tensor, sum(weighted))
             values, signum = self.agree(total, losses)
             self.scaler.scale(total).backward()
             if self.cache:
@@ -453,11 +262,11 @@ class Trainer:
             shown = {name: f"{progress.sums[name] / progress.step:.3f}" for name in losses}
             bar.set_postfix(shown, refresh=False)
             if signum:
-                self.save_state()
+                self.state.save()
                 raise Interrupted(signum)
             due = config.checkpoint_every and progress.step % config.checkpoint_every == 0
             if due and progress.step < self.steps_per_epoch:  # the last step's is saved in any case
-                self.save_state()
+                self.state.save()
         return seconds, waited
 
     def agree(self, total: Tensor, losses: dict[str, Tensor]) -> tuple[dict[str, float], int]:
@@ -469,7 +278,7 @@ class Trainer:
         Raises:
             FloatingPointError: a rank's total is not finite.
         """
-        logged = {"train_loss": total, **losses, **self.model.diagnostics}
+        logged = {"train_loss": total, **losses, **cast(dict[str, Tensor], self.model.diagnostics)}
         own = [value.detach().float() for value in logged.values()]
         own.append(own[0].new_tensor(float(self.received[0]) if self.received else 0.0))
         rows = of_all_ranks(torch.stack(own)).tolist()
@@ -487,34 +296,6 @@ class Trainer:
         return means, int(max(signals))
 
 
-def read_state(path: Path, *, mapped: bool = False) -> dict[str, Any]:
-    """The state in ``path``, on the CPU; ``mapped`` reads of its tensors only what is looked at.
-
-    Raises :class:`InputError` where this rank does not see the file, or it is broken.
-    """
-    if not path.exists():
-        raise InputError(
-            f"rank {rank()} does not see {path}, and rank 0 does; put the run folder on a disk that all "
-            "machines share"
-        )
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    # A broken file comes out of the unpickler as almost any exception.
-    except Exception as error:
-        raise InputError(
-            f"{path} cannot be read: it is cut short or damaged; restore it from a copy, or delete it to "
-            "begin the run again"
-        ) from error
-
-
-def saved_progress(run_folder: Path) -> Progress | None:
-    """Where the run in ``run_folder`` was saved; None before its first state."""
-    for name in (STATE_FILE, EPOCH_FILE):
-        if (run_folder / name).exists():
-            return Progress(**read_state(run_folder / name, mapped=True)["progress"])
-    return None
-
-
 def in_parallel(module: nn.Module) -> nn.Module:
     """``module``, its gradients averaged over the ranks; without torchrun as it is.
 
@@ -527,30 +308,3 @@ def in_parallel(module: nn.Module) -> nn.Module:
     fixed += [name for name, _ in module.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, fixed)
     return DistributedDataParallel(module, gradient_as_bucket_view=True)
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Within it :data:`STOP_SIGNALS` only fill the list; a second SIGINT or SIGTERM acts at once, as usual.
-
-    Of several ranks each may be sent the same one twice, by torchrun and by Slurm. There torchrun itself
-    kills what has not ended half a minute after a signal. SIGHUP comes twice where a session is closed, from
-    the shell and from the kernel; under nohup it is ignored, and stays so.
-    """
-    received: list[int] = []
-    before = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
-    if SIGHUP is not None and before[SIGHUP] is signal.SIG_IGN:
-        del before[SIGHUP]
-
-    def note(signum: int, _frame: object) -> None:
-        received.append(signum)
-        if world_size() == 1 and signum != SIGHUP:
-            signal.signal(signum, before[signum])
-
-    for signum in before:
-        signal.signal(signum, note)
-    try:
-        yield received
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

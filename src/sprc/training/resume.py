@@ -11,12 +11,13 @@ from sprc.data.reading import quote, read_json
 from sprc.data.split import Split, Triplet
 from sprc.distributed import world_size
 from sprc.errors import InputError
+from sprc.run_folder import RunFolder
 from sprc.scoring.benchmarks import benchmark_class
-from sprc.training.loop import saved_progress
+from sprc.training.state import saved_progress
 
-HYPERPARAMETERS = "training_hyperparameters.json"
-MISSING_IMAGES = "missing_images.json"  # what --missing-images skip left out
 PATHS = ("data_path", "models_path", "model_path", "feature_cache", "vocab")
+# Of the machine that trained and not of the model: a checkpoint, which travels, does not tell it.
+OF_THE_MACHINE = (*PATHS, "num_workers")
 
 # What a run may be resumed with, because it cannot change what the run learns, or the user wants the change.
 # Every other flag has to be the run's own.
@@ -39,7 +40,7 @@ MAY_DIFFER = frozenset(
 )
 
 # What every version has written, and its type. A flag that a run does not know yet is at its default.
-WRITTEN = {
+WRITTEN: dict[str, Any] = {
     **dict.fromkeys(("dataset", "backbone", "blip_model_name", "data_path", "transform", "device"), str),
     **dict.fromkeys(("num_epochs", "batch_size", "validation_frequency", "num_workers", "seed"), int),
     **dict.fromkeys(("learning_rate", "loss_align", "loss_rtc", "loss_itm", "target_ratio"), (int, float)),
@@ -62,7 +63,7 @@ def absolute(path: Path) -> Path:
 
 def read_run(run_folder: Path) -> dict[str, Any]:
     """What the run in ``run_folder`` was started with; :class:`InputError` if its file says no such thing."""
-    path = run_folder / HYPERPARAMETERS
+    path = RunFolder(run_folder).hyperparameters
     try:
         written = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -163,7 +164,7 @@ def check_epochs(own: dict[str, Any], flags: dict[str, Any]) -> None:
             f"{benchmark.name}'s learning rate schedule spans {benchmark.schedule_in_words}: what is trained "
             "would have been trained with other rates; leave the flag out, or start a new run"
         )
-    progress = saved_progress(flags["resume"])
+    progress = saved_progress(RunFolder(flags["resume"]))
     done = progress.epoch if progress else 0
     if done >= now:
         raise InputError(

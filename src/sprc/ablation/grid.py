@@ -1,0 +1,217 @@
+"""The ablation's grid: which trainings it compares. Imports no torch."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sprc.config import FUSION_STARTS, FUSION_TEXTS, POOLS, STRATEGIES
+from sprc.errors import InputError
+from sprc.settings import ROOT, setting, settings_of
+
+OFF = "off"
+SWITCHES = ("fusion", "alpha", "start", "pool", "text", "rate")  # what a cell is, but for its seed
+# What the grid sets itself. argparse takes a flag's beginning for the flag, so those are refused as well.
+OWN_FLAGS = (
+    "--use-gated-fusion",
+    "--no-use-gated-fusion",
+    "--fusion-strategy",
+    "--alpha-init",
+    "--fusion-start",
+    "--pool",
+    "--fusion-text",
+    "--fusion-lr",
+    "--seed",
+    "--save-training",
+    "--save-best",
+    "--models-path",
+    "--resume",
+    "--device",
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training of the grid; None stands for a switch that does not touch the fusion."""
+
+    fusion: str
+    alpha: float | None
+    start: str | None
+    pool: str | None
+    seed: int
+    text: str | None = None  # None also for "embeddings", the default
+    rate: float | None = None  # of the fusion's parameters; None is the training's own
+
+    @property
+    def variant(self) -> str:
+        """The cell's name without its seed: what a row of the table and a line of the plots is."""
+        alpha = None if self.alpha is None else f"alpha{self.alpha:g}"
+        rate = None if self.rate is None else f"lr{self.rate:g}"
+        parts = (self.fusion, alpha, self.start, self.pool, self.text, rate)
+        return "-".join(part for part in parts if part is not None)
+
+    @property
+    def name(self) -> str:
+        """The name of the cell's folder."""
+        return f"{self.variant}-seed{self.seed}"
+
+    def flags(self) -> list[str]:
+        """The cell's flags for ``blip_fine_tune_2.py``."""
+        if self.fusion == OFF:
+            return ["--no-use-gated-fusion", "--seed", str(self.seed)]
+        switches = {"--alpha-init": self.alpha, "--fusion-start": self.start, "--pool": self.pool}
+        switches |= {"--fusion-text": self.text, "--fusion-lr": self.rate}
+        given = [str(item) for pair in switches.items() if pair[1] is not None for item in pair]
+        return ["--use-gated-fusion", "--fusion-strategy", self.fusion, *given, "--seed", str(self.seed)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationConfig:
+    """The grid, and the training's own flags. A value that cannot work raises :class:`InputError`.
+
+    A value that is there twice counts once. YAML reads a bare ``off`` as false, which is taken for it.
+    ``grids`` are changes to the lists above, each a grid of its own: one switch at a time, say.
+    """
+
+    fusion: Sequence[str] = setting(
+        (OFF, "gated"), metavar="NAME", help=f"{', '.join((OFF, *STRATEGIES))}; default: off gated"
+    )
+    alpha: Sequence[float] = setting((0.5,), help="starts of alpha; default: 0.5")
+    start: Sequence[str] = setting(("random",), help=f"{', '.join(FUSION_STARTS)}; default: random")
+    pool: Sequence[str] = setting(("masked",), help=f"{', '.join(POOLS)}; default: masked")
+    text: Sequence[str] = setting(("embeddings",), help=f"{', '.join(FUSION_TEXTS)}; default: embeddings")
+    # None is --learning-rate.
+    rate: Sequence[float | None] = setting(
+        (None,), help="the fusion's own learning rates; default: the training's"
+    )
+    seeds: Sequence[int] = setting((0, 1, 2), help="default: 0 1 2")
+    training: Sequence[str] = setting(
+        (), positional=True, nargs="*", metavar="-- FLAG", help="of src/blip_fine_tune_2.py"
+    )
+    grids: Sequence[dict[str, Any]] = ()  # none: one grid of the lists above
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            values = getattr(self, field.name)
+            if field.name == "grids":
+                continue
+            empty = not values and field.name != "training"  # whose flags are asked for below
+            if isinstance(values, str) or not isinstance(values, Sequence) or empty:
+                raise InputError(f"{field.name}={values!r}: give a list of at least one value")
+            if field.name == "training":
+                checked = tuple(map(str, values))  # YAML gives numbers as numbers
+            else:
+                checked = tuple(dict.fromkeys(self._checked(field.name, value) for value in values))
+            object.__setattr__(self, field.name, checked)
+        names = [item.split("=")[0] for item in self.training if item.startswith("--")]
+        for name in names:
+            if owned := [flag for flag in OWN_FLAGS if flag.startswith(name)]:
+                raise InputError(f"{name}: the ablation sets {owned[0]} itself; leave it out of training")
+        if "--dataset" not in names:
+            raise InputError("the training's flags lack --dataset; give it, and all others, after --")
+        if isinstance(self.grids, str) or not isinstance(self.grids, Sequence):
+            raise InputError(f"grids={self.grids!r}: give a list of mappings")
+        for grid in self.grids:
+            if not isinstance(grid, dict) or not set(grid) <= set(SWITCHES):
+                raise InputError(f"grids: {grid!r} is no mapping of {', '.join(SWITCHES)} to lists")
+            replace(self, grids=(), **grid)  # its values are checked here
+
+    @staticmethod
+    def _checked(name: str, value: Any) -> Any:
+        if name == "fusion" and value is False:
+            value = OFF
+        choices = {"fusion": (OFF, *STRATEGIES), "start": FUSION_STARTS, "pool": POOLS}
+        choices["text"] = FUSION_TEXTS
+        if name in choices:
+            if value not in choices[name]:
+                raise InputError(f"{name}={value!r} is unknown; choose from {', '.join(choices[name])}")
+            return value
+        if name == "alpha":
+            if type(value) not in (int, float) or not math.isfinite(value):
+                raise InputError(f"alpha={value!r} must be a finite number")
+            return float(value)
+        if name == "rate":
+            if value is None:
+                return None
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise InputError(f"rate={value!r} must be a positive number")
+            return float(value)
+        if type(value) is not int or value < 0:
+            raise InputError(f"seeds={value!r} must be a whole number of at least 0")
+        return value
+
+    @classmethod
+    def read(cls, path: Path | None, given: dict[str, Any]) -> "AblationConfig":
+        """The values of a YAML file, if any, under those of the command line.
+
+        Raises :class:`InputError` for a file that cannot be read, an unknown key, a wrong value.
+        """
+        values: Any = {}
+        if path is not None:
+            try:
+                values = yaml.safe_load(path.read_text(encoding="utf-8"))
+            except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+                raise InputError(f"--config {path} cannot be read ({error}); give a YAML file") from error
+            known = [field.name for field in fields(cls)]
+            if not isinstance(values, dict) or (unknown := sorted(map(str, set(values) - set(known)))):
+                wrong = f"unknown key {', '.join(unknown)}" if isinstance(values, dict) else "no mapping"
+                raise InputError(f"--config {path}: {wrong}; its keys are {', '.join(known)}")
+        return cls(**{**values, **given})
+
+    def cells(self) -> list[Cell]:
+        """The grids' cells, each once: a switch that does not touch a fusion does not multiply it.
+
+        The first seed's cells come first, so that a grid that is stopped early compares all its variants.
+        """
+        grids = [replace(self, grids=(), **grid) for grid in self.grids] or [self]
+        cells = {
+            cell_of(fusion, alpha, start, pool, text, rate, seed): None
+            for seed in self.seeds
+            for grid in grids
+            for fusion, alpha, start, pool, text, rate in product(
+                grid.fusion, grid.alpha, grid.start, grid.pool, grid.text, grid.rate
+            )
+        }
+        return list(cells)
+
+
+def cell_of(
+    fusion: str, alpha: float, start: str, pool: str, text: str, rate: float | None, seed: int
+) -> Cell:
+    """The cell of these switches, without those that do not touch its fusion."""
+    if fusion == OFF:
+        return Cell(OFF, None, None, None, seed)
+    has_alpha, has_identity = STRATEGIES[fusion]
+    contextual = text == "contextual"
+    return Cell(
+        fusion,
+        alpha if has_alpha else None,
+        start if has_identity else None,
+        "masked" if contextual else pool,  # contextual words have no padding
+        seed,
+        text if contextual else None,
+        rate,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationSettings:
+    """Where the ablation goes, and on what it runs; the grid's own flags are :class:`AblationConfig`'s."""
+
+    out: Path = setting(ROOT / "ablation", help="the ablation's folder; default: ablation/")
+    config: Path | None = setting(
+        None,
+        metavar="YAML",
+        help=f"the grid: lists under {', '.join(one.name for one in settings_of(AblationConfig))}; flags win "
+        "over it. Several grids: changes to these lists, as a list of mappings under `grids`",
+    )
+    devices: Sequence[str] | None = setting(
+        None,
+        metavar="DEVICE",
+        help="one running cell each, the cores shared out (OMP_NUM_THREADS wins): cuda:0 cuda:1, or cpu cpu; "
+        "default: every GPU, or cpu",
+    )

@@ -1,0 +1,220 @@
+"""The settings that commands share, in groups, and those of the commands that score. Imports no torch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+from sprc.config import BACKBONES, CACHE_DTYPES, GALLERY_DTYPES, MODEL_SWITCHES
+from sprc.data import DATASETS, DATASETS_METAVAR, MISSING_IMAGES, PROTOCOLS, TRANSFORMS
+from sprc.settings import ROOT, like, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSettings:
+    """Which benchmark."""
+
+    dataset: str = setting(parse=str.lower, choices=tuple(DATASETS), metavar=DATASETS_METAVAR)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProtocolSettings:
+    """Which gallery."""
+
+    fiq_protocol: str = setting(
+        "original", choices=PROTOCOLS, help="FashionIQ's gallery; default: %(default)s"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Where the data are, and what is done about an image that has no file."""
+
+    data_path: Path = setting(ROOT, help="folder of cirr_dataset/, fashionIQ_dataset/; default: here")
+    missing_images: str = setting(
+        "error",
+        choices=MISSING_IMAGES,
+        help="an image without a file is an error, or left out with the triplets that need it, and counted; "
+        "default: %(default)s",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocabSettings:
+    """Where BERT's vocabulary is, for a machine that reaches no model hub."""
+
+    vocab: Path | None = setting(
+        None,
+        metavar="FILE",
+        help="vocab.txt of bert-base-uncased, where a model brings no vocabulary; default: the model hub's",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartSettings(VocabSettings):
+    """The model to start from.
+
+    ``switches`` are fields of :class:`sprc.config.ModelConfig` that the user sets, over the backbone's own.
+    """
+
+    blip_model_name: str = setting("blip2_cir_align_prompt", metavar="NAME", help="default: %(default)s")
+    backbone: str = setting("pretrain", metavar="NAME", help=f"{', '.join(BACKBONES)}; default: %(default)s")
+    model_path: Path | None = setting(None, metavar="FILE", help="start from this checkpoint's weights")
+    switches: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_flags(cls, flags: Mapping[str, Any]) -> Self:
+        """From flags by name, those of the model's switches among them; what it does not know is left out."""
+        names = {one.name for one in fields(cls)}
+        known = {name: value for name, value in flags.items() if name in names}
+        switches = {name: flags[name] for name in MODEL_SWITCHES if flags.get(name) is not None}
+        return cls(**known, switches=switches)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSettings:
+    """How images are preprocessed."""
+
+    transform: str = setting("targetpad", choices=TRANSFORMS, help="default: %(default)s")
+    target_ratio: float = setting(1.25, help="targetpad's longest side ratio; default: %(default)s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReaderSettings:
+    """Who reads the images."""
+
+    num_workers: int | None = setting(None, help="processes that read images; default: by the cores")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSettings:
+    """Where the frozen vision transformer's tokens are kept, and as what."""
+
+    feature_cache: Path | None = setting(
+        None,
+        metavar="DIR",
+        help="read the frozen vision transformer's tokens from here, and fill it where they are missing",
+    )
+    cache_dtype: str = setting(
+        "float16", choices=CACHE_DTYPES, help="type of the values in it; default: %(default)s"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GallerySettings:
+    """How the gallery's features are kept."""
+
+    gallery_dtype: str = setting(
+        "float32",
+        choices=GALLERY_DTYPES,
+        help="of the gallery's features in validation; default: %(default)s",
+    )
+    save_memory: bool = setting(False, help="keep the gallery's features in main memory")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceSettings:
+    """Where it is computed."""
+
+    device: str | None = setting(None, help="cpu, cuda, cuda:1, ...; default: cuda if there is one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeoutSettings:
+    """How long the processes that torchrun started wait for each other."""
+
+    timeout: int = setting(
+        1800,
+        metavar="SECONDS",
+        help="with torchrun: how long ranks wait for one that does not answer; default: %(default)s",
+    )
+
+
+SCORING_BATCH = 32  # images at once where nothing says how many
+
+
+def training_s_own(declared: type, name: str) -> Any:
+    """A setting whose default is what the checkpoint's training had, or else the one in ``declared``."""
+    default = getattr(declared, name)
+    return like(declared, name, None, help=f"default: the training's own, else {default}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSettings(DeviceSettings, VocabSettings):
+    """A checkpoint, and how its images are read: by default as its training did."""
+
+    model_path: Path = setting(metavar="FILE", help="the checkpoint")
+    blip_model_name: str | None = setting(None, metavar="NAME", help="default: what the checkpoint says")
+    backbone: str | None = setting(None, metavar="NAME", help="default: what the checkpoint says")
+    transform: str | None = training_s_own(ImageSettings, "transform")
+    target_ratio: float | None = training_s_own(ImageSettings, "target_ratio")
+    batch_size: int | None = setting(None, help=f"default: the training's own, else {SCORING_BATCH}")
+    num_workers: int | None = like(ReaderSettings, "num_workers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringSettings(TimeoutSettings, CheckpointSettings, DataSettings):
+    """What is scored and how."""
+
+    gallery_dtype: str | None = training_s_own(GallerySettings, "gallery_dtype")
+    feature_cache: Path | None = like(CacheSettings, "feature_cache")
+    cache_dtype: str | None = like(
+        CacheSettings, "cache_dtype", None, help="type of the values in it; default: that of the training"
+    )
+    save_memory: bool = like(GallerySettings, "save_memory")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationSettings(ScoringSettings, ProtocolSettings, DatasetSettings):
+    """Of ``blip_validate.py``."""
+
+    split: str = setting(
+        "val",
+        choices=("val", "test1", "test"),
+        metavar="{val,test1}",
+        help="test1: only of the built-in data in CIRR's format; default: %(default)s",
+    )
+    save_ranks: Path | None = setting(None, metavar="FILE", help="CSV: the rank of each target, from 0")
+    save_rankings: Path | None = setting(None, metavar="FILE", help="JSON: each query's top 50")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubmissionSettings(ScoringSettings):
+    """Of ``cirr_test_submission.py``."""
+
+    out: Path = setting(ROOT / "submission", help="folder of the files; default: submission/")
+    name: str | None = setting(
+        None, help="end of the files' names; default: the checkpoint's run folder or name"
+    )
+
+
+EXTRACTED = ("train", "val", "test")
+SPELLINGS = (*EXTRACTED, "test1")  # CIRR's own name of its test split
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractionSettings(
+    TimeoutSettings,
+    DeviceSettings,
+    ReaderSettings,
+    ImageSettings,
+    CacheSettings,
+    StartSettings,
+    DataSettings,
+    ProtocolSettings,
+    DatasetSettings,
+):
+    """Of ``extract_features.py``; further the switches of the vision transformer."""
+
+    feature_cache: Path = setting(
+        metavar="DIR", help="where the tokens go; what is there is verified, what is missing computed"
+    )
+    splits: Sequence[str] = setting(EXTRACTED, choices=SPELLINGS, help="default: train val test")
+    fiq_protocol: str = like(
+        ProtocolSettings,
+        "fiq_protocol",
+        help="FashionIQ's galleries of val and test; default: %(default)s",
+    )
+    model_path: Path | None = like(StartSettings, "model_path", help="this checkpoint's vision transformer")
+    batch_size: int = setting(64, help="images at once; default: %(default)s")
+    seed: int = setting(0, help="of weights that start at random (tiny); default: %(default)s")

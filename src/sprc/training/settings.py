@@ -1,0 +1,112 @@
+"""The settings of ``blip_fine_tune_2.py``. Imports no torch, so that `--help` is quick."""
+
+from argparse import ArgumentParser
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sprc.config import AMP, FUSION, ModelConfig
+from sprc.scoring.settings import (
+    CacheSettings,
+    DatasetSettings,
+    DataSettings,
+    DeviceSettings,
+    GallerySettings,
+    ImageSettings,
+    ProtocolSettings,
+    ReaderSettings,
+    StartSettings,
+    TimeoutSettings,
+)
+from sprc.settings import ROOT, add_flags, flag_parser, like, setting
+
+SPEED = "speed and memory"  # the flags' group
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings(ReaderSettings):
+    """What the training loop needs: how long, how fast, in what parts."""
+
+    num_epochs: int = setting(10, help="default: %(default)s")
+    batch_size: int = setting(64, help="triplets a step, of all GPUs; default: %(default)s")
+    learning_rate: float = setting(1e-5, help="peak of the schedule; default: %(default)s")
+    validation_frequency: int = setting(1, help="epochs between validations; default: %(default)s")
+    checkpoint_every: int = setting(0, metavar="STEPS", help="save the state also within epochs")
+    num_workers: int | None = like(
+        ReaderSettings, "num_workers", help="processes a GPU that read images; default: by the cores"
+    )
+    seed: int = setting(0, help="of weights, data order and dropout; default: %(default)s")
+    amp: str = setting(
+        "auto",
+        choices=AMP,
+        help="mixed precision; auto (default): bf16 where the GPU has it, else fp16, off on a CPU; "
+        "fp16 is plain SPRC's",
+        group=SPEED,
+    )
+    grad_cache: int | None = setting(
+        None,
+        metavar="CHUNK",
+        help="larger batches than memory holds: embed CHUNK triplets at once, twice; the result is the same",
+        unset="with --resume: embed whole batches again",
+        group=SPEED,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings(
+    TimeoutSettings,
+    DeviceSettings,
+    GallerySettings,
+    CacheSettings,
+    ImageSettings,
+    LoopSettings,
+    StartSettings,
+    DataSettings,
+    ProtocolSettings,
+    DatasetSettings,
+):
+    """All that a run is started with; further the switches of the model, see :func:`training_parser`."""
+
+    dataset: str = like(DatasetSettings, "dataset", None)  # not needed with --resume: the run knows it
+    resume: Path | None = setting(
+        None,
+        metavar="RUN_FOLDER",
+        help="go on with a run, with its own flags; README.md says which may be given anew",
+    )
+    models_path: Path = setting(ROOT / "models", help="where the run's folder goes; default: models/")
+    loss_align: float | None = setting(None, help="alignment loss's weight; default: CIRR 0.4, FashionIQ 1")
+    loss_rtc: float | None = setting(None, help="text-only loss's weight; default: CIRR 0.4, FashionIQ 1")
+    loss_itm: float = setting(1.0, help="weight of a matching loss; this model has none")
+    save_training: bool = setting(False, help="save the model after each validation")
+    save_best: bool = setting(False, help="with --save-training: keep only the best one")
+    save_full: bool = setting(False, help="save the frozen vision transformer, too")
+    save_memory: bool = like(GallerySettings, "save_memory", negatable=True)
+    feature_cache: Path | None = like(
+        CacheSettings, "feature_cache", unset="with --resume: read the images again", group=SPEED
+    )
+    cache_dtype: str = like(CacheSettings, "cache_dtype", group=SPEED)
+    compile: bool = setting(False, help="torch.compile what is trained", group=SPEED)
+    fusion_lr: float | None = setting(
+        None, help="the module's own peak rate; default: --learning-rate", group=FUSION
+    )
+    log_fusion_every: int = setting(
+        50,
+        metavar="STEPS",
+        help="steps between rows of fusion_metrics.csv; 0: none; default: %(default)s",
+        group=FUSION,
+    )
+    tensorboard: bool = setting(
+        False, negatable=True, help="write what goes to CSV files for TensorBoard, too"
+    )
+
+
+def training_parser(description: str | None) -> ArgumentParser:
+    """A parser of the settings and of the model's switches; None, for a switch, is the backbone's own."""
+    parser = flag_parser(description, TrainingSettings)
+    add_flags(parser, ModelConfig, may_be_unset=True)
+    return parser
+
+
+def default_flags() -> dict[str, Any]:
+    """The default of every flag of :func:`training_parser`, by its name."""
+    return vars(training_parser(None).parse_args([]))

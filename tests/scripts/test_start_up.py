@@ -1,0 +1,55 @@
+"""What a start imports, and what it leaves alone."""
+
+import gc
+import subprocess
+import sys
+
+import pytest
+from helpers.runner import ENVIRONMENT, ROOT
+
+from sprc.start_up import no_collection
+
+# Both run in one process, and what it has imported at the end is printed.
+CODE = """
+import runpy, sys
+for command in {commands!r}:
+    sys.argv = command
+    sys.path.insert(0, {folder!r})
+    runpy.run_path(command[0], run_name="__main__")
+print(sorted({slow!r} & set(sys.modules)))
+"""
+
+
+@pytest.mark.slow
+def test_a_query_and_a_training_import_nothing_that_they_do_not_need(data, picture_index, pictures, tmp_path):
+    query = ["search.py", "query", "--index", picture_index, "--text", "make it red", "--device", "cpu"]
+    query += ["--image", pictures / "a" / "dev-0-0-img0.png"]
+    training = ["blip_fine_tune_2.py", "--dataset", "CIRR", "--backbone", "tiny", "--data-path", data]
+    training += ["--models-path", tmp_path, "--num-epochs", 1, "--batch-size", 64, "--num-workers", 0]
+    folder = ROOT / "src"
+    commands = [[str(folder / script), *map(str, flags)] for script, *flags in (query, training)]
+    slow = {"matplotlib", "pandas", "transformers", "tokenizers", "huggingface_hub", "torchvision"}
+    result = subprocess.run(
+        [sys.executable, "-c", CODE.format(commands=commands, folder=str(folder), slow=slow)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "[]"
+    assert "epoch 0: R@1" in result.stdout
+
+
+def test_garbage_is_collected_again_after_the_imports():
+    seen = []
+
+    def fail():
+        with no_collection():
+            seen.append(gc.isenabled())
+            raise ImportError
+
+    with pytest.raises(ImportError):
+        fail()
+    assert seen == [False]
+    assert gc.isenabled()
