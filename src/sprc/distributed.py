@@ -18,7 +18,7 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 from threading import Event, Thread
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -79,7 +79,7 @@ def objects_of_all_ranks(value: T) -> list[T]:
 
 def from_main(make: Callable[[], T]) -> T:
     """What ``make()`` gives on rank 0, on all ranks. The others do not call it."""
-    found = [make() if rank() == 0 else None]
+    found: list[Any] = [make() if rank() == 0 else None]
     if world_size() > 1:
         dist.broadcast_object_list(found)
     return found[0]
@@ -246,7 +246,7 @@ def end_all_ranks(calls: dist.Store, error: Exception, timeout: int) -> None:
     sys.exit(code)
 
 
-def call_roll(calls: dist.Store, error: RuntimeError, timeout: int) -> str:
+def call_roll(calls: dist.Store, error: Exception, timeout: int) -> str:
     """Which ranks are gone, for this one to say: those that do not answer, or else those that are stuck."""
     calls.set(f"lost {rank()}", "")
     calls.set("roll call", "")

@@ -21,8 +21,13 @@ from typing import IO, Any, BinaryIO
 from sprc.distributed import rank
 from sprc.errors import InputError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 # What a failed write asks of the user. A reason that is not known is taken for a full disk.
-ADVICE = {
+ADVICE: dict[int | None, str] = {
     errno.ENOENT: "its folder is gone; make it again",
     errno.ENOTDIR: "its folder is a file; give another folder",
     errno.EACCES: "it is not writable for you; change that, or give another folder",
@@ -111,11 +116,6 @@ def append_csv(path: Path, row: dict[str, Any]) -> None:
             writer.writeheader()
         writer.writerow(row)
 
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 # What a disk says that has no file locks: some network disks, some that a program provides.
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)

@@ -19,7 +19,7 @@ from sprc.data.synthetic import cirr as synthetic_cirr
 from sprc.data.synthetic import splits as synthetic
 from sprc.data.synthetic.cirr import make_cirr
 from sprc.data.synthetic.scenes import Scene, SceneObject, caption_words, edit_between, render
-from sprc.data.synthetic.splits import SyntheticConfig
+from sprc.data.synthetic.splits import GENERATOR_VERSION, SyntheticConfig
 from sprc.errors import InputError
 
 SCRIPT = Path(__file__).parents[2] / "src" / "make_demo_data.py"
@@ -400,6 +400,9 @@ def test_more_train_families_leave_val_and_test1_as_they_are(tmp_path):
 
 def test_a_second_call_does_nothing_and_other_arguments_are_refused(tmp_path, capsys):
     make_cirr(tmp_path, SMALL)
+    # The name that data made by any version bear: another would refuse them all.
+    made_by = json.loads((tmp_path / "cirr_dataset" / "made_by.json").read_text())
+    assert (made_by["generator"], made_by["version"]) == ("sprc.data.synthetic", GENERATOR_VERSION)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     capsys.readouterr()
     make_cirr(tmp_path, SMALL)

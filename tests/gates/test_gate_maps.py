@@ -33,10 +33,10 @@ from sprc.gates.localisation import (
     shares,
     summarise,
 )
-from sprc.gates.maps import fusion_maps
 from sprc.gates.probe import changed_edit
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.checkpoint import load_checkpoint, save_checkpoint
+from sprc.models.fusion_maps import fusion_maps
 
 MARKUP = "<script>alert('1')</script> make the \"circle\" $x^2$ & </q> blue"
 

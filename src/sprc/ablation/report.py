@@ -11,23 +11,18 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 import pandas as pd
 import torch
 
 from sprc.ablation.run import OFF, SWITCHES, Cell, checkpoint_of, find_run, split_to_score
 from sprc.errors import InputError
+from sprc.figures import plt, save_figure
 from sprc.files import write_atomically, write_csv
 from sprc.models.checkpoint import FUSION, STATE
 from sprc.models.switches import SWITCHES as STATE_SWITCHES
 from sprc.scoring.ranking import cirr_metrics, fashioniq_metrics
 from sprc.training.fine_tuning import HYPERPARAMETERS
-
-matplotlib.use("Agg")  # files only: works without a screen
-from matplotlib import pyplot as plt
-
-from sprc.gates.report import save_figure
 
 RESAMPLES = 10_000
 # For each data set: what the paired test is about, what chooses the epoch, what is plotted.

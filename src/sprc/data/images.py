@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from sprc.distributed import objects_of_all_ranks, rank, world_size
 from sprc.errors import InputError
 
+T = TypeVar("T")
 Transform = Callable[[Image.Image], Tensor]
 Loader = Callable[[Path], Tensor]  # see image_loader; a feature cache is another
 # The bytes that close a complete file of the format; a few bytes of garbage after them do no harm.
@@ -31,7 +32,9 @@ def image_loader(transform: Transform, formats: tuple[str, ...] | None = None) -
     return partial(load_image, transform=transform, formats=formats)
 
 
-def load_image(path: Path, transform: Transform, formats: tuple[str, ...] | None = None) -> Tensor:
+def load_image(
+    path: Path, transform: Callable[[Image.Image], T], formats: tuple[str, ...] | None = None
+) -> T:
     """Open and decode the image at ``path``, of any format or one of ``formats``; return ``transform`` of it.
 
     Raises :class:`InputError` naming the file if it is missing, cut short, not an image, so large that
@@ -102,7 +105,7 @@ def _inspect_image(path: Path, decode: bool) -> ImageFinding:
     try:
         with Image.open(path) as image:
             _refuse_long(image)
-            marker = _END_MARKERS.get(image.format)
+            marker = _END_MARKERS.get(image.format or "")
             # Decoding settles it, so that this check and load_image never disagree on a file it suspects.
             if decode or (marker and marker not in _read_tail(path)):
                 image.load()

@@ -31,8 +31,8 @@ from sprc.data.images import Transform, load_image
 from sprc.data.reading import quote, read_field, read_json
 from sprc.data.synthetic.scenes import CELL_NAMES
 from sprc.errors import InputError
-from sprc.gates.maps import fusion_maps, patch_grid
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
+from sprc.models.fusion_maps import fusion_maps, patch_grid
 from sprc.models.losses import similarity
 from sprc.scoring.encoding import Split
 
@@ -189,7 +189,7 @@ def make_maps(
 ) -> dict[str, Tensor]:
     """The model's maps of each triplet of ``split`` under ``captions``, (T, P, P) float64 each.
 
-    `gate` and `change` where the model has them, see :func:`sprc.gates.maps.fusion_maps`, and `attribution`.
+    `gate` and `change` where the model has them, see :func:`fusion_maps`, and `attribution`.
     """
     found: dict[str, list[Tensor]] = {}
 

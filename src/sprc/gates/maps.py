@@ -20,6 +20,7 @@ from sprc.data.images import Transform, load_image
 from sprc.data.transforms import denormalise
 from sprc.figures import Cell, draw_cell, own_scale, plt, save_figure
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
+from sprc.models.fusion_maps import fusion_maps
 from sprc.scoring.encoding import EncodedSplit, Split
 from sprc.scoring.ranking import block_scores, target_ranks, top_k
 
@@ -34,36 +35,6 @@ class QueryView(NamedTuple):
     change: Tensor | None  # (P, P), 0 or more; None without fusion
     rank: int | None  # of the target in the gallery, from 1; None where it is secret
     top: list[str]  # the best candidates' names, best first
-
-
-def patch_grid(values: Tensor, side: int) -> Tensor:
-    """(B, N) values of image tokens, [CLS] first, to (B, side, side) float32 on the CPU without it."""
-    return values[:, 1:].unflatten(1, (side, side)).float().cpu()
-
-
-@torch.no_grad()
-def fusion_maps(
-    model: Blip2QformerCirAlignPrompt, image_embeds: Tensor, captions: list[str]
-) -> tuple[Tensor | None, Tensor | None]:
-    """The mean over channels of the gate, and of |fused - image|: (B, P, P) each, on the CPU.
-
-    Args:
-        model: in eval mode.
-        image_embeds: (B, N, D) from ``model.encode_image``.
-        captions: B of them, as :func:`process_caption` leaves them.
-
-    Returns:
-        None for what the model does not have: both without fusion, the gate in a strategy without one.
-    """
-    fusion = model.fuse(image_embeds, model.tokenize(captions))
-    if fusion is None:
-        return None, None
-    side = model.config.num_patches
-    change = patch_grid((fusion.fused - image_embeds).abs().mean(dim=2), side)
-    if fusion.gate is None:
-        return None, change
-    # A strategy may have one gate for all channels or all tokens.
-    return patch_grid(fusion.gate.expand_as(fusion.fused).mean(dim=2), side), change
 
 
 def view_queries(
@@ -107,7 +78,7 @@ def rank_gallery(
     """For each of ``rows`` the target's rank, from 1, and the ``TOP`` best gallery indices."""
     scores = block_scores(encoded.composed[rows], encoded.gallery)
     references = encoded.references[rows] if isinstance(split, CirrSplit) else None
-    ranks = [None] * len(rows)
+    ranks: list[int | None] = [None] * len(rows)
     if encoded.targets is not None:
         ranks = (target_ranks(scores, encoded.targets[rows], references) + 1).tolist()
     return ranks, top_k(scores, TOP, references).tolist()

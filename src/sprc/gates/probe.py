@@ -10,7 +10,7 @@ The model's weights stay as they are. So "none" is not plain SPRC, which has lea
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -75,7 +75,7 @@ def probe(scorer: Scorer, split: Split) -> list[dict[str, Any]]:
     """
     rows = []
     for edit in tqdm(EDITS, desc="edits", unit="edit"):
-        with changed_edit(scorer.checkpoint.model.gated_fusion, edit):
+        with changed_edit(cast(nn.Module, scorer.checkpoint.model.gated_fusion), edit):
             (encoded,) = scorer.encode([split])
         rows.append({"edit": edit, **metrics([split], [rank_split(split, encoded)])})
     return rows

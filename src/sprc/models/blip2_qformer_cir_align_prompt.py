@@ -17,7 +17,7 @@ are never edited. Without it the model is plain SPRC and has no fusion parameter
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,9 @@ from sprc.models.qformer import ImageKeys, Layout, QFormer, ScaledImage, batch_o
 from sprc.models.switches import Switches
 from sprc.models.tokenizer import CaptionIds
 from sprc.models.vision import ClipViT, EvaViT
+
+# `image` and `target`, tensors, and `text_input`, a list of captions.
+Samples = dict[str, Any]
 
 
 class Text(NamedTuple):
@@ -115,7 +118,7 @@ class Blip2QformerCirAlignPrompt(nn.Module):
     @staticmethod
     def vision_transformer(config: ModelConfig) -> EvaViT | ClipViT:
         """The image encoder that ``config`` describes, with random weights."""
-        arguments = {
+        arguments: dict[str, Any] = {
             "image_size": config.image_size,
             "patch_size": config.patch_size,
             "width": config.vit_width,
@@ -140,7 +143,7 @@ class Blip2QformerCirAlignPrompt(nn.Module):
         """Where the parameters are."""
         return self.query_tokens.device
 
-    def forward(self, samples: dict[str, Tensor | list[str]]) -> dict[str, Tensor]:
+    def forward(self, samples: Samples) -> dict[str, Tensor]:
         """The losses of a batch of triplets.
 
         Args:
@@ -152,7 +155,7 @@ class Blip2QformerCirAlignPrompt(nn.Module):
         """
         return self.losses_of(self.embed(samples))
 
-    def read_images(self, samples: dict[str, Tensor | list[str]]) -> dict[str, Tensor | list[str]]:
+    def read_images(self, samples: Samples) -> Samples:
         """The samples with a frozen vision transformer's tokens in place of pixels; else as they are.
 
         So that what no gradient reaches is computed once where :meth:`embed` runs twice (gradient caching).
@@ -162,7 +165,7 @@ class Blip2QformerCirAlignPrompt(nn.Module):
         image, target = self.vit_tokens(torch.cat([samples["image"], samples["target"]])).chunk(2)
         return {**samples, "image": image, "target": target}
 
-    def embed(self, samples: dict[str, Tensor | list[str]]) -> dict[str, Tensor]:
+    def embed(self, samples: Samples) -> dict[str, Tensor]:
         """All that the losses need of a batch, see :meth:`embed_tokens`, and `temp`, which has no rows.
 
         A row depends on its own triplet alone: batches may be embedded in parts.
@@ -337,12 +340,12 @@ class Blip2QformerCirAlignPrompt(nn.Module):
         self, reference_embeds: Tensor | ScaledImage | ImageKeys, text: Text, strength: float = 1.0
     ) -> Tensor:
         """Fusion, then call 1: the sentence prompts (B, Q, C) of each reference and text."""
-        fusion = self.fuse(reference_embeds, text)
+        tokens = cast(Tensor, reference_embeds)  # with fusion on they are nothing else
+        fusion = self.fuse(tokens, text)
         if fusion is not None:
             if self.training:
-                self.diagnostics = fusion_diagnostics(fusion, reference_embeds, self.gated_fusion)
-            fused = fusion.fused
-            reference_embeds = fused if strength == 1 else reference_embeds.lerp(fused, strength)
+                self.diagnostics = fusion_diagnostics(fusion, tokens, self.gated_fusion)
+            reference_embeds = fusion.fused if strength == 1 else tokens.lerp(fusion.fused, strength)
         layout = text.call_1
         queries = self.Qformer.bert.embeddings(self.query_tokens.expand(layout.batch, -1, -1))
         rows = layout.rows(queries, self.Qformer.bert.embeddings(text.words, 0))
@@ -366,7 +369,8 @@ class Blip2QformerCirAlignPrompt(nn.Module):
         """Calls 2 and 4 as one batch of 2 B: f and p, (B, E) each, normalised."""
         calls = zip(self._embed_call_2(prompts, text), self._embed_call_4(text))
         queries, words = (torch.cat(pair) for pair in calls)
-        return self._cls_features(queries, words, text.calls_2_and_4).chunk(2)
+        f, p = self._cls_features(queries, words, text.calls_2_and_4).chunk(2)
+        return f, p
 
     def _embed_call_2(self, prompts: Tensor, text: Text) -> tuple[Tensor, Tensor]:
         """Queries (B, Q, C) without positions, and words (B, M, C)."""
@@ -387,7 +391,7 @@ class Blip2QformerCirAlignPrompt(nn.Module):
 
 @torch.no_grad()
 def fusion_diagnostics(
-    fusion: FusionOutput, reference_embeds: Tensor, module: nn.Module
+    fusion: FusionOutput, reference_embeds: Tensor, module: nn.Module | None
 ) -> dict[str, Tensor]:
     """Scalars to log: gate mean and spread (standard deviation), alpha, and mean |fused - image|.
 
@@ -398,7 +402,8 @@ def fusion_diagnostics(
         gate = at_least_float32(fusion.gate)
         values["gate_mean"] = gate.mean()
         values["gate_std"] = gate.std()
-    if hasattr(module, "alpha"):
-        values["alpha"] = module.alpha.detach().clone()
+    alpha = getattr(module, "alpha", None)
+    if alpha is not None:
+        values["alpha"] = alpha.detach().clone()
     values["mean_change"] = (at_least_float32(fusion.fused) - reference_embeds).abs().mean()
     return values

@@ -251,8 +251,8 @@ def vit_of_backbone(config: ModelConfig, left_out: dict[str, str], path: Path) -
     model_keys = {key: value for key, value in found.items() if key.startswith(VIT)}
     with torch.device("meta"):
         needed = Blip2QformerCirAlignPrompt.vision_transformer(config).state_dict()
-    vit = {VIT + key: model_keys.get(VIT + key) for key in needed}
-    if None in vit.values() or fingerprint(vit) != left_out["fingerprint"]:
+    vit = {VIT + key: model_keys[VIT + key] for key in needed if VIT + key in model_keys}
+    if len(vit) < len(needed) or fingerprint(vit) != left_out["fingerprint"]:
         raise InputError(
             f"{path} was trained on another {left_out['backbone']} backbone than the one in "
             f"{torch.hub.get_dir()}/checkpoints; use that one's files, or a checkpoint saved with --save-full"

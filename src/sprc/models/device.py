@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO, TypeVar
 
 import torch
 from torch import nn
@@ -33,6 +33,7 @@ OLDER_WHEEL_FROM = (5, 0)
 OLDER_WHEEL_DRIVER = 525
 # What CUDA_VISIBLE_DEVICES holds where no GPU is to be used; the last one is Slurm's.
 NO_GPU = ("", "-1", "NoDevFiles")
+M = TypeVar("M", bound=nn.Module)
 MOST_WORKERS = 12  # each holds batches in shared memory
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "float32"}
 
@@ -163,8 +164,8 @@ def try_gpu(device: torch.device, dtype: torch.dtype) -> None:
     gpu = f"{device} ({name}, compute capability {'.'.join(map(str, capability))})"
     wheel = f"PyTorch {torch.__version__} (CUDA {torch.version.cuda})"
     # AMD's have other names, and are not compared.
-    kernels = [re.fullmatch(r"(sm|compute)_(\d+)(\d)(\w?)", arch) for arch in torch.cuda.get_arch_list()]
-    kernels = [kernel for kernel in kernels if kernel is not None]
+    names = (re.fullmatch(r"(sm|compute)_(\d+)(\d)(\w?)", arch) for arch in torch.cuda.get_arch_list())
+    kernels = [kernel for kernel in names if kernel is not None]
     if kernels and not any(runs_on(kernel, capability) for kernel in kernels):
         least = min((int(kernel[2]), int(kernel[3])) for kernel in kernels)
         remedy = f"install {OLDER_WHEEL} ({INSTALL})"
@@ -222,6 +223,7 @@ def find_driver(root: Path = Path("/")) -> Driver | None:
     windows = root / "dev" / "dxg"
     if windows.exists() and any((root / "usr/lib/wsl/lib").glob("libcuda.so*")):
         nodes.append(windows)
+    text: str | None
     try:
         text = (root / "proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -363,7 +365,7 @@ def memory_of(device: torch.device) -> str:
     return f" ({free / 2**30:.1f} of {total / 2**30:.1f} GiB are free)"
 
 
-def place(model: nn.Module, device: torch.device) -> nn.Module:
+def place(model: M, device: torch.device) -> M:
     """Move to ``device``; on a GPU a frozen ViT keeps its large weights in float16, at half the memory.
 
     Raises :class:`OutOfResources` where the model does not fit.
@@ -381,14 +383,14 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
         ) from error
 
 
-def rest_vit(model: nn.Module) -> None:
+def rest_vit(model: Any) -> None:
     """Move a frozen vision transformer to the CPU's memory: 2 GB at ViT-g, idle where tokens are cached."""
     model.visual_encoder.to("cpu")
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def halve_frozen_vit(model: nn.Module) -> None:
+def halve_frozen_vit(model: Any) -> None:
     """Keep the matrices of a frozen ViT in float16, as LAVIS does; encode_image runs it under autocast."""
     if model.config.freeze_vit:
         for module in model.visual_encoder.modules():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -16,6 +16,8 @@ from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPromp
 from sprc.models.tokenizer import bert_tokenizer, make_vocabulary, tokenizer_from_vocabulary
 from sprc.models.vision import resize_positions
 from sprc.models.weights import read_weights, state_of
+
+M = TypeVar("M", bound=Blip2QformerCirAlignPrompt)
 
 MODELS = {"blip2_cir_align_prompt": Blip2QformerCirAlignPrompt}
 
@@ -31,13 +33,13 @@ def model_class(name: str) -> type[Blip2QformerCirAlignPrompt]:
 
 
 def create_model(
-    cls: type[Blip2QformerCirAlignPrompt],
+    cls: type[M],
     backbone: str,
     *,
     captions: Iterable[str] = (),
     vocab: Path | None = None,
     **switches: Any,
-) -> Blip2QformerCirAlignPrompt:
+) -> M:
     """A model to train, with its backbone's weights.
 
     Args:

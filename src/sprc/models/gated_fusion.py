@@ -18,7 +18,7 @@ gradient stays half.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -114,12 +114,12 @@ class DeltaFusion(FusionModule):
         *,
         dropout: float = 0.1,
         start: str = "random",
-        **options: float | str,
+        **options: Any,
     ) -> None:
         super().__init__(image_width, text_width, **options)
-        self.delta_mlp = mlp(image_width, image_width, dropout)
+        self.delta_mlp = Mlp(image_width, image_width, dropout)
         if start == "identity":
-            start_at_zero(self.delta_mlp[-1])
+            start_at_zero(self.delta_mlp.last)
 
     def edit(self, image_embeds: Tensor, t: Tensor) -> FusionOutput:
         """See :meth:`FusionModule.edit`."""
@@ -143,29 +143,39 @@ def start_at_zero(layer: nn.Linear) -> None:
     nn.init.zeros_(layer.bias)
 
 
-def mlp(in_width: int, out_width: int, dropout: float) -> nn.Sequential:
+class Mlp(nn.Sequential):
     """Linear, LayerNorm, ReLU, Dropout, Linear: the network of the gates, of delta and of the residual."""
-    return nn.Sequential(
-        nn.Linear(in_width, out_width),
-        nn.LayerNorm(out_width),
-        nn.ReLU(),
-        nn.Dropout(dropout),
-        nn.Linear(out_width, out_width),
-    )
+
+    def __init__(self, in_width: int, out_width: int, dropout: float) -> None:
+        first, last = nn.Linear(in_width, out_width), nn.Linear(out_width, out_width)
+        super().__init__(first, nn.LayerNorm(out_width), nn.ReLU(), nn.Dropout(dropout), last)
+
+    @property
+    def first(self) -> nn.Linear:
+        """The layer that reads the input."""
+        return cast(nn.Linear, self[0])
+
+    @property
+    def last(self) -> nn.Linear:
+        """The layer that makes the output."""
+        return cast(nn.Linear, self[-1])
 
 
-def gate_values(gate_mlp: nn.Sequential, image_embeds: Tensor, t: Tensor) -> Tensor:
+def gate_values(gate_mlp: Mlp, image_embeds: Tensor, t: Tensor) -> Tensor:
     """sigmoid(MLP_g([I ; t])), (B, N, D), without building the 2D-wide concatenation.
 
     The first layer's weight is [W_i, W_t], so W [I ; t] + b = W_i I + (W_t t + b), and the bracket is
     one row a sample. Same parameters and result as the written formula, at 2 N D^2 instead of 3 N D^2.
     """
-    first, *rest = gate_mlp
-    image_weight, text_weight = first.weight.split(image_embeds.shape[-1], dim=1)
-    hidden = F.linear(image_embeds, image_weight) + F.linear(t, text_weight, first.bias)
-    for layer in rest:
+    return torch.sigmoid(mlp_of_pair(gate_mlp, image_embeds, t))
+
+
+def mlp_of_pair(layers: Mlp, image_embeds: Tensor, t: Tensor) -> Tensor:
+    """MLP([I ; t]), (B, N, K), its first layer by :func:`linear_of_pair`."""
+    hidden = linear_of_pair(layers.first.weight, layers.first.bias, image_embeds, t)
+    for layer in [*layers][1:]:
         hidden = layer(hidden)
-    return torch.sigmoid(hidden)
+    return hidden
 
 
 def linear_of_pair(weight: Tensor, bias: Tensor | None, image_embeds: Tensor, t: Tensor) -> Tensor:
@@ -192,10 +202,10 @@ class GatedFusionModule(DeltaFusion):
         *,
         dropout: float = 0.1,
         alpha_init: float = 0.5,
-        **options: str,
+        **options: Any,
     ) -> None:
         super().__init__(image_width, text_width, dropout=dropout, **options)
-        self.gate_mlp = mlp(2 * image_width, image_width, dropout)
+        self.gate_mlp = Mlp(2 * image_width, image_width, dropout)
         self.alpha = nn.Parameter(torch.tensor(float(alpha_init)))
 
     def fuse(self, image_embeds: Tensor, t: Tensor, delta: Tensor) -> FusionOutput:
@@ -208,9 +218,7 @@ class GatedFusionModule(DeltaFusion):
 class AdditiveFusion(DeltaFusion):
     """fused = I + alpha * delta: every token moves by the same step; there is no gate."""
 
-    def __init__(
-        self, image_width: int, text_width: int, *, alpha_init: float = 0.5, **options: float | str
-    ) -> None:
+    def __init__(self, image_width: int, text_width: int, *, alpha_init: float = 0.5, **options: Any) -> None:
         super().__init__(image_width, text_width, **options)
         self.alpha = nn.Parameter(torch.tensor(float(alpha_init)))
 
@@ -223,11 +231,9 @@ class AdditiveFusion(DeltaFusion):
 class WeightedFusion(DeltaFusion):
     """fused = gate * (I + delta) + (1 - gate) * I, which is I + gate * delta: gated with alpha fixed at 1."""
 
-    def __init__(
-        self, image_width: int, text_width: int, *, dropout: float = 0.1, **options: float | str
-    ) -> None:
+    def __init__(self, image_width: int, text_width: int, *, dropout: float = 0.1, **options: Any) -> None:
         super().__init__(image_width, text_width, dropout=dropout, **options)
-        self.gate_mlp = mlp(2 * image_width, image_width, dropout)
+        self.gate_mlp = Mlp(2 * image_width, image_width, dropout)
 
     def fuse(self, image_embeds: Tensor, t: Tensor, delta: Tensor) -> FusionOutput:
         """See the class."""
@@ -249,9 +255,7 @@ class FilmFusion(FusionModule):
     With the identity start the projection starts at zero: gamma = 1, beta = 0.
     """
 
-    def __init__(
-        self, image_width: int, text_width: int, *, start: str = "random", **options: float | str
-    ) -> None:
+    def __init__(self, image_width: int, text_width: int, *, start: str = "random", **options: Any) -> None:
         super().__init__(image_width, text_width, **options)
         self.generator = nn.Linear(image_width, 2 * image_width)  # dgamma, then beta
         if start == "identity":
@@ -288,25 +292,22 @@ class TirgFusion(FusionModule):
         *,
         dropout: float = 0.1,
         start: str = "random",
-        **options: float | str,
+        **options: Any,
     ) -> None:
         super().__init__(image_width, text_width, **options)
-        self.gate_mlp = mlp(2 * image_width, image_width, dropout)
-        self.res_mlp = mlp(2 * image_width, image_width, dropout)
+        self.gate_mlp = Mlp(2 * image_width, image_width, dropout)
+        self.res_mlp = Mlp(2 * image_width, image_width, dropout)
         self.w_g = nn.Parameter(torch.tensor(1.0))
         self.w_r = nn.Parameter(torch.tensor(1.0))
         if start == "identity":
-            start_at_zero(self.gate_mlp[-1])
-            start_at_zero(self.res_mlp[-1])
+            start_at_zero(self.gate_mlp.last)
+            start_at_zero(self.res_mlp.last)
             nn.init.constant_(self.w_g, 2.0)
 
     def edit(self, image_embeds: Tensor, t: Tensor) -> FusionOutput:
         """See the class."""
         gate = gate_values(self.gate_mlp, image_embeds, t)
-        first, *rest = self.res_mlp
-        residual = linear_of_pair(first.weight, first.bias, image_embeds, t)
-        for layer in rest:
-            residual = layer(residual)
+        residual = mlp_of_pair(self.res_mlp, image_embeds, t)
         # With an axis w_r promotes the residual; a scalar would be rounded to the residual's type.
         return FusionOutput(self.w_g * (gate * image_embeds) + self.w_r[None] * residual, gate, None)
 
@@ -330,9 +331,7 @@ class GmuFusion(FusionModule):
         InputError: for the identity start. A mix of two tanh lies in (-1, 1) and cannot be the token itself.
     """
 
-    def __init__(
-        self, image_width: int, text_width: int, *, start: str = "random", **options: float | str
-    ) -> None:
+    def __init__(self, image_width: int, text_width: int, *, start: str = "random", **options: Any) -> None:
         if start == "identity":
             raise InputError(
                 "fusion_strategy='gmu' has no identity start, since its tokens go through tanh; "

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from sprc.distributed import of_all_ranks, rank, world_size
 
@@ -15,13 +16,13 @@ class GatherRows(torch.autograd.Function):
     """The rows of all ranks, in their order; a row's gradient is the sum of all ranks' gradients of it."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, rows: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
         """(B, ...) on each rank to (ranks * B, ...) on all of them."""
         ctx.count = len(rows)
         return of_all_ranks(rows).flatten(0, 1)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         """(ranks * B, ...) to this rank's (B, ...)."""
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)

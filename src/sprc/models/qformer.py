@@ -12,12 +12,11 @@ Shapes: B batch, Q queries, M text tokens, L = Q + M, R rows, C hidden width, N 
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Union, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 
 # For each layer the image's keys and values, (B, N, C) each; None for a layer without cross-attention.
 ImageKeys = list[Optional[tuple[Tensor, Tensor]]]
@@ -34,6 +33,10 @@ class ScaledImage(NamedTuple):
     tokens: Tensor  # (B, N, D), without gradient
     weight: Tensor  # (D,)
     bias: Tensor  # (D,)
+
+
+# What a layer sees of the images: tokens, or keys and values.
+Seen = Union[Tensor, ScaledImage, tuple[Tensor, Tensor], None]
 
 
 def compute_type(like: Tensor) -> torch.dtype:
@@ -56,7 +59,9 @@ def batch_of(image: Tensor | ScaledImage | ImageKeys) -> int:
     """B."""
     if isinstance(image, ScaledImage):
         return len(image.tokens)
-    return len(image if isinstance(image, Tensor) else image[0][0])
+    if isinstance(image, Tensor):
+        return len(image)
+    return next(len(keys[0]) for keys in image if keys is not None)
 
 
 class Layout(NamedTuple):
@@ -101,7 +106,7 @@ class Layout(NamedTuple):
 
     def pad(self, rows: Tensor) -> Tensor:
         """(R, C) to (B, L, C), zeros where nothing is seen."""
-        if self.place is None:
+        if self.place is None or self.bias is None:
             return rows.unflatten(0, (self.batch, -1))
         length = self.bias.shape[-1]
         return Spread.apply(rows, self.place, self.batch * length).unflatten(0, (self.batch, length))
@@ -116,14 +121,14 @@ class Pick(torch.autograd.Function):
     """``rows[places]``, no row twice, so that the gradient is a copy; torch's own adds row by row."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, rows: Tensor, places: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:
         """(P, C) and (R,) to (R, C)."""
         ctx.save_for_backward(places)
         ctx.length = len(rows)
         return rows.index_select(0, places)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         """(R, C) to (P, C)."""
         (places,) = ctx.saved_tensors
         return grad.new_zeros(ctx.length, grad.shape[1]).index_copy(0, places, grad), None
@@ -133,13 +138,13 @@ class Spread(torch.autograd.Function):
     """The reverse: each of the R rows to its place among ``length``, zeros elsewhere."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, rows: Tensor, places: Tensor, length: int) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, places: Tensor, length: int) -> Tensor:
         """(R, C) and (R,) to (length, C)."""
         ctx.save_for_backward(places)
         return rows.new_zeros(length, rows.shape[1]).index_copy(0, places, rows)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         """(length, C) to (R, C)."""
         (places,) = ctx.saved_tensors
         return grad.index_select(0, places), None, None
@@ -181,7 +186,8 @@ class QFormer(nn.Module):
         self.cls = nn.ModuleDict({"predictions": LanguageModelHead(vocab_size, hidden_size, norm_eps)})
         self.apply(lambda module: initialise(module, initializer_range))
         # Tied in LAVIS too: one tensor under two names, so the head follows the words it predicts.
-        self.cls["predictions"].decoder.weight = self.bert.embeddings.word_embeddings.weight
+        head = cast(LanguageModelHead, self.cls["predictions"])
+        head.decoder.weight = self.bert.embeddings.word_embeddings.weight
 
 
 def initialise(module: nn.Module, std: float) -> None:
@@ -202,12 +208,17 @@ class Bert(nn.Module):
         self.embeddings = embeddings
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
 
+    @property
+    def layers(self) -> list[Layer]:
+        """In their order."""
+        return cast("list[Layer]", list(cast(nn.ModuleList, self.encoder["layer"])))
+
     def image_keys(self, image: Tensor) -> ImageKeys:
         """(B, N, D) image tokens to what :meth:`forward` takes in their place, for an image read twice."""
-        image = cast_once(image)
+        tokens = cast_once(image)
         return [
-            None if layer.crossattention is None else layer.crossattention.self.keys_values(image)
-            for layer in self.encoder["layer"]
+            None if layer.crossattention is None else layer.crossattention.self.keys_values(tokens)
+            for layer in self.layers
         ]
 
     def forward(
@@ -231,8 +242,9 @@ class Bert(nn.Module):
         """
         if isinstance(image, (Tensor, ScaledImage)):
             image = cast_once(image)
-        *layers, last = self.encoder["layer"]
-        *images, last_image = image if isinstance(image, list) else [image] * (len(layers) + 1)
+        *layers, last = self.layers
+        seen_by = cast("list[Seen]", image if isinstance(image, list) else [image] * (len(layers) + 1))
+        *images, last_image = seen_by
         has_image = image is not None
         for layer, seen in zip(layers, images):
             hidden = layer(hidden, layout, seen, has_image)
@@ -298,7 +310,7 @@ class Layer(nn.Module):
         self,
         hidden: Tensor,
         layout: Layout,
-        image: Tensor | ScaledImage | tuple[Tensor, Tensor] | None,
+        image: Seen,
         has_image: bool,
         wanted: int | None = None,
     ) -> Tensor:
@@ -308,7 +320,7 @@ class Layer(nn.Module):
             return self.output(self.intermediate(hidden), hidden)
         num_queries = layout.batch * layout.num_queries
         queries, text = hidden[:num_queries], hidden[num_queries:]
-        if self.crossattention is not None:
+        if self.crossattention is not None and image is not None:
             queries = self.crossattention.to_image(queries, layout, image)
         queries = self.output_query(self.intermediate_query(queries), queries)
         if len(text) == 0:
@@ -340,7 +352,10 @@ class Attention(nn.Module):
         self, queries: Tensor, layout: Layout, image: Tensor | ScaledImage | tuple[Tensor, Tensor]
     ) -> Tensor:
         """The (B * Q, C) queries ask their images: (B, N, D) tokens, or their keys and values."""
-        key, value = image if type(image) is tuple else self.self.keys_values(image)
+        if isinstance(image, (Tensor, ScaledImage)):
+            key, value = self.self.keys_values(image)
+        else:
+            key, value = image
         query = self.self.query(queries).unflatten(0, (layout.batch, -1))
         return self.output(self.self(query, key, value).flatten(0, 1), queries)
 

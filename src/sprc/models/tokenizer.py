@@ -107,17 +107,18 @@ def _cached_vocabulary() -> Path:
         if found := _find(name, local_files_only=True):
             return Path(found)
     # The hub's own client tries for minutes where nothing answers.
-    found = []
-    fetching = Thread(target=lambda: found.append(_find(HUB_NAMES[0], local_files_only=False)), daemon=True)
+    fetched: list[str | None] = []
+    fetching = Thread(target=lambda: fetched.append(_find(HUB_NAMES[0], local_files_only=False)), daemon=True)
     fetching.start()
     fetching.join(HUB_SECONDS)
-    if not (found and found[0]):
+    path = fetched[0] if fetched else None
+    if not path:
         raise InputError(
             "the vocabulary of bert-base-uncased is not in the local cache and could not be fetched; run "
             "once with network access, copy ~/.cache/huggingface from a machine that has it, or give "
             "--vocab FILE (its vocab.txt)"
         )
-    return Path(found[0])
+    return Path(path)
 
 
 def _find(name: str, *, local_files_only: bool) -> str | None:

@@ -6,6 +6,9 @@ names are LAVIS's. Sources: EVA, Fang et al. 2022; CLIP, Radford et al. 2021.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,8 +44,10 @@ class EvaViT(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=initializer_range)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for index, block in enumerate(self.blocks, start=1):  # deeper residual branches start smaller
-            for linear in (block.attn.proj, block.mlp["fc2"]):
+        for index, block in enumerate(
+            cast("Iterable[EvaBlock]", self.blocks), start=1
+        ):  # deeper residual branches start smaller
+            for linear in (block.attn.proj, cast(nn.Linear, block.mlp["fc2"])):
                 linear.weight.data.div_((2 * index) ** 0.5)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -120,7 +125,7 @@ class ClipViT(nn.Module):
         patches = self.conv1(image).flatten(2).transpose(1, 2)  # (B, N - 1, D)
         cls = self.class_embedding.expand(len(image), 1, -1)
         tokens = self.ln_pre(torch.cat([cls, patches], dim=1) + self.positional_embedding)
-        for block in self.transformer["resblocks"]:
+        for block in cast(nn.ModuleList, self.transformer["resblocks"]):
             tokens = block(tokens)
         return tokens
 

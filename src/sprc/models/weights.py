@@ -142,7 +142,7 @@ def _verified(path: Path, again: str) -> dict[str, Any]:
     record = _record_of(path)
     before = _read_record(record)
     status = path.stat()
-    looks = {
+    looks: dict[str, Any] = {
         "size": status.st_size,
         "modified_ns": status.st_mtime_ns,
         "changed_ns": status.st_ctime_ns,

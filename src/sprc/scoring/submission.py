@@ -7,11 +7,11 @@ from sprc.data.cirr import CirrSplit, load_cirr
 from sprc.distributed import from_main
 from sprc.errors import InputError
 from sprc.files import compact_json, write_atomically
-from sprc.gates.maps import TOP
 from sprc.models.device import start_device
 from sprc.scoring.encoding import EncodedSplit
 from sprc.scoring.recall import rank_split
 from sprc.scoring.scorer import Scorer
+from sprc.scoring.validation import TOP
 
 TOP_IN_SET = 3
 # Where CIRR's authors score test1, and the largest file that is taken there.

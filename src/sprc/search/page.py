@@ -24,7 +24,7 @@ from sprc.data.cirr import load_cirr
 from sprc.data.transforms import denormalise
 from sprc.errors import InputError
 from sprc.figures import FIXED, OPACITY, colored, own_scale
-from sprc.gates.maps import fusion_maps
+from sprc.models.fusion_maps import fusion_maps
 from sprc.search.index import printable
 from sprc.search.indexing import FORMATS
 from sprc.search.pictures import open_thumbnail, read_picture, thumbnail

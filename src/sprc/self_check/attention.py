@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,7 +55,9 @@ class Kernels(TorchDispatchMode):
         super().__init__()
         self.chosen = MATH
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         name = func._schema.name.removeprefix("aten::")
         if name.startswith("_scaled_dot_product_"):
             self.chosen = (
@@ -70,7 +73,7 @@ def watched_attention() -> Iterator[dict[str, str]]:
     compute = F.scaled_dot_product_attention
 
     def watched(
-        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: float
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any
     ) -> Tensor:
         with Kernels() as kernels:
             result = compute(query, key, value, attn_mask=attn_mask, **options)
@@ -79,7 +82,7 @@ def watched_attention() -> Iterator[dict[str, str]]:
         seen[what] = kernels.chosen
         return result
 
-    F.scaled_dot_product_attention = watched
+    F.scaled_dot_product_attention = watched  # type: ignore[assignment]
     try:
         yield seen
     finally:

@@ -1,18 +1,27 @@
 """The device's numbers against a CPU's in float64 or float32: the vision transformer, losses, gradients."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from copy import deepcopy
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sprc.config import AMP
 from sprc.models.device import place
 from sprc.models.gated_fusion import FUSION_STRATEGIES
 from sprc.self_check.report import FAIL, OK, Line, bounded
-from sprc.self_check.setting import LOSS_WEIGHTS, Samples, Setting, distance, fill_vit, pixels, take_gradients
+from sprc.self_check.setting import (
+    Model,
+    Samples,
+    Setting,
+    distance,
+    fill_vit,
+    pixels,
+    take_gradients,
+    weighted,
+)
 
 # Half of the last digit: what rounding a value to the type changes, at most and relative.
 ROUNDOFF = {"off": 2.0**-24, "bf16": 2.0**-8, "fp16": 2.0**-11}
@@ -44,7 +53,7 @@ def check_vit(setting: Setting) -> Iterator[Line]:
     vit = model.visual_encoder
     # A CPU's float32 is exact enough for a GPU's float16; for its own float32 it is not.
     exact = vit(images[:1]) if setting.on_gpu else deepcopy(vit).double()(images[:1].double())
-    depth = len(vit.blocks)
+    depth = len(cast(Sized, vit.blocks))
     on_device = place(model, setting.device)
     # The tokens themselves stay float32: what is rounded, about 4 times each, are a block's two branches.
     unit, told = (ROUNDOFF["fp16"], "2^-11") if setting.on_gpu else (64 * ROUNDOFF["off"], "2^-18")
@@ -82,20 +91,25 @@ class Exact(NamedTuple):
     gradients: dict[str, Tensor]  # and by the parameters
 
 
-def exact_of(model: nn.Module, samples: Samples) -> Exact:
+def exact_of(model: Model, samples: Samples) -> Exact:
     """In float64; the model itself stays as it is."""
     model = deepcopy(model).double()
     embeddings = model.embed(samples)
     for value in embeddings.values():
         value.retain_grad()
     losses = model.losses_of(embeddings)
-    sum(LOSS_WEIGHTS[name] * loss for name, loss in losses.items()).backward()
+    weighted(losses).backward()
     return Exact(
         {name: value.detach() for name, value in embeddings.items()},
         {name: loss.item() for name, loss in losses.items()},
-        {name: value.grad for name, value in embeddings.items()},
+        {name: gradient_of(value) for name, value in embeddings.items()},
         take_gradients(model),
     )
+
+
+def gradient_of(value: Tensor) -> Tensor:
+    """Of a value that has one."""
+    return cast(Tensor, value.grad)
 
 
 def check_gradients(setting: Setting) -> Iterator[Line]:
@@ -121,7 +135,7 @@ def check_gradients(setting: Setting) -> Iterator[Line]:
 
 
 def errors_of(
-    setting: Setting, model: nn.Module, samples: Samples, amp: str, exact: Exact
+    setting: Setting, model: Model, samples: Samples, amp: str, exact: Exact
 ) -> dict[str, tuple[float, str]]:
     """How far losses and gradients are off, and of what."""
     scale = 2.0**16 if amp == "fp16" else 1.0  # where torch's scaler starts
@@ -143,7 +157,7 @@ def errors_of(
         part = name if value.dim() == 0 else name.split(".")[0]
         parts.setdefault(part, {})[name] = value
     of_parts = {part: distance(found, values) for part, values in parts.items()}
-    part = max(of_parts, key=of_parts.get)
+    part = max(of_parts, key=lambda name: of_parts[name])
     loss = max(abs(losses[name].item() / value - 1) for name, value in exact.losses.items())
     errors = {"losses": (loss, ""), "gradient": (distance(found, exact.gradients), "")}
     if amp == "off":  # the losses are float32 in every precision
@@ -151,13 +165,13 @@ def errors_of(
     return errors | {"parts": (of_parts[part], f", {part}")}
 
 
-def upstream_of(setting: Setting, model: nn.Module, exact: Exact) -> dict[str, Tensor]:
+def upstream_of(setting: Setting, model: Model, exact: Exact) -> dict[str, Tensor]:
     """The losses' gradients by the exact embeddings."""
     leaves = {
         name: value.float().to(setting.device).requires_grad_() for name, value in exact.embeddings.items()
     }
-    sum(LOSS_WEIGHTS[name] * loss for name, loss in model.losses_of(leaves).items()).backward()
-    return {name: value.grad.cpu().double() for name, value in leaves.items()}
+    weighted(model.losses_of(leaves)).backward()
+    return {name: gradient_of(value).cpu().double() for name, value in leaves.items()}
 
 
 def line_of(amp: str, found: dict[str, tuple[float, str]]) -> Line:

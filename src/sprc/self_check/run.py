@@ -36,7 +36,7 @@ CHECKS: dict[str, Check] = {
 def list_checks() -> None:
     """Print each check's name and what it looks at."""
     for name, check in CHECKS.items():
-        print(f"{name:<12}{check.__doc__.splitlines()[0]}")
+        print(f"{name:<12}{(check.__doc__ or '').splitlines()[0]}")
 
 
 def self_check(

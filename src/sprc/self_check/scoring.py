@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor
 
@@ -31,11 +32,11 @@ def check_scoring(setting: Setting) -> Iterator[Line]:
         return triplets[int(path.name)]["image"]
 
     for dtype in ("float32", "float16"):
-        encoded = []
-        for one in (model, setting.placed(model)):
-            arguments = {"batch_size": 10, "num_workers": 0, "gallery_dtype": dtype}
-            encoded.append(encode_split(one, split, load, **arguments))
-        yield compare(split, *encoded, dtype)
+        wanted, found = (
+            encode_split(one, split, load, batch_size=10, num_workers=0, gallery_dtype=dtype)
+            for one in (model, setting.placed(model))
+        )
+        yield compare(split, wanted, found, dtype)
 
 
 def made_queries(names: list[str]) -> list[Triplet]:
@@ -52,8 +53,9 @@ def compare(split: CirrSplit, wanted: EncodedSplit, found: EncodedSplit, dtype: 
     scores = block_scores(wanted.composed, wanted.gallery)
     error = float((block_scores(found.composed, found.gallery) - scores).abs().max())
     rankings = [rank_split(split, encoded) for encoded in (wanted, found)]
-    moved = (rankings[0].ranks - rankings[1].ranks).abs()
-    level = level_with_target(scores, wanted.targets, TIES[dtype])
+    ranks = [cast(Tensor, ranking.ranks) for ranking in rankings]
+    moved = (ranks[0] - ranks[1]).abs()
+    level = level_with_target(scores, cast(Tensor, wanted.targets), TIES[dtype])
     wrong = int((moved > level).sum())
     values = [metrics([split], [ranking]) for ranking in rankings]
     difference = max(abs(values[0][name] - values[1][name]) for name in values[0])

@@ -1,24 +1,26 @@
 """What the checks run on: a device, shapes, and models, batches and pictures that are made, not fetched."""
 
+import math
 import random
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import BertTokenizer
 
 from sprc.config import ModelConfig
-from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
+from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt, Samples
 from sprc.models.device import place, precision
 from sprc.models.tokenizer import make_vocabulary, tokenizer_from_vocabulary
 
+Model = Blip2QformerCirAlignPrompt
 LOSS_WEIGHTS = {"loss_itc": 1.0, "loss_rtc": 0.4, "loss_align": 0.4}  # CIRR's
 SENTENCE = (
     "make the a same dog with its mouth open and on grass instead of wood remove person add more two fewer "
@@ -26,8 +28,6 @@ SENTENCE = (
 )
 WORDS = SENTENCE.split()
 FEW_WORDS = 200  # a vocabulary where the size of the published one would only cost time
-
-Samples = dict[str, Tensor | list[str]]
 
 
 class Shapes(NamedTuple):
@@ -76,18 +76,19 @@ class Setting:
         """Whether there is a GPU to be checked."""
         return self.device.type == "cuda"
 
-    def model(self, *, layers: int | None = None, words: int = FEW_WORDS, **changes: Any) -> nn.Module:
+    def model(self, *, layers: int | None = None, words: int = FEW_WORDS, **changes: Any) -> Model:
         """A seeded model on the CPU in float32, in training mode; its vision transformer has one block."""
-        values = {"vit_depth": 1, "num_layers": layers or self.shapes.layers, "vocab_size": words}
-        width = ModelConfig(**self.shapes.model).hidden_size
+        values: dict[str, Any] = {"vit_depth": 1, "vocab_size": words}
+        values["num_layers"] = layers or self.shapes.layers
+        width = ModelConfig(**cast(Any, self.shapes.model)).hidden_size
         # BERT's 0.02 leaves random layers nearly blind to what they read.
         values["initializer_range"] = width**-0.5
         config = ModelConfig(**{**self.shapes.model, **values, **changes})
         tokenizer = made_tokenizer(words)
         torch.manual_seed(0)
-        return Blip2QformerCirAlignPrompt(config, tokenizer)
+        return Model(config, tokenizer)
 
-    def placed(self, model: nn.Module) -> nn.Module:
+    def placed(self, model: Model) -> Model:
         """A copy of ``model`` on the device, as training places it."""
         return place(deepcopy(model), self.device)
 
@@ -134,7 +135,7 @@ class MadeTriplets(Dataset):
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> dict[str, Tensor | str]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         image, target = torch.randn(self.shape, generator=torch.Generator().manual_seed(index)).half()
         return {"image": image, "target": target, "text_input": caption(index)}
 
@@ -153,7 +154,7 @@ def caption(index: int) -> str:
     return " ".join(draw.choices(WORDS, k=draw.randint(3, 20)))
 
 
-def fill_vit(model: nn.Module, depth: int) -> None:
+def fill_vit(model: Model, depth: int) -> None:
     """Give ``model`` a vision transformer of ``depth`` blocks: drawing a billion numbers takes half a minute.
 
     So one block is drawn, and each of the others has its numbers in another order.
@@ -194,7 +195,12 @@ def make_pictures(folder: Path, count: int, size: tuple[int, int]) -> list[Path]
     return paths
 
 
-def take_gradients(model: nn.Module, scale: float = 1.0) -> dict[str, Tensor]:
+def weighted(losses: dict[str, Tensor]) -> Tensor:
+    """The loss that training takes the gradient of."""
+    return cast(Tensor, sum(LOSS_WEIGHTS[name] * loss for name, loss in losses.items()))
+
+
+def take_gradients(model: Model, scale: float = 1.0) -> dict[str, Tensor]:
     """Each gradient on the CPU in float64, divided by ``scale``; the model then has none."""
     found = {
         name: parameter.grad.cpu().double() / scale
@@ -207,5 +213,5 @@ def take_gradients(model: nn.Module, scale: float = 1.0) -> dict[str, Tensor]:
 
 def distance(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     """Norm of the difference over the norm of what is wanted, all tensors taken together."""
-    apart = sum((found[name] - value).square().sum() for name, value in wanted.items())
-    return float((apart / sum(value.square().sum() for value in wanted.values())).sqrt())
+    apart = sum(float((found[name] - value).square().sum()) for name, value in wanted.items())
+    return math.sqrt(apart / sum(float(value.square().sum()) for value in wanted.values()))

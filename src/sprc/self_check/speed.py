@@ -7,7 +7,6 @@ from itertools import cycle, islice
 from typing import NamedTuple
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
 from sprc.data.datasets import ImageDataset, SteadyLoader
@@ -16,7 +15,7 @@ from sprc.data.transforms import make_transform
 from sprc.errors import ran_out_of_memory
 from sprc.models.device import own_cores, place
 from sprc.self_check.report import FAIL, NOTE, OK, Line
-from sprc.self_check.setting import LOSS_WEIGHTS, Samples, Setting, fill_vit, make_pictures, pixels
+from sprc.self_check.setting import Model, Samples, Setting, fill_vit, make_pictures, pixels, weighted
 from sprc.training.grad_cache import Embedder, GradCache
 from sprc.training.loop import make_optimizer
 
@@ -72,7 +71,7 @@ def check_speed(setting: Setting) -> Iterator[Line]:
         yield advised(source, cost, room, rates)
 
 
-def speed_model(setting: Setting, fusion: bool) -> nn.Module:
+def speed_model(setting: Setting, fusion: bool) -> Model:
     """On the device: all layers and, on a GPU, the published vocabulary and the whole vision transformer."""
     words = {"words": VOCABULARY} if setting.shapes.large_batch == BATCH else {}
     model = setting.model(layers=setting.shapes.all_layers, use_gated_fusion=fusion, **words)
@@ -81,7 +80,7 @@ def speed_model(setting: Setting, fusion: bool) -> nn.Module:
     return place(model, setting.device)
 
 
-def largest_that_fits(setting: Setting, model: nn.Module, source: str) -> tuple[Cost | None, int]:
+def largest_that_fits(setting: Setting, model: Model, source: str) -> tuple[Cost | None, int]:
     """The cost at the largest batch that fits, halved from the first, and the size that did not fit, or 0."""
     batch, lost = setting.shapes.large_batch, 0
     while batch:
@@ -97,7 +96,7 @@ def largest_that_fits(setting: Setting, model: nn.Module, source: str) -> tuple[
     return None, lost
 
 
-def cost_of(setting: Setting, model: nn.Module, source: str, batch: int, chunk: int = 0) -> Cost:
+def cost_of(setting: Setting, model: Model, source: str, batch: int, chunk: int = 0) -> Cost:
     """Time and peak memory of training steps; in chunks where ``chunk`` is not 0."""
     step = step_of(setting, model, source, batch, chunk)
     if setting.on_gpu:
@@ -111,7 +110,7 @@ def cost_of(setting: Setting, model: nn.Module, source: str, batch: int, chunk: 
     return Cost(batch, seconds, peak if peak > 2**20 else 0)
 
 
-def step_of(setting: Setting, model: nn.Module, source: str, batch: int, chunk: int) -> Callable[[], None]:
+def step_of(setting: Setting, model: Model, source: str, batch: int, chunk: int) -> Callable[[], None]:
     """A training step in the precision of --amp auto."""
     samples = setting.samples(model.config, batch)
     if source == "pixels":
@@ -124,7 +123,7 @@ def step_of(setting: Setting, model: nn.Module, source: str, batch: int, chunk: 
 
 
 def take_step(
-    model: nn.Module,
+    model: Model,
     optimizer: Optimizer,
     samples: Samples,
     cache: GradCache | None,
@@ -134,7 +133,7 @@ def take_step(
     optimizer.zero_grad(set_to_none=True)
     with mixed_precision():
         losses = cache.losses(samples) if cache else model(samples)
-        total = sum(LOSS_WEIGHTS[name] * loss for name, loss in losses.items())
+        total = weighted(losses)
     total.backward()
     if cache:
         cache.backward()
@@ -152,7 +151,7 @@ def seconds_of(setting: Setting, work: Callable[[], object], times: int) -> floa
 
 
 @torch.no_grad()
-def images_a_second(setting: Setting, model: nn.Module) -> float:
+def images_a_second(setting: Setting, model: Model) -> float:
     """Of the vision transformer."""
     images = pixels(model.config, setting.shapes.large_batch).to(setting.device)
     model.vit_tokens(images)
@@ -184,7 +183,7 @@ def loader_rates(setting: Setting) -> Generator[Line, None, dict[int, float]]:
     return rates
 
 
-def room_of(setting: Setting, model: nn.Module, source: str, cost: Cost) -> str:
+def room_of(setting: Setting, model: Model, source: str, cost: Cost) -> str:
     """What else fits: larger batches, from what half of this takes; or, in chunks, the one that does not."""
     if cost.batch < BATCH:
         return f"in chunks of {cost.batch}: {cost_of(setting, model, source, BATCH, cost.batch)}"

@@ -6,8 +6,10 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +17,27 @@ from torch import Tensor, nn
 from sprc.errors import Interrupted
 from sprc.self_check.numerics import BECAUSE, BOUND, OTHER_WHEEL
 from sprc.self_check.report import FAIL, OK, SKIP, Line, bounded
-from sprc.self_check.setting import LOSS_WEIGHTS, MadeTriplets, Samples, Setting, distance, take_gradients
+from sprc.self_check.setting import (
+    LOSS_WEIGHTS,
+    MadeTriplets,
+    Model,
+    Samples,
+    Setting,
+    distance,
+    take_gradients,
+    weighted,
+)
 from sprc.training.grad_cache import Embedder, GradCache
 from sprc.training.loop import Trainer, TrainingConfig
 
 PRECISIONS = ("off", "bf16", "fp16")
 STEPS = 5
 LEARNING_RATE = 1e-4
-NO_DROPOUT = {"dropout": 0.0, "fusion_dropout": 0.0}
+NO_DROPOUT: dict[str, Any] = {"dropout": 0.0, "fusion_dropout": 0.0}
 
 
 def make_trainer(
-    setting: Setting, model: nn.Module, folder: str, amp: str = "off", *, epochs: int = 1, steps: int = STEPS
+    setting: Setting, model: Model, folder: str, amp: str = "off", *, epochs: int = 1, steps: int = STEPS
 ) -> Trainer:
     """A trainer of ``steps`` steps an epoch, with nothing read from the disk."""
     batch = setting.shapes.batch
@@ -95,7 +106,7 @@ def recorded(trainer: Trainer) -> list[Tensor]:
 
     def watched(samples: Samples) -> dict[str, Tensor]:
         losses = compute(samples)
-        seen.append(sum(LOSS_WEIGHTS[name] * loss.detach().float() for name, loss in losses.items()))
+        seen.append(weighted({name: loss.detach().float() for name, loss in losses.items()}))
         return losses
 
     trainer.losses = watched
@@ -103,7 +114,7 @@ def recorded(trainer: Trainer) -> list[Tensor]:
 
 
 @torch.no_grad()
-def loss_of(setting: Setting, model: nn.Module, samples: Samples, amp: str) -> float:
+def loss_of(setting: Setting, model: Model, samples: Samples, amp: str) -> float:
     """The total loss of a batch."""
     with setting.autocast(amp):
         losses = model(samples)
@@ -118,7 +129,7 @@ def check_grad_cache(setting: Setting) -> Iterator[Line]:
     # In float32: where half a precision makes two similarities level, the largest may be another one.
     model = setting.placed(setting.model(**NO_DROPOUT))
     samples = setting.on_device(setting.samples(model.config, setting.shapes.batch))
-    sum(LOSS_WEIGHTS[name] * loss for name, loss in model(samples).items()).backward()
+    weighted(model(samples)).backward()
     wanted = take_gradients(model)
     yield bounded(
         "grad cache, without dropout",
@@ -141,7 +152,7 @@ def check_passes(setting: Setting, chunk: int, remedy: str) -> Line:
         passes.append(embed(part))
         return passes[-1]
 
-    model.embed = watched
+    model.embed = watched  # type: ignore[assignment]
     cached_step(setting, model, samples, chunk, "auto")
     chunks = len(passes) // 2
     apart = max(
@@ -165,13 +176,11 @@ def first_rows(samples: Samples, count: int) -> Samples:
     return {name: value[:count] for name, value in samples.items()}
 
 
-def cached_step(
-    setting: Setting, model: nn.Module, samples: Samples, chunk: int, amp: str
-) -> dict[str, Tensor]:
+def cached_step(setting: Setting, model: Model, samples: Samples, chunk: int, amp: str) -> dict[str, Tensor]:
     """The gradients by way of :class:`GradCache`."""
     cache = GradCache(model, Embedder(model), chunk, lambda: setting.autocast(amp))
     with setting.autocast(amp):
-        total = sum(LOSS_WEIGHTS[name] * loss for name, loss in cache.losses(samples).items())
+        total = weighted(cache.losses(samples))
     total.backward()
     cache.backward()
     return take_gradients(model)
@@ -247,7 +256,7 @@ def check_waits(setting: Setting) -> Iterator[Line]:
         trainer = make_trainer(setting, setting.placed(start), f"waits_{amp}", amp)
         with counted_waits() as seen:
             counts: list[int] = []
-            trainer.after_backward = lambda counts=counts, seen=seen: counts.append(len(seen))
+            trainer.after_backward = partial(note_count, counts, seen)
             train(trainer)
         # From one backward pass to the next: the first step has none before it.
         each = [after - before for before, after in pairwise(counts)]
@@ -263,18 +272,23 @@ def check_waits(setting: Setting) -> Iterator[Line]:
         setting.free()
 
 
+def note_count(counts: list[int], seen: list[str]) -> None:
+    """Write down how many waits were seen until now."""
+    counts.append(len(seen))
+
+
 @contextmanager
 def counted_waits() -> Iterator[list[str]]:
     """Within it the list fills with where the CPU waited for the GPU."""
     seen: list[str] = []
 
-    def note(message: Warning | str, category: type, filename: str, line: int, *_: object) -> None:
+    def note(message: Warning | str, category: type, filename: str, line: int, *_: Any) -> None:
         if "synchronizing CUDA operation" in str(message):
             seen.append(f"{Path(filename).name}:{line}")
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        warnings.showwarning = note
+        warnings.showwarning = note  # type: ignore[assignment]
         try:
             torch.cuda.set_sync_debug_mode("warn")
         except RuntimeError:  # no driver

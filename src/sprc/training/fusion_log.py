@@ -8,6 +8,7 @@ import csv
 import math
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ class FusionLog:
     """
 
     def __init__(
-        self, module: nn.Module, run_folder: Path, every: int, step: int = 0, scalars: object | None = None
+        self, module: nn.Module, run_folder: Path, every: int, step: int = 0, scalars: Any = None
     ) -> None:
         self.module, self.file, self.every, self.step = module, run_folder / FILE, every, step
         self.scalars = scalars
@@ -78,8 +79,9 @@ class FusionLog:
             row["gate_near_1"] = (gate > 1 - NEAR).float().mean()
         if output.delta is not None:
             row["delta_norm"] = output.delta.float().norm(dim=-1).mean()
-        if hasattr(module, "alpha"):
-            row["alpha"] = module.alpha.detach().float()
+        alpha = getattr(module, "alpha", None)
+        if alpha is not None:
+            row["alpha"] = alpha.detach().float()
         row["mean_change"] = (output.fused.float() - inputs[0]).abs().mean()
         self.parts.append((len(output.fused), row))
 
@@ -88,7 +90,7 @@ class FusionLog:
         if self.parts:
             whole = sum(samples for samples, _ in self.parts)
             row = {
-                name: sum(samples / whole * part[name] for samples, part in self.parts)
+                name: cast(Tensor, sum(samples / whole * part[name] for samples, part in self.parts))
                 for name in self.parts[0][1]
             }
             row["gradient_norm"] = gradient_norm(self.module)
@@ -112,7 +114,7 @@ class FusionLog:
 
     def warn(self, values: dict[str, float | None]) -> None:
         """Say once, in plain words, that the gate is saturated or that nothing reaches the module."""
-        saturated = values.get("gate_near_0", 0.0) + values.get("gate_near_1", 0.0)
+        saturated = (values.get("gate_near_0") or 0.0) + (values.get("gate_near_1") or 0.0)
         if saturated > SATURATED:
             self.once(
                 "saturated",

@@ -9,6 +9,7 @@ the price is one more forward pass of what is trained.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +17,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sprc.errors import InputError
 
-Samples = dict[str, Tensor | list[str]]
+Samples = dict[str, Any]  # tensors and lists, with a row a sample
 
 
 class Embedder(nn.Module):
     """``model.embed`` as a module's forward, the one method that DistributedDataParallel sees."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, samples: Samples) -> dict[str, Tensor]:
         """See ``model.embed``."""
-        return self.model.embed(samples)
+        return cast(Any, self.model).embed(samples)
 
 
 class GradCache:
@@ -46,7 +47,7 @@ class GradCache:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         embedder: nn.Module,
         chunk: int,
         mixed_precision: Callable[[], AbstractContextManager],
@@ -59,7 +60,9 @@ class GradCache:
         device = self.model.device
         self.chunks: list[Samples] = []
         self.random: list[tuple[Tensor, Tensor | None]] = []
-        parts, shares, diagnostics = [], [], []
+        parts: list[dict[str, Tensor]] = []
+        shares: list[float] = []
+        diagnostics: list[dict[str, Tensor]] = []
         for chunk in split(samples, self.chunk):
             chunk = self.model.read_images(chunk)
             self.chunks.append(chunk)
@@ -85,14 +88,15 @@ class GradCache:
         for number, (chunk, state) in enumerate(zip(self.chunks, self.random, strict=True)):
             set_random_state(state, self.model.device)
             end = start + rows_of(chunk)
-            parallel = isinstance(self.embedder, DistributedDataParallel)
-            with self.embedder.no_sync() if parallel and number < last else nullcontext():
+            is_last = number == last
+            apart = isinstance(self.embedder, DistributedDataParallel) and not is_last
+            with cast(Any, self.embedder).no_sync() if apart else nullcontext():
                 with self.mixed_precision():
                     embeddings = self.embedder(chunk)
                 pairs = []
                 for name, value in embeddings.items():
                     grad = self.embeddings[name].grad
-                    if grad is None or not (value.dim() or number == last):
+                    if grad is None or not (value.dim() or is_last):
                         continue  # a scalar is the same in all chunks, and its gradient is passed on once
                     pairs.append((value, grad[start:end] if value.dim() else grad))
                 values, grads = zip(*pairs, strict=True)

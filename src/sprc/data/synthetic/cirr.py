@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from sprc.data.synthetic.scenes import edit_between, render, write_caption
+from sprc.data.synthetic.scenes import Scene, edit_between, render, write_caption
 from sprc.data.synthetic.splits import (
     SyntheticConfig,
     axis_pairs,
@@ -32,7 +32,8 @@ def make_cirr(out: Path, config: SyntheticConfig) -> None:
 def _write_benchmark(root: Path, config: SyntheticConfig) -> None:
     for folder in ("captions", "image_splits"):
         (root / "cirr" / folder).mkdir(parents=True)
-    seeds, used = random.Random(config.seed), set()
+    seeds = random.Random(config.seed)
+    used: set[Scene] = set()
     pair_ids, set_ids = itertools.count(), itertools.count()
     # Train comes last, so that another number of train families leaves the other splits as they are.
     counts = {"val": config.val_families, "test1": config.test_families, "train": config.train_families}

@@ -5,7 +5,7 @@ import random
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from tqdm import tqdm
 
@@ -98,6 +98,7 @@ def write_captions(edit: Edit, reference: Scene, rng: random.Random) -> list[str
     if rng.random() < 0.25:
         templates[rng.randrange(2)] = rng.choice(HINTS[edit.kind])
     thing = edit.after or edit.before
+    assert thing is not None  # one of the two is there
     words = {"color": thing.color, "shape": thing.shape, "size": thing.size}
     words |= {"thing": " ".join(words[name] for name in ("size", "color", "shape"))}
     words |= {"place": f"in the {cell_name(thing.cell)}"}
@@ -126,7 +127,8 @@ def make_fashioniq(out: Path, config: FashionIQConfig) -> None:
 def _write_benchmark(root: Path, config: FashionIQConfig) -> None:
     for folder in ("captions", "image_splits", "images"):
         (root / folder).mkdir()
-    seeds, used = random.Random(config.seed), set()
+    seeds = random.Random(config.seed)
+    used: set[Scene] = set()
     # Train comes last, so that another number of train families leaves the other splits as they are.
     counts = {"val": config.val_families, "test": config.test_families, "train": config.train_families}
     bar = tqdm(total=36 * len(SHADES) * sum(counts.values()), desc="made data", unit="image")
@@ -137,7 +139,9 @@ def _write_benchmark(root: Path, config: FashionIQConfig) -> None:
             for pair in itertools.islice(axis_pairs(rng), counts[split])
         ]
         queries_per_set = config.train_queries_per_set if split == "train" else config.eval_queries_per_set
-        gallery, entries, edits = [], [], []
+        gallery: list[str] = []
+        entries: list[dict[str, Any]] = []
+        edits: list[dict[str, Any]] = []
         for (family, image_sets), number in product(enumerate(families), range(6)):
             scenes = rng.sample([scene for row in image_sets[number] for scene in row], 6)
             names = {
@@ -146,7 +150,7 @@ def _write_benchmark(root: Path, config: FashionIQConfig) -> None:
             for scene, name in names.items():
                 suffix = ".jpg" if len(gallery) % 2 and not config.png else ".png"
                 # Only a JPEG takes the options: without subsampling edges of equal lightness stay sharp.
-                options = {"quality": 95, "subsampling": 0} if suffix == ".jpg" else {}
+                options: dict[str, Any] = {"quality": 95, "subsampling": 0} if suffix == ".jpg" else {}
                 render(scene, config.image_size).save(root / "images" / f"{name}{suffix}", **options)
                 gallery.append(name)
                 bar.update()

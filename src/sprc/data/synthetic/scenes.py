@@ -233,21 +233,21 @@ def place_phrase(cell: tuple[int, int], scene: Scene, moved: SceneObject | None,
 
 def write_caption(edit: Edit, reference: Scene, rng: random.Random) -> str:
     """Write a caption for ``edit``: with ``reference`` it fits one scene only. Lower case, no punctuation."""
-    templates = TEMPLATES[edit.kind]
-    if edit.kind == "size" and edit.before.size == "medium":
+    before, after, templates = edit.before, edit.after, TEMPLATES[edit.kind]
+    if edit.kind == "size" and before and after and before.size == "medium":
         # Only from the middle does "smaller" mean one size.
-        templates = templates + TEMPLATES["smaller" if edit.after.size == "small" else "larger"]
+        templates = templates + TEMPLATES["smaller" if after.size == "small" else "larger"]
     template = rng.choice(templates)
     words = {}
-    if edit.before:
-        words["it"] = object_phrase(edit.before, reference, rng)
+    if before:
+        words["it"] = object_phrase(before, reference, rng)
     if edit.kind in ("color", "shape", "size"):
-        words["new"] = getattr(edit.after, edit.kind)
-    if edit.kind == "add":
-        words["thing"] = f"{edit.after.size} {edit.after.color} {edit.after.shape}"
-    if edit.kind in ("add", "move"):
-        place = place_phrase(edit.after.cell, reference, edit.before, rng)
-        by_name = place == f"the {cell_name(edit.after.cell)}"
+        words["new"] = getattr(after, edit.kind)
+    if edit.kind == "add" and after:
+        words["thing"] = f"{after.size} {after.color} {after.shape}"
+    if edit.kind in ("add", "move") and after:
+        place = place_phrase(after.cell, reference, before, rng)
+        by_name = place == f"the {cell_name(after.cell)}"
         words |= {"place": f"in {place}" if by_name else place, "goal": f"to {place}" if by_name else place}
     return template.format(**words)
 

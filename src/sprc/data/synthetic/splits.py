@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import permutations, product
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar, cast
 
 from sprc.data.synthetic.scenes import CELLS, COLORS, SHAPES, SIZES, Scene, SceneObject
 from sprc.errors import InputError
@@ -59,6 +59,7 @@ OTHER_PAIRS = (
     (("color", "color"), ("size", "move")),
     (("shape", "shape"), ("size", "move")),
 )
+C = TypeVar("C", bound=SyntheticConfig)
 ImageSet = tuple[tuple[Scene, Scene], ...]  # 3 rows of 2: rows differ by one edit, columns by another
 
 
@@ -80,7 +81,7 @@ def axis_states(
         states = [replace(thing, cell=cell) for cell in [thing.cell, *rng.sample(empty, 5)]]
     else:
         names = {"color": COLORS, "shape": SHAPES, "size": SIZES}[kind]
-        states = [replace(thing, **{kind: name}) for name in names]
+        states = [replace(thing, **cast(Any, {kind: name})) for name in names]
     return rng.sample(states, len(states))
 
 
@@ -129,7 +130,8 @@ def draw_family(
     image_sets = []
     for first, second, third in product(*blocks, rest):
         block = [[scenes[(a, b, *third)] for b in second] for a in first]
-        image_sets.append(tuple(zip(*block, strict=True)) if swap else tuple(map(tuple, block)))
+        rows = zip(*block, strict=True) if swap else map(tuple, block)
+        image_sets.append(cast(ImageSet, tuple(rows)))
     return image_sets
 
 
@@ -142,14 +144,14 @@ def draw_queries(image_set: ImageSet, count: int, rng: random.Random) -> list[tu
     return rng.sample(pairs, len(pairs))
 
 
-def write_once(root: Path, config: SyntheticConfig, write: Callable[[Path, SyntheticConfig], None]) -> None:
+def write_once(root: Path, config: C, write: Callable[[Path, C], None]) -> None:
     """Have ``write`` fill the folder ``root``, whole or not at all; nothing to do if the same is there.
 
     Adds ``made_by.json``, the arguments, by which a later call knows the folder.
     Raises :class:`InputError` if the folder exists and was made otherwise, or cannot be written.
     """
     arguments = {name: value for name, value in asdict(config).items() if value is not False}
-    made_by = {"generator": "sprc.data.synthetic.splits", "version": GENERATOR_VERSION, **arguments}
+    made_by = {"generator": "sprc.data.synthetic", "version": GENERATOR_VERSION, **arguments}
     if root.exists():
         record = root / "made_by.json"
         if not record.is_file() or record.read_bytes() != json_text(made_by).encode():
