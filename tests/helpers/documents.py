@@ -73,11 +73,26 @@ def commands(text):
     return found
 
 
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
+
+
 @cache
+def help_of(script, *subcommand):
+    stdout, _ = run(f"../{script}", *subcommand, "--help")
+    return stdout
+
+
 def flags_of(script, *subcommand):
     """The flags that a script's --help names."""
-    stdout, _ = run(f"../{script}", *subcommand, "--help")
-    return frozenset(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", stdout))
+    return set(FLAG.findall(help_of(script, *subcommand)))
+
+
+def required_flags(script, *subcommand):
+    """Those that its usage has without brackets."""
+    usage = help_of(script, *subcommand).partition("\n\n")[0]
+    while re.search(r"\[[^][]*\]", usage):
+        usage = re.sub(r"\[[^][]*\]", "", usage)
+    return set(FLAG.findall(usage))
 
 
 def sections(text):
