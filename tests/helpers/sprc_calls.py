@@ -1,4 +1,4 @@
-"""The calls that SPRC's own scripts make, and no other, after the one import line of GATED_FUSION.md.
+"""The calls that SPRC's own scripts make, and no other, after the one import line of docs/checkpoints.md.
 
     python sprc_calls.py WORK CHECKPOINT SWITCHES ...
 
