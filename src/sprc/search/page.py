@@ -21,21 +21,19 @@ from torch import Tensor
 from sprc.data.captions import process_caption
 from sprc.data.cirr import load_cirr
 from sprc.data.images import own_formats
-from sprc.data.transforms import denormalise
 from sprc.errors import InputError
-from sprc.figures import FIXED, OPACITY, colored, own_scale
+from sprc.figures import FIXED, OPACITY, own_scale
 from sprc.models.fusion_maps import fusion_maps
 from sprc.search.index import Result, printable
-from sprc.search.pictures import as_bytes, on_square, open_thumbnail, read_picture, thumbnail
+from sprc.search.pictures import as_bytes, on_square, read_picture, thumbnail
 from sprc.search.searcher import Searcher, SharedSearcher
+from sprc.search.shown import SIDE, SMALL, Map, draw_map, shortened, small_bytes
 
 MOST_BYTES = 10 * 2**20  # of a picture that is sent
 MOST_PIXELS = 40 * 10**6
 MOST_INDEXED = Image.MAX_IMAGE_PIXELS or MOST_PIXELS  # of a picture of the index
 MOST_LETTERS = 500  # of a text
 MOST_STEPS = 30  # kept of a chain of edits
-SIDE = 224  # of the reference
-SMALL = 150  # of a result
 ON_PAGE = 12  # pictures to pick from at once
 SAMPLES = 6
 STYLE = ".stMainBlockContainer { padding-top: 3rem; } .stText { overflow-wrap: anywhere; }"
@@ -49,13 +47,6 @@ class Reference(NamedTuple):
     name: str
     small: bytes  # a picture to be shown
     pixels: Tensor  # (3, S, S)
-
-
-class Map(NamedTuple):
-    """Where the fusion edits the reference."""
-
-    values: Tensor  # (P, P)
-    scale: tuple[float, float]
 
 
 class Step(NamedTuple):
@@ -125,22 +116,6 @@ def small_picture(searcher: Searcher, name: str) -> bytes | None:
         return small_bytes(index.path_of(name), index.pictures[index.number[name]].digest)
     except InputError:
         return None
-
-
-@lru_cache(maxsize=4096)
-def small_bytes(path: Path, _digest: str) -> bytes:
-    """The same by its path; a picture that changes and is indexed again has another digest."""
-    return as_bytes(on_square(open_thumbnail(path, SMALL), SMALL))
-
-
-def draw_map(pixels: Tensor, shown: Map | None, opacity: float) -> bytes:
-    """The reference as the model sees it, (3, S, S), perhaps under a map."""
-    seen = (denormalise(pixels).permute(1, 2, 0) * 255).round().byte().numpy()
-    image = Image.fromarray(seen).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-    if shown is not None:
-        colors = Image.fromarray(colored(*shown)).resize((SIDE, SIDE), Image.Resampling.NEAREST)
-        image = Image.blend(image, colors, opacity)
-    return as_bytes(image, "PNG")
 
 
 # --- references
@@ -474,11 +449,3 @@ def show_pictures(searcher: Searcher) -> None:
         st.button("Previous", key="previous", on_click=turn, args=(-1,), disabled=pages == 1)
         st.button("Next", key="next", on_click=turn, args=(1,), disabled=pages == 1)
         st.caption(f"page {page + 1} of {pages}, {len(names)} pictures")
-
-
-def shortened(text: str, most: int, *, end: bool = False) -> str:
-    """One line of at most ``most`` letters, the first ones, or with ``end`` the last."""
-    text = " ".join(text.split())
-    if len(text) <= most:
-        return text
-    return f"...{text[3 - most :]}" if end else f"{text[: most - 3]}..."
