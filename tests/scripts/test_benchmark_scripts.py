@@ -132,7 +132,7 @@ def test_the_estimate_of_fake_tensors_is_that_of_real_ones(monkeypatch) -> None:
 def test_memory_that_runs_out_is_a_row_and_no_crash(capsys) -> None:
     with pytest.raises(MemoryError, match="killed"):
         measure.in_fresh_process(os._exit, 1)
-    case = bench.Case("what was to be measured", "test_benchmarks", "too_large")
+    case = bench.Case("what was to be measured", __name__, "too_large")
     (row,) = bench.measure(case, QUICK)
     assert row.name == "what was to be measured"
     assert row.cell.startswith("not measured; not enough memory (needs 9999999 GB of memory")
