@@ -132,6 +132,7 @@ def flags_of(
             details["type"] = parse
     if told["positional"]:
         details |= {"default": argparse.SUPPRESS}  # else argparse takes a word that is missing for given
+        details["type"] = unless_missing(details.get("type", str))
         details.pop("required", None)
         yield [one.name], details
         return
@@ -141,6 +142,16 @@ def flags_of(
             [f"--no-{dashed}"],
             {"dest": one.name, "action": "store_const", "const": None, "help": told["unset"]},
         )
+
+
+def unless_missing(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """``parse``, but for what argparse has in place of a word that is missing: its default goes through it."""
+
+    def parse_given(word: str) -> Any:
+        return word if word is argparse.SUPPRESS else parse(word)
+
+    parse_given.__name__ = parse.__name__  # argparse names it where a word does not fit
+    return parse_given
 
 
 def without_none(hint: Any) -> Any:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from sprc.ablation.grid import AblationConfig
 from sprc.config import MODEL_SWITCHES, ModelConfig
+from sprc.gates.settings import ReportSettings
 from sprc.scoring.settings import ExtractionSettings, StartSettings
 from sprc.settings import ROOT, add_flags, flag_parser, given_flags, setting
 
@@ -98,3 +100,15 @@ def test_settings_ignore_flags_that_are_not_theirs():
     flags = {"dataset": "cirr", "feature_cache": Path("c"), "ranks": 2, "freeze_vit": True, "pool": None}
     settings = ExtractionSettings.of_flags(flags)
     assert (settings.dataset, settings.switches) == ("cirr", {"freeze_vit": True})
+
+
+@pytest.mark.parametrize(("words", "given"), [([], {}), (["a/run"], {"run_folder": Path("a/run")})])
+def test_a_word_that_may_be_missing_is_given_only_where_it_is(words, given):
+    assert given_flags(flag_parser(None, ReportSettings), words) == given
+
+
+def test_training_flags_of_an_ablation_may_be_missing():
+    words = ["--fusion", "off"]
+    assert given_flags(flag_parser(None, AblationConfig), words) == {"fusion": ["off"]}
+    words += ["--", "--num-epochs", "3"]
+    assert given_flags(flag_parser(None, AblationConfig), words)["training"] == ["--num-epochs", "3"]
