@@ -145,7 +145,7 @@ def flags_of(
 
 
 def unless_missing(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """``parse``, but for what argparse has in place of a word that is missing: its default goes through it."""
+    """``parse``, but for what argparse has in place of a missing word: its default goes through it."""
 
     def parse_given(word: str) -> Any:
         return word if word is argparse.SUPPRESS else parse(word)
