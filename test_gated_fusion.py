@@ -6,7 +6,6 @@ python test_gated_fusion.py --device cuda   self check of this machine's GPU, wi
 python test_gated_fusion.py --device cpu    the same on the CPU, with smaller shapes
 """
 
-import argparse
 import os
 import sys
 import time
@@ -16,34 +15,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
 from sprc.errors import run_script
+from sprc.self_check.settings import SelfCheckSettings
+from sprc.settings import flag_parser, given_flags
 
 
 def self_check() -> None:
     """Parse, then call the library (imported late, so that --help is quick)."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--device", default=None, help="cpu, cuda, cuda:1, ...; default: cuda if there is one")
-    add("--only", nargs="+", default=None, metavar="NAME", help="these checks alone, see --list")
-    add("--list", action="store_true", help="print the checks' names and end")
-    add(
-        "--shapes",
-        default=None,
-        choices=("true", "quarter", "small"),
-        help="of models and batches; default: true on a GPU, a quarter of the widths on a CPU",
-    )
-    add("--report", type=Path, default=None, metavar="FILE", help="write the report as Markdown, too")
-    add("--verbose", action="store_true", help="print the traceback of a check that breaks")
-    arguments = parser.parse_args()
+    given = given_flags(flag_parser(__doc__, SelfCheckSettings))
     os.environ["TQDM_DISABLE"] = "1"  # tqdm looks when it is imported
     from sprc.self_check import run
 
-    if arguments.list:
+    if given.pop("list", False):
         run.list_checks()
         return
-    del arguments.list
-    sys.exit(run.self_check(**vars(arguments)))
+    sys.exit(run.self_check(**given))
 
 
 if __name__ == "__main__" and len(sys.argv) > 1:

@@ -3,7 +3,7 @@
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def list_checks() -> None:
 
 def self_check(
     device: str | None = None,
-    only: list[str] | None = None,
+    only: Sequence[str] | None = None,
     shapes: str | None = None,
     report: Path | None = None,
     verbose: bool = False,
