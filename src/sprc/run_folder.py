@@ -106,6 +106,11 @@ class RunFolder(os.PathLike[str]):
         return self.path / "recall_table.csv"
 
     @property
+    def recall_by_kind(self) -> Path:
+        """CSV: recall of each kind of edit, where the data tell the kinds."""
+        return self.path / "recall_by_kind.csv"
+
+    @property
     def checkpoints(self) -> Path:
         """The folder of the checkpoints and of the state."""
         return self.path / "saved_models"

@@ -4,7 +4,6 @@ Everything is worked out from the cells' files; metrics are those of the ranks i
 """
 
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,14 +16,15 @@ import torch
 from matplotlib import color_sequences
 
 from sprc.ablation.grid import OFF, SWITCHES, Cell
+from sprc.ablation.kinds import as_ranking, shown_by_kind, table_by_kind, with_kinds
 from sprc.ablation.run import find_run, split_to_score
+from sprc.ablation.text import figure, latex_table, markdown_table, metric_label, spread_figure
 from sprc.errors import InputError
 from sprc.figures import plt, save_figure
 from sprc.files import write_atomically, write_csv
 from sprc.models.checkpoint import FUSION, STATE
 from sprc.models.switches import SWITCHES as STATE_SWITCHES
 from sprc.scoring.benchmarks import Benchmark, benchmark_class
-from sprc.scoring.ranking import Ranking
 
 RESAMPLES = 10_000
 LEFT_OUT = ("missing_images", "dropped_triplets")  # columns of validation_metrics.csv
@@ -38,7 +38,7 @@ class CellResult:
     dataset: str  # "cirr" or "fashioniq"
     split: str  # what `ranks` were scored on
     protocol: str | None  # FashionIQ's gallery
-    ranks: pd.DataFrame  # a row a query
+    ranks: pd.DataFrame  # a row a query, with the kind of its edit where the data tell it
     train: pd.DataFrame  # by epoch, from 0
     validation: pd.DataFrame  # by epoch, those that were validated
     step_seconds: float  # median of the epochs' medians
@@ -70,29 +70,19 @@ class CellResult:
         return self.benchmark.headline_scores({name: self.ranks[name].to_numpy() for name in self.ranks})
 
 
-def as_ranking(ranks: pd.DataFrame) -> Ranking:
-    """The rows of a file of ranks as the ranking that they came from."""
-    columns = {"ranks": "rank", "set_ranks": "subset_rank"}
-    return Ranking(
-        **{
-            name: torch.from_numpy(ranks[column].to_numpy())
-            for name, column in columns.items()
-            if column in ranks
-        }
-    )
-
-
 def read_cell(folder: Path, cell: Cell) -> CellResult:
     """Read a finished cell's files."""
     run = find_run(folder)
     assert run is not None  # a cell that has finished has one
     settings = json.loads(run.hyperparameters.read_text(encoding="utf-8"))
+    benchmark, split = benchmark_class(settings["dataset"]), split_to_score(settings)
+    ranks = pd.read_csv(folder / "ranks.csv")
     return CellResult(
         cell=cell,
         dataset=settings["dataset"],
-        split=split_to_score(settings),
-        protocol=settings["fiq_protocol"] if benchmark_class(settings["dataset"]).protocols else None,
-        ranks=pd.read_csv(folder / "ranks.csv"),
+        split=split,
+        protocol=settings["fiq_protocol"] if benchmark.protocols else None,
+        ranks=with_kinds(ranks, benchmark, Path(settings["data_path"]), split),
         train=pd.read_csv(run.train_metrics, index_col="epoch"),
         validation=pd.read_csv(run.validation_metrics, index_col="epoch"),
         step_seconds=pd.read_csv(run.step_times)["median_step_seconds"].median(),
@@ -104,6 +94,8 @@ def read_cell(folder: Path, cell: Cell) -> CellResult:
 def report_ablation(out: Path, cells: list[Cell], failures: dict[Cell, str]) -> str:
     """Write `ablation.csv`, `.md` and `.tex`, and if any cell has finished `recall.png` and `losses.png`.
 
+    Where the data tell the kinds of their edits, as the built-in ones do, `ablation_by_kind.csv` as well.
+
     Args:
         out: the ablation's folder, where they go.
         cells: of the grid.
@@ -113,14 +105,20 @@ def report_ablation(out: Path, cells: list[Cell], failures: dict[Cell, str]) -> 
         The Markdown text.
 
     Raises:
-        InputError: the cells were scored on different queries.
+        InputError: the cells were scored on different queries, or a file of edits does not fit them.
     """
     results = [read_cell(out / "cells" / cell.name, cell) for cell in cells if cell not in failures]
     rows = table(cells, results, failures)
     write_csv(out / "ablation.csv", rows)
-    text = markdown(rows, results, failures)
+    runs: dict[str, list[pd.DataFrame]] = {cell.variant: [] for cell in cells}
+    for one in results:
+        runs[one.cell.variant].append(one.ranks)
+    by_kind = table_by_kind(runs, results[0].benchmark.by_kind) if results else []
+    if by_kind:
+        write_csv(out / "ablation_by_kind.csv", by_kind)
+    text = markdown(rows, by_kind, results, failures)
     write_atomically(out / "ablation.md", lambda file: file.write(text.encode()))
-    tex = latex(rows, results, failures)
+    tex = latex(rows, by_kind, results, failures)
     write_atomically(out / "ablation.tex", lambda file: file.write(tex.encode()))
     if results:
         names = results[0].benchmark.plotted
@@ -281,15 +279,6 @@ def paired_bootstrap(
     return Difference(float(observed), float(low), float(high), float(p))
 
 
-def metric_label(name: str) -> str:
-    """`group_recall_at1` as R_s@1, `dress_recall_at10` as dress R@10; other names as they are."""
-    found = re.fullmatch(r"(.*?)_?recall_at(\d+)", name)
-    if not found:
-        return name
-    prefix, k = found.groups()
-    return f"R_s@{k}" if prefix == "group" else f"{prefix} R@{k}".strip()
-
-
 def caption(results: list[CellResult]) -> str:
     """What the table's figures are of, in words."""
     if not results:
@@ -319,9 +308,6 @@ def shown_tables(rows: list[dict[str, Any]], results: list[CellResult], pm: str)
     """
     unprinted = results[0].benchmark.unprinted if results else ()
 
-    def figure(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
     names = [key.removesuffix("_mean") for key in rows[0] if key.endswith("_mean")]
     names = [name for name in names if name not in unprinted]
     recall = [["variant", "seeds", *map(metric_label, names)]]
@@ -329,12 +315,7 @@ def shown_tables(rows: list[dict[str, Any]], results: list[CellResult], pm: str)
         ["variant", "parameters added", "step time / off", "epochs to off's best", "difference", "95 %", "p"]
     ]
     for row in rows:
-        values = []
-        for name in names:
-            spread = row[f"{name}_std"]
-            values.append(
-                figure(row[f"{name}_mean"], ".1f") + (f" {pm} {spread:.1f}" if spread is not None else "")
-            )
+        values = [spread_figure(row[f"{name}_mean"], row[f"{name}_std"], pm) for name in names]
         recall.append([row["variant"], str(row["seeds"]), *values])
         epochs = figure(row["epochs_to_off_best"], ".1f")
         if row["off_best_reached"] is not None:
@@ -354,42 +335,42 @@ def shown_tables(rows: list[dict[str, Any]], results: list[CellResult], pm: str)
     return [recall, rest]
 
 
-def markdown(rows: list[dict[str, Any]], results: list[CellResult], failures: dict[Cell, str]) -> str:
+def title_by_kind(label: str) -> str:
+    """What stands over the table of a metric by kind of edit."""
+    return f"{label} by kind of edit, with the number of queries; percent, mean and deviation over seeds."
+
+
+def markdown(
+    rows: list[dict[str, Any]],
+    by_kind: list[dict[str, Any]],
+    results: list[CellResult],
+    failures: dict[Cell, str],
+) -> str:
     """The tables in Markdown, with the failed cells below."""
     lines = [caption(results)]
     for rows_of_text in shown_tables(rows, results, "±"):
-        header, *body = [f"| {' | '.join(cells)} |" for cells in rows_of_text]
-        lines += ["", header, "|---" * len(rows_of_text[0]) + "|", *body]
+        lines += ["", *markdown_table(rows_of_text)]
+    for label, rows_of_text in shown_by_kind(by_kind, "±").items():
+        lines += ["", title_by_kind(label), "", *markdown_table(rows_of_text)]
     if failures:
         lines += ["", "Failed:", ""]
         lines += [f"- {cell.name}: `{message}`" for cell, message in failures.items()]
     return "\n".join(lines) + "\n"
 
 
-LATEX_SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-LATEX_SPECIAL |= {character: f"\\{character}" for character in "&%$#_{}"}
-
-
-def latex_text(text: str) -> str:
-    """``text`` with LaTeX's special characters escaped."""
-    return "".join(LATEX_SPECIAL.get(character, character) for character in text)
-
-
-def latex(rows: list[dict[str, Any]], results: list[CellResult], failures: dict[Cell, str]) -> str:
+def latex(
+    rows: list[dict[str, Any]],
+    by_kind: list[dict[str, Any]],
+    results: list[CellResult],
+    failures: dict[Cell, str],
+) -> str:
     """The tables in LaTeX, each a `table` with the rules of `booktabs`; the failed cells as comments."""
     lines = ["% needs \\usepackage{booktabs}"]
-    for rows_of_text, title in zip(
-        shown_tables(rows, results, "+-"), (caption(results), "Cost and convergence."), strict=True
-    ):
-        header, *body = [
-            " & ".join(latex_text(text).replace("+-", r"$\pm$").replace("R\\_s@", "R$_s$@") for text in cells)
-            + r" \\"
-            for cells in rows_of_text
-        ]
-        columns = "l" + "r" * (len(rows_of_text[0]) - 1)
-        lines += [r"\begin{table}", r"\centering", rf"\caption{{{latex_text(title)}}}"]
-        lines += [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", header, r"\midrule", *body, r"\bottomrule"]
-        lines += [r"\end{tabular}", r"\end{table}"]
+    titles = (caption(results), "Cost and convergence.")
+    for rows_of_text, title in zip(shown_tables(rows, results, "+-"), titles, strict=True):
+        lines += latex_table(rows_of_text, title)
+    for label, rows_of_text in shown_by_kind(by_kind, "+-").items():
+        lines += latex_table(rows_of_text, title_by_kind(label))
     lines += [f"% failed: {cell.name}: {message}" for cell, message in failures.items()]
     return "\n".join(lines) + "\n"
 

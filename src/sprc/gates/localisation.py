@@ -16,72 +16,23 @@ scores above chance under any caption; only the gain of the query's own caption 
 """
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sprc.data.edits import GRID, KINDS, PlacedEdit
 from sprc.data.images import Transform, load_image
-from sprc.data.reading import quote, read_field, read_json
 from sprc.data.split import Split, Triplet
-from sprc.data.synthetic.scenes import CELL_NAMES
 from sprc.errors import InputError
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.fusion_maps import fusion_maps, patch_grid
 from sprc.models.losses import similarity
 
-GRID = len(CELL_NAMES)  # cells on a side of a scene
-KINDS = ("color", "shape", "size", "add", "remove", "move")
 RESAMPLES = 2000
 FLAT = 1e-5  # patches this near to the largest, relatively, are as large: the rest is rounding
-
-
-class PlacedEdit(NamedTuple):
-    """What the built-in data tell of a triplet beyond CIRR's and FashionIQ's format."""
-
-    kind: str  # one of KINDS
-    cells: tuple[tuple[int, int], ...]  # (row, column) from the top left, of GRID x GRID
-    target: str  # the image's name, of hidden test splits as well
-
-
-def read_edits(file: Path, split: Split) -> list[PlacedEdit]:
-    """The edits of ``split``'s triplets, in their order, from the benchmark's ``edits_file``.
-
-    Raises :class:`InputError` if the data set is not a built-in one, or an entry is missing or broken.
-    """
-    if not file.exists():
-        raise InputError(
-            f"{file} is missing: --localisation needs to know where the edits are, which only the built-in "
-            "data tell; make them with make_demo_data.py and give their folder as --data-path"
-        )
-    entries = read_json(file)
-    if isinstance(entries, list):  # FashionIQ has no pair ids: the place in the file is the id
-        entries = {str(number): entry for number, entry in enumerate(entries)}
-    if not isinstance(entries, dict):
-        raise InputError(f"{file} is not an object of pair ids and edits; make the data again")
-    edits = []
-    for triplet in split.triplets:
-        try:
-            edits.append(_read_edit(entries.get(str(triplet.pair_id)), split))
-        except InputError as error:
-            raise InputError(f"{file}: entry {triplet.pair_id}: {error}; make the data again") from error
-    return edits
-
-
-def _read_edit(entry: Any, split: Split) -> PlacedEdit:
-    kind, target = read_field(entry, "kind", str), read_field(entry, "target", str)
-    cells = read_field(entry, "cells", list)
-    if kind not in KINDS:
-        raise InputError(f"'kind' is {quote(kind)}, not one of {', '.join(KINDS)}")
-    places = [[row, column] for row in range(GRID) for column in range(GRID)]
-    if not cells or any(cell not in places for cell in cells):
-        raise InputError(f"'cells' holds {quote(cells)}, not [row, column] of a {GRID} x {GRID} grid")
-    if target not in split.image_paths:
-        raise InputError(f"'target' names {quote(target)}, which is not in the split's list of images")
-    return PlacedEdit(kind, tuple((row, column) for row, column in cells), target)
 
 
 def require_squares(split: Split) -> None:
@@ -231,7 +182,7 @@ def localise(
         model: in eval mode, on its device.
         label: "fused" or "off"; it stands in the column `model`.
         split: all its triplets are used.
-        edits: from :func:`read_edits`.
+        edits: of its triplets, from :func:`sprc.data.edits.read_edits`.
         transform: the preprocessing the model was trained with.
         batch_size: triplets at once.
         seed: of the other captions and of the bootstrap.

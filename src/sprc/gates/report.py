@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from sprc.data.edits import read_edits
 from sprc.data.missing import describe, left_out_columns
 from sprc.errors import InputError
 from sprc.figures import plt, save_figure
@@ -14,8 +15,12 @@ from sprc.gates.maps import draw_sheet, picture_of, view_queries
 from sprc.models.device import start_device
 from sprc.run_folder import RunFolder
 from sprc.scoring.benchmarks import CIRR
+from sprc.scoring.kinds import recall_by_kind
 from sprc.scoring.recall import rank_modalities
 from sprc.scoring.scorer import Scorer
+
+COMPOSED = "reference and text"  # the whole query among the three of rank_modalities
+BY_KIND = ("recall_at1", "recall_at5", "group_recall_at1")
 
 
 def report_run(
@@ -28,8 +33,10 @@ def report_run(
 ) -> None:
     """Write `curves.png`, `gate_maps.png` and `recall_table.csv` into a run's folder; print the table.
 
+    Where the data tell the kinds of their edits, as the built-in ones do, `recall_by_kind.csv` as well.
     ``data_path`` is where the data are now; None takes the place where they were in training.
-    Raises :class:`InputError` if the run has no CSV files, no checkpoint, or its data is gone.
+    Raises :class:`InputError` if the run has no CSV files, no checkpoint, or its data is gone, and for a
+    file of edits that is broken or of other triplets.
     """
     run_folder, on = RunFolder(path), start_device(device)
     plot_curves(run_folder)
@@ -43,6 +50,8 @@ def report_run(
         raise InputError(f"{run_folder} was trained on {told['dataset']}; reports are made of CIRR runs")
     place = trained_on(run_folder) if data_path is None else data_path
     split = CIRR.read(place, "val", missing_images=told.get("missing_images", "error"))
+    edits_file = CIRR.edits_file(place, split.name, split.dress_type)
+    edits = read_edits(edits_file, split) if edits_file.exists() else None
     (encoded,) = scorer.encode([split])
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(split.triplets), generator=generator)[:queries].tolist()
@@ -52,18 +61,33 @@ def report_run(
     print(f"wrote {run_folder.gate_maps}")
     rankings = rank_modalities(split, encoded)
     recalls = {query: CIRR.metrics_of({"": ranking}) for query, ranking in rankings.items()}
-    table = pd.DataFrame(recalls).T.rename_axis("query")
-    table = table.assign(**left_out_columns([split]))
-    text = table.to_csv(lineterminator="\n")
-    write_atomically(run_folder.recall_table, lambda file: file.write(text.encode()))
-    shown = table[[name for name in table if "recall_at" in name]]
-    shown = shown.rename(
-        columns=lambda name: name.replace("group_recall_at", "R_s@").replace("recall_at", "R@")
-    )
+    table = pd.DataFrame(recalls).T.rename_axis("query").assign(**left_out_columns([split]))
+    write_table(table, run_folder.recall_table)
     print(f"\nCIRR validation split, recall in percent, epoch {checkpoint.epoch} of {run_folder}")
-    print(shown.to_string(float_format=lambda value: f"{value:.1f}"))
+    print(shown(table))
+    if edits is not None:
+        rows = recall_by_kind([edit.kind for edit in edits], rankings[COMPOSED], BY_KIND)
+        table = pd.DataFrame(rows).set_index("kind").assign(**left_out_columns([split]))
+        write_table(table, run_folder.recall_by_kind)
+        print(f"\nBy kind of edit, {COMPOSED}")
+        print(shown(table))
     if split.left_out.images:
         print(describe(split))
+
+
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """Write ``table`` as a CSV file."""
+    text = table.to_csv(lineterminator="\n")
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def shown(table: pd.DataFrame) -> str:
+    """``table`` to print: its recalls under the names of papers, and the number of queries, if it has one."""
+    columns = table[[name for name in table if name == "queries" or "recall_at" in name]]
+    columns = columns.rename(
+        columns=lambda name: name.replace("group_recall_at", "R_s@").replace("recall_at", "R@")
+    )
+    return columns.to_string(float_format=lambda value: f"{value:.1f}")
 
 
 def trained_on(run_folder: RunFolder) -> Path:

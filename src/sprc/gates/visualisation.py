@@ -9,13 +9,14 @@ import torch
 from tqdm import tqdm
 
 from sprc.data.captions import process_caption
+from sprc.data.edits import read_edits
 from sprc.data.images import check_images
 from sprc.data.missing import left_out_columns, left_out_text, tell_left_out
 from sprc.data.reading import quote, require_text
 from sprc.data.split import Split, Triplet
 from sprc.errors import InputError
 from sprc.files import write_csv
-from sprc.gates.localisation import as_text, localise, read_edits, require_squares
+from sprc.gates.localisation import as_text, localise, require_squares
 from sprc.gates.maps import draw_sheet, picture_of, view_queries
 from sprc.gates.page import write_page
 from sprc.gates.probe import probe
@@ -47,7 +48,13 @@ def run_visualisation(settings: GateSettings) -> None:
     benchmark = benchmark_class(settings.dataset)
     edits = None
     if settings.localisation:
-        edits = read_edits(benchmark.edits_file(settings.data_path, split), split)
+        file = benchmark.edits_file(settings.data_path, split.name, split.dress_type)
+        if not file.exists():
+            raise InputError(
+                f"{file} is missing: --localisation needs to know where the edits are, which only the "
+                "built-in data tell; make them with make_demo_data.py and give their folder as --data-path"
+            )
+        edits = read_edits(file, split)
     groups = choose(split, settings)
     if settings.probe and any(triplet.target is None for triplet in split.triplets):
         raise InputError(f"--probe: the split {split.name} keeps its targets secret; give --split val")

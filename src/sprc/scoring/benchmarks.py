@@ -71,6 +71,7 @@ class Benchmark(ABC):
     headline: ClassVar[str]  # the metric that an ablation tests
     plotted: ClassVar[tuple[str, ...]]  # the metrics that an ablation plots
     unprinted: ClassVar[tuple[str, ...]] = ()  # the metrics that its printed table leaves out
+    by_kind: ClassVar[tuple[str, ...]]  # of sprc.scoring.kinds.CUTS, what it tells of each kind of edit
 
     loss_weights: ClassVar[dict[str, float]]  # the published ones; a loss that is not named weighs 1
     # The learning rate's one cycle: it spans the epochs that are run, and no fewer than these.
@@ -166,9 +167,9 @@ class Benchmark(ABC):
         return [path for split in self.splits for path in split.image_paths.values()]
 
     @classmethod
-    def edits_file(cls, data_path: Path, split: Split) -> Path:
-        """The file of the edits of ``split``; only the built-in data have it."""
-        return Path(data_path) / cls.edits.format(split=split)
+    def edits_file(cls, data_path: Path, split: str, part: str) -> Path:
+        """The file of the edits of ``part`` of ``split``; only the built-in data have it."""
+        return Path(data_path) / cls.edits.format(split=split, part=part)
 
     @classmethod
     def split_to_report(cls, data_path: Path) -> str:
@@ -246,13 +247,14 @@ class CIRR(Benchmark):
     short_name = "cirr"
     id_column = "pairid"
     examine = staticmethod(examine_cirr)
-    edits = "cirr_dataset/edits.{split.name}.json"
+    edits = "cirr_dataset/edits.{split}.json"
     scored = ("val", "test1")
     criterion = "arithmetic_mean"
     checkpoint = "tuned_clip_arithmetic"
     headline = "mean(R@5+R_s@1)"
     plotted = ("recall_at1", "recall_at5", "group_recall_at1", "arithmetic_mean")
     unprinted = ("arithmetic_mean", "harmonic_mean", "geometric_mean")
+    by_kind = ("recall_at5", "group_recall_at1")
     loss_weights: ClassVar[dict[str, float]] = {"loss_rtc": 0.4, "loss_align": 0.4}
     schedule_epochs = 80  # so ten epochs stay near the peak
     schedule_in_words = "80 epochs, or all of more"
@@ -333,13 +335,14 @@ class FashionIQ(Benchmark):
     part_column = "type"
     id_column = "number"
     examine = staticmethod(examine_fashioniq)
-    edits = "fashionIQ_dataset/edits.{split.dress_type}.{split.name}.json"
+    edits = "fashionIQ_dataset/edits.{part}.{split}.json"
     protocols = PROTOCOLS
     training_protocol = "val-split"  # the gallery of the triplets' images alone
     criterion = "average_recall"
     checkpoint = "tuned_clip_best"
     headline = "average_recall"
     plotted = ("average_recall_at10", "average_recall_at50", "average_recall")
+    by_kind = ("recall_at10",)
     loss_weights: ClassVar[dict[str, float]] = {"loss_rtc": 1.0, "loss_align": 1.0}  # the unweighted sum
     schedule_epochs = 2  # warming up takes 1.5: one epoch is the first of two
     schedule_in_words = "all epochs of a run"
