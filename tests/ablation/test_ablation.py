@@ -23,6 +23,7 @@ import torch
 from helpers.runner import ROOT, read_csv, run
 
 import sprc.ablation.run
+from sprc.ablation.kinds import table_by_kind, with_kinds
 from sprc.ablation.report import CellResult, paired_bootstrap, report_ablation, table
 from sprc.ablation.run import AblationConfig, Cell, run_cells
 from sprc.data.captions import process_caption
@@ -32,6 +33,7 @@ from sprc.data.transforms import make_transform
 from sprc.errors import InputError, Interrupted
 from sprc.models.checkpoint import load_checkpoint
 from sprc.models.gated_fusion import FUSION_STRATEGIES
+from sprc.scoring.benchmarks import FashionIQ
 
 FLAGS = ("--dataset", "CIRR")
 EVERYTHING = {
@@ -455,7 +457,7 @@ def write_cells(out, results):
         (run_folder / "training_hyperparameters.json").write_text(json.dumps(told))
 
 
-def assert_latex_in_form(text):
+def assert_latex_in_form(text, tables=2):
     """Environments nest, braces balance, rows have the announced columns, no special sign is bare."""
     assert "booktabs" in text.splitlines()[0]
     text = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
@@ -472,7 +474,7 @@ def assert_latex_in_form(text):
     assert not re.search(r"[%#~^]", bare)
     assert "_" not in re.sub(r"\$_s\$", "", bare)
     tabulars = re.findall(r"\\begin\{tabular\}\{(\w+)\}(.*?)\\end\{tabular\}", text, re.DOTALL)
-    assert len(tabulars) == 2
+    assert len(tabulars) == tables
     for columns, body in tabulars:
         lines = body.strip().splitlines()
         assert [lines[0], lines[2], lines[-1]] == ["\\toprule", "\\midrule", "\\bottomrule"]
@@ -538,6 +540,119 @@ def test_a_report_without_a_finished_cell_says_so(tmp_path):
     assert text.startswith("No cell has finished.")
     assert "- off-seed0: `error: no luck`" in text
     assert_latex_in_form((tmp_path / "ablation.tex").read_text())
+
+
+# --- recall by kind of edit
+
+
+def plain_by_kind(members, names, kinds):
+    """(queries, mean and deviation of each recall) of each kind that has a query, from the rows one by one.
+
+    ``members`` are the seeds' rows of ranks; ``names`` tell each recall's column and k; ``kinds`` the kind of
+    a row.
+    """
+    found = {}
+    for kind in ("color", "shape", "size", "add", "remove", "move", "all"):
+        chosen = [[row for row in rows if kind in ("all", kinds(row))] for rows in members]
+        if not chosen[0]:
+            continue
+        figures = {}
+        for name, (column, k) in names.items():
+            values = [100 * sum(row[column] < k for row in rows) / len(rows) for rows in chosen]
+            spread = statistics.stdev(values) if len(values) > 1 else None
+            figures[name] = (statistics.mean(values), spread)
+        found[kind] = (len(chosen[0]), figures)
+    return found
+
+
+def test_the_report_tells_recall_by_kind_of_edit(tmp_path):
+    cells = config(fusion=["off", "gated", "film", "tirg"]).cells()
+    results = results_of(tmp_path, "cirr", "arithmetic_mean")
+    results = [one for one in results if one.cell.name != "film-random-masked-seed1"]
+    write_cells(tmp_path, results)
+    done = {one.cell for one in results}
+    failures = {cell: "error: no luck" for cell in cells if cell not in done}
+    assert {cell.fusion for cell in failures} == {"gated", "film", "tirg"}  # of tirg all seeds
+    text = report_ablation(tmp_path, cells, failures)
+    table_alone = (tmp_path / "ablation.csv").read_bytes()
+    assert "by kind" not in text + (tmp_path / "ablation.tex").read_text()
+    assert not (tmp_path / "ablation_by_kind.csv").exists()
+
+    rng = random.Random(5)
+    edits = {
+        str(100 + number): {"kind": rng.choice(("move", "color", "add", "size"))} for number in range(90)
+    }
+    (tmp_path / "cirr_dataset").mkdir()
+    (tmp_path / "cirr_dataset" / "edits.val.json").write_text("another split's, not read")
+    path = tmp_path / "cirr_dataset" / "edits.test1.json"  # its being there makes test1 the scored split
+    path.write_text(json.dumps(edits))
+    text = report_ablation(tmp_path, cells, failures)
+    assert (tmp_path / "ablation.csv").read_bytes() != table_alone  # the split's own: it has `validation`
+    rows = read_csv(tmp_path / "ablation_by_kind.csv")
+    tex = (tmp_path / "ablation.tex").read_text()
+    assert_latex_in_form(tex, tables=4)
+    names = {"recall_at5": ("rank", 5), "group_recall_at1": ("subset_rank", 1)}
+    variants = list(dict.fromkeys(cell.variant for cell in cells))
+    assert list(dict.fromkeys(row["variant"] for row in rows)) == variants
+    for variant in variants[:-1]:
+        members = [one.ranks.to_dict("records") for one in results if one.cell.variant == variant]
+        expected = plain_by_kind(members, names, lambda row: edits[str(row["pairid"])]["kind"])
+        own = [row for row in rows if row["variant"] == variant]
+        assert [row["kind"] for row in own] == list(expected) == ["color", "size", "add", "move", "all"]
+        assert sum(int(row["queries"]) for row in own[:-1]) == int(own[-1]["queries"]) == 80
+        shown = {name: [] for name in names}
+        for row in own:
+            queries, figures = expected[row["kind"]]
+            assert (int(row["queries"]), int(row["seeds"])) == (queries, len(members))
+            for name, (mean, spread) in figures.items():
+                assert float(row[f"{name}_mean"]) == pytest.approx(mean)
+                assert float(row[f"{name}_std"]) == pytest.approx(spread)
+                shown[name].append(f"{float(row[f'{name}_mean']):.1f} ± {float(row[f'{name}_std']):.1f}")
+        for cells_of_row in shown.values():
+            assert f"| {variant} | {' | '.join(cells_of_row)} |" in text
+            assert f"{variant} & {' & '.join(cells_of_row)} \\\\".replace("±", r"$\pm$") in tex
+    for row in rows[-5:]:  # tirg, of which no seed has finished
+        assert (row["seeds"], row["recall_at5_mean"], row["group_recall_at1_std"]) == ("0", "", "")
+    assert f"| {variants[-1]} | - | - | - | - | - |" in text
+    counts = [f"{row['kind']} ({row['queries']})" for row in rows[:5]]
+    assert text.count(f"| variant | {' | '.join(counts)} |") == 2
+    assert "\nR@5 by kind of edit" in text
+    assert "\nR_s@1 by kind of edit" in text
+
+    del edits["117"]
+    path.write_text(json.dumps(edits))
+    with pytest.raises(InputError, match=re.escape(f"{path}: entry 117: is missing; make the data again")):
+        report_ablation(tmp_path, cells, failures)
+
+
+def test_fashioniq_s_types_are_put_together_by_kind(tmp_path):
+    rng = random.Random(6)
+    root = tmp_path / "fashionIQ_dataset"
+    root.mkdir()
+    kinds = {}
+    for dress_type in ("dress", "shirt", "toptee"):
+        kinds[dress_type] = [rng.choice(("shape", "remove")) for _ in range(80)]
+        edits = [{"kind": kind} for kind in kinds[dress_type]]
+        (root / f"edits.{dress_type}.val.json").write_text(json.dumps(edits))
+    seeds = [ranks_of(rng, 80, "fashioniq", 2) for _ in range(2)]
+    runs = [with_kinds(ranks, FashionIQ, tmp_path, "val") for ranks in seeds]
+    expected = plain_by_kind(
+        [ranks.to_dict("records") for ranks in seeds],
+        {"recall_at10": ("rank", 10)},
+        lambda row: kinds[row["type"]][row["number"]],
+    )
+    assert list(expected) == ["shape", "remove", "all"]
+    rows = table_by_kind({"off": runs[:1], "film": runs}, FashionIQ.by_kind)
+    assert [(row["variant"], row["kind"]) for row in rows] == [
+        (variant, kind) for variant in ("off", "film") for kind in expected
+    ]
+    for row in rows[3:]:
+        queries, figures = expected[row["kind"]]
+        assert row["queries"] == queries
+        assert (row["recall_at10_mean"], row["recall_at10_std"]) == pytest.approx(figures["recall_at10"])
+    assert [row["recall_at10_std"] for row in rows[:3]] == [None] * 3
+    (root / "edits.shirt.val.json").unlink()
+    assert with_kinds(seeds[0], FashionIQ, tmp_path, "val").equals(seeds[0])
 
 
 def test_the_bootstrap_of_two_queries_is_the_enumerated_one():
