@@ -583,11 +583,14 @@ def test_the_report_tells_recall_by_kind_of_edit(tmp_path):
         str(100 + number): {"kind": rng.choice(("move", "color", "add", "size"))} for number in range(90)
     }
     (tmp_path / "cirr_dataset").mkdir()
-    (tmp_path / "cirr_dataset" / "edits.val.json").write_text("another split's, not read")
+    one_kind = {pair_id: {"kind": "shape"} for pair_id in edits}
+    (tmp_path / "cirr_dataset" / "edits.val.json").write_text(json.dumps(one_kind))
+    report_ablation(tmp_path, cells, failures)
+    assert (tmp_path / "ablation.csv").read_bytes() == table_alone
+    assert {row["kind"] for row in read_csv(tmp_path / "ablation_by_kind.csv")} == {"shape", "all"}
     path = tmp_path / "cirr_dataset" / "edits.test1.json"  # its being there makes test1 the scored split
     path.write_text(json.dumps(edits))
     text = report_ablation(tmp_path, cells, failures)
-    assert (tmp_path / "ablation.csv").read_bytes() != table_alone  # the split's own: it has `validation`
     rows = read_csv(tmp_path / "ablation_by_kind.csv")
     tex = (tmp_path / "ablation.tex").read_text()
     assert_latex_in_form(tex, tables=4)
