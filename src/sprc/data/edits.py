@@ -27,7 +27,6 @@ def read_edits(file: Path, split: Split) -> list[PlacedEdit]:
 
     Raises :class:`InputError` if an entry is missing, broken, or of another triplet.
     """
-
     triplets = {triplet.pair_id: triplet for triplet in split.triplets}
 
     def read(pair_id: int, entry: Any) -> PlacedEdit:
