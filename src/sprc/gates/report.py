@@ -29,8 +29,11 @@ def report_run(
     """Write `curves.png`, `gate_maps.png` and `recall_table.csv` into a run's folder; print the table.
 
     ``data_path`` is where the data are now; None takes the place where they were in training.
-    Raises :class:`InputError` if the run has no CSV files, no checkpoint, or its data is gone.
+    Raises :class:`InputError` if ``queries`` is below 1, the run has no CSV files or no checkpoint, or its
+    data is gone.
     """
+    if queries < 1:
+        raise InputError(f"--queries {queries}: give a whole number of at least 1")
     run_folder, on = RunFolder(path), start_device(device)
     plot_curves(run_folder)
     checkpoint_file = run_folder.checkpoint(CIRR.checkpoint)
