@@ -164,7 +164,7 @@ def read_environment() -> tuple[int, int]:
             raise InputError(
                 f"srun started {tasks} tasks of this script, and each would do the whole work by itself; let "
                 "srun start torchrun, once a machine (srun --ntasks-per-node 1 torchrun --nproc-per-node N "
-                "..., see README, Several GPUs), or unset SLURM_STEP_NUM_TASKS if that is meant"
+                "..., see docs/several_gpus.md), or unset SLURM_STEP_NUM_TASKS if that is meant"
             )
         return 0, 1
     values = {}

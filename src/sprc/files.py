@@ -84,6 +84,14 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             temporary.unlink()
 
 
+def require_file_place(flag: str, path: Path) -> None:
+    """Raise :class:`InputError` if no file can be written at ``path``, which ``flag`` gave."""
+    if path.is_dir():
+        raise InputError(f"{flag} {path} is a folder; give a file")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{flag} {path}: its folder does not exist; make it, or give another")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON."""
     write_atomically(path, lambda file: file.write((json.dumps(value, indent=4) + "\n").encode()))

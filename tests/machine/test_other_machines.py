@@ -287,6 +287,12 @@ def test_where_results_go_is_looked_at_before_the_work(data, checkpoint, tmp_pat
         _, stderr = run("blip_validate.py", *flags, code=2)
         assert_one_clear_line(stderr, f"{flag} {tmp_path / 'gone' / 'a'}: its folder does not exist")
         assert "encode" not in stderr
+        _, stderr = run("blip_validate.py", "--dataset", "CIRR", *scoring, flag, tmp_path, code=2)
+        assert_one_clear_line(stderr, f"{flag} {tmp_path} is a folder; give a file")
+        assert "encode" not in stderr
+    _, stderr = run("cirr_test_submission.py", *scoring, "--out", tmp_path, "--name", "a/b", code=2)
+    assert_one_clear_line(stderr, "--name a/b names a folder, too; give --out for the folder")
+    assert "encode" not in stderr
 
 
 def test_a_folder_that_is_gone_or_read_only_is_told_as_that(tmp_path, read_only):

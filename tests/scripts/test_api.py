@@ -148,6 +148,8 @@ def wrong_calls(model, good, folder):
     yield lambda: model.encode_query(good, 3), "texts is a int; give a text, or a list of them"
     yield lambda: model.encode_query(good, [3]), "texts: number 0 is a int; give a text"
     yield lambda: model.encode_document(good, batch_size=0), "batch_size 0 is too small"
+    yield lambda: model.encode_query(good, TEXT, num_workers=-1), "num_workers -1 is too small"
+    yield lambda: sprc.Searcher.open(folder, engine="near"), "'near' is unknown; choose from exact, faiss"
     yield lambda: model.similarity(torch.zeros(128), torch.zeros(1, 4, 128)), "similarity got (128,)"
     yield lambda: model.similarity(torch.zeros(1, 64), torch.zeros(1, 4, 128)), "similarity got (1, 64)"
     yield lambda: sprc.load(folder / "nothing"), "nothing does not exist; give a checkpoint"
@@ -165,7 +167,7 @@ def test_a_wrong_call_is_one_clear_line(model, split, tmp_path):
 
 
 def test_the_searcher_takes_text_paths_and_images(picture_index, pictures):
-    searcher = sprc.Searcher.open(str(picture_index), device="cpu")
+    searcher = sprc.Searcher.open(str(picture_index), device=torch.device("cpu"))
     path = pictures / "a/dev-0-0-img0.png"
     found = searcher.search(str(path), TEXT, top=5)
     assert len(found) == 5

@@ -231,3 +231,9 @@ def test_the_sanity_check_says_what_it_checked():
     assert result.returncode == 0, result.stderr
     assert "2,955,265 parameters" in result.stdout
     assert "7 passed, 0 failed" in result.stdout
+
+
+@pytest.mark.parametrize("queries", [0, -2])
+def test_a_report_of_no_queries_is_refused(trained, queries):
+    _, stderr = run("report_run.py", trained[0], "--queries", queries, code=2)
+    assert_one_clear_line(stderr, f"--queries {queries}: give a whole number of at least 1")

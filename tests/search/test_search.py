@@ -451,6 +451,7 @@ def test_links_that_change_later_do_not_lead_out(pictures, checkpoint, tmp_path)
         ({"image": "/"}, "--image / is a folder"),
         ({"image": __file__}, "is not an image"),
         ({"sheet": Path("/nowhere/sheet.png")}, "--sheet /nowhere/sheet.png: its folder does not exist"),
+        ({"sheet": Path("/")}, "--sheet / is a folder; give a file"),
         ({"index": Path("/nowhere")}, "there is no index in /nowhere; make one"),
     ],
 )

@@ -243,6 +243,12 @@ def test_a_run_s_file_that_says_nothing_is_one_clear_line(tmp_path, text, messag
     assert own_timeout(tmp_path, 1800) == 1800
 
 
+def test_a_file_is_no_run_folder(tmp_path):
+    (tmp_path / "model.pt").touch()
+    with pytest.raises(InputError, match="is missing; give --resume the folder of a run"):
+        read_run(tmp_path / "model.pt")
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("seed", "zero"), ("dataset", "imagenet"), ("data_path", 3), ("batch_size", None), ("digests", [])],

@@ -35,9 +35,11 @@ def report_run(
 
     Where the data tell the kinds of their edits, as the built-in ones do, `recall_by_kind.csv` as well.
     ``data_path`` is where the data are now; None takes the place where they were in training.
-    Raises :class:`InputError` if the run has no CSV files, no checkpoint, or its data is gone, and for a
-    file of edits that is broken or of other triplets.
+    Raises :class:`InputError` if ``queries`` is below 1, the run has no CSV files or no checkpoint, its data
+    is gone, or a file of edits is broken or of other triplets.
     """
+    if queries < 1:
+        raise InputError(f"--queries {queries}: give a whole number of at least 1")
     run_folder, on = RunFolder(path), start_device(device)
     plot_curves(run_folder)
     checkpoint_file = run_folder.checkpoint(CIRR.checkpoint)

@@ -258,8 +258,9 @@ class Retriever:
     ) -> None:
         """Call ``take(start, pixels)`` with each batch, (B, 3, S, S) on the device, of the pictures."""
         check_pictures(pictures)
-        if batch_size < 1:
-            raise InputError(f"batch_size {batch_size} is too small; the least is 1")
+        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+            if value is not None and value < least:
+                raise InputError(f"{name} {value} is too small; the least is {least}")
         if num_workers is None:
             num_workers = default_workers(self.device) if len(pictures) > batch_size else 0
         check_shared_memory(batch_size * pixel_bytes(self.model), num_workers)

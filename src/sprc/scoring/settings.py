@@ -30,7 +30,7 @@ class ProtocolSettings:
 class DataSettings:
     """Where the data are, and what is done about an image that has no file."""
 
-    data_path: Path = setting(ROOT, help="folder of cirr_dataset/, fashionIQ_dataset/; default: here")
+    data_path: Path = setting(ROOT, help="folder of cirr_dataset/, fashionIQ_dataset/; default: %(default)s")
     missing_images: str = setting(
         "error",
         choices=MISSING_IMAGES,

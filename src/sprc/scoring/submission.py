@@ -33,6 +33,8 @@ def run_submission(settings: SubmissionSettings) -> tuple[Path, Path]:
             "restore the files and leave the flag out"
         )
     name = settings.name or name_of_checkpoint(settings.model_path)
+    if name != Path(name).name:
+        raise InputError(f"--name {name} names a folder, too; give --out for the folder")
     device = start_device(settings.device)
     split = load_cirr(settings.data_path, "test1")
     try:

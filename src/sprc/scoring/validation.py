@@ -3,8 +3,7 @@
 from typing import Any
 
 from sprc.distributed import from_main
-from sprc.errors import InputError
-from sprc.files import compact_json, write_atomically, write_csv
+from sprc.files import compact_json, require_file_place, write_atomically, write_csv
 from sprc.models.device import start_device
 from sprc.scoring.benchmarks import Benchmark, benchmark_class
 from sprc.scoring.encoding import EncodedSplit
@@ -25,9 +24,8 @@ def run_validation(settings: ValidationSettings) -> dict[str, float | str]:
     device = start_device(settings.device)
     for flag in ("save_ranks", "save_rankings"):
         file = getattr(settings, flag)
-        if file is not None and not file.absolute().parent.is_dir():
-            name = f"--{flag.replace('_', '-')} {file}"
-            raise InputError(f"{name}: its folder does not exist; make it, or give another")
+        if file is not None:
+            require_file_place(f"--{flag.replace('_', '-')}", file)
     benchmark = benchmark_class(settings.dataset).load(
         settings.data_path,
         settings.fiq_protocol,

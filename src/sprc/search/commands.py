@@ -12,6 +12,7 @@ from PIL import Image
 from sprc.data.images import own_formats
 from sprc.data.reading import require_words
 from sprc.errors import InputError, Interrupted
+from sprc.files import require_file_place
 from sprc.models.device import default_workers, memory_explained, place, start_device
 from sprc.scoring.encoding import LARGEST_BATCH
 from sprc.scoring.retriever import Retriever
@@ -102,8 +103,8 @@ def run_query(settings: QuerySettings) -> None:
         raise InputError(f"--top {settings.top}: give a whole number of at least 1")
     require_engine(settings.engine, settings.candidates)
     sheet = settings.sheet
-    if sheet is not None and not sheet.absolute().parent.is_dir():
-        raise InputError(f"--sheet {sheet}: its folder does not exist; make it, or give another")
+    if sheet is not None:
+        require_file_place("--sheet", sheet)
     index = open_index(settings.index)
     path, _ = find_reference(index, settings.image, "--image")
     searcher = Searcher.of(

@@ -32,7 +32,7 @@ from sprc.search.index import (
     printable,
     refuse_other_model,
 )
-from sprc.search.settings import EngineSettings, QuerySettings
+from sprc.search.settings import ENGINES, EngineSettings, QuerySettings
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ class Searcher:
         *,
         model_path: str | Path | None = None,
         vocab: str | Path | None = None,
-        device: str | None = None,
+        device: str | torch.device | None = None,
         engine: str = EngineSettings.engine,
         candidates: int = EngineSettings.candidates,
     ) -> Searcher:
@@ -74,7 +74,7 @@ class Searcher:
             open_index(Path(path)),
             model_path=None if model_path is None else Path(model_path),
             vocab=None if vocab is None else Path(vocab),
-            device=device,
+            device=None if device is None else str(device),
             engine=engine,
             candidates=candidates,
         )
@@ -308,6 +308,8 @@ def map_features(index: PictureIndex, engine: str) -> None:
 
 def require_engine(engine: str, candidates: int) -> None:
     """Raise :class:`InputError` if there can be no such search."""
+    if engine not in ENGINES:
+        raise InputError(f"--engine {engine!r} is unknown; choose from {', '.join(ENGINES)}")
     if candidates < 1:
         raise InputError(f"--candidates {candidates}: give a whole number of at least 1")
     if engine == "faiss":

@@ -6,6 +6,8 @@ from pathlib import Path
 from sprc.scoring.settings import CheckpointSettings, DeviceSettings, VocabSettings
 from sprc.settings import INDEX, ROOT, like, setting, text
 
+ENGINES = ("exact", "faiss")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings(DeviceSettings, VocabSettings):
@@ -14,7 +16,7 @@ class EngineSettings(DeviceSettings, VocabSettings):
     model_path: Path | None = setting(None, metavar="FILE", help="default: where it was when indexed")
     engine: str = setting(
         "exact",
-        choices=("exact", "faiss"),
+        choices=ENGINES,
         help="exact compares the query with every picture; faiss, for very many, with the --candidates "
         "nearest by their mean features alone, and may miss some; default: %(default)s",
     )

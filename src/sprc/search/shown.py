@@ -24,7 +24,7 @@ class Map(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def small_bytes(path: Path, _digest: str) -> bytes:
-    """The same by its path; a picture that changes and is indexed again has another digest."""
+    """A small picture, as a file of bytes; one that changes and is indexed again has another digest."""
     return as_bytes(on_square(open_thumbnail(path, SMALL), SMALL))
 
 

@@ -66,7 +66,7 @@ def read_run(run_folder: Path) -> dict[str, Any]:
     path = RunFolder(run_folder).hyperparameters
     try:
         written = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{path} is missing; give --resume the folder of a run") from error
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is broken; restore it from a copy") from error

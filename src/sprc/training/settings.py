@@ -71,7 +71,7 @@ class TrainingSettings(
     resume: Path | None = setting(
         None,
         metavar="RUN_FOLDER",
-        help="go on with a run, with its own flags; README.md says which may be given anew",
+        help="go on with a run, with its own flags; docs/training.md says which may be given anew",
     )
     models_path: Path = setting(ROOT / "models", help="where the run's folder goes; default: models/")
     loss_align: float | None = setting(None, help="alignment loss's weight; default: CIRR 0.4, FashionIQ 1")
