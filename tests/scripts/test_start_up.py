@@ -53,3 +53,19 @@ def test_garbage_is_collected_again_after_the_imports():
         fail()
     assert seen == [False]
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize(("module", "frozen"), [("triton", False), ("torch", True)])
+def test_what_was_imported_is_collected_at_the_end_where_triton_looks_for_it(module, frozen):
+    code = (
+        "import atexit, gc, sys\n"
+        "from sprc.start_up import no_collection\n"
+        "atexit.register(lambda: print(gc.get_freeze_count() > 0))\n"  # the last to be called
+        "with no_collection():\n    import json\n"
+        f"sys.modules[{module!r}] = json\n"
+    )
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT / "src")}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert result.stdout == f"{frozen}\n"
