@@ -144,6 +144,8 @@ def wrong_calls(model, good, folder):
     yield lambda: model.encode_document([good, None]), "number 1 is a NoneType; give a path or a PIL image"
     yield lambda: model.encode_query("nothing.png", TEXT), "nothing.png does not exist; correct its path"
     yield lambda: model.encode_document(folder / "broken.png"), "broken.png is not an image"
+    long = Image.new("1", (100_000, 1))  # padded to a square it would take gigabytes
+    yield lambda: model.encode_document([good, long]), "picture 1, a PIL image, has 100000 x 1 pixels; give a"
     yield lambda: model.encode_query([good, good], [TEXT, " .! "]), "text 1 of 2 ' .! ' holds no word"
     yield lambda: model.encode_query(good, 3), "texts is a int; give a text, or a list of them"
     yield lambda: model.encode_query(good, [3]), "texts: number 0 is a int; give a text"

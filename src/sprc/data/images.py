@@ -25,7 +25,7 @@ Loader = Callable[[Path], Tensor]  # see image_loader; a feature cache is anothe
 _END_MARKERS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}
 _TAIL_BYTES = 4096
 # Every image is padded to a square at most, which for longer ones would take gigabytes.
-_LONGEST_SIDE = 16_384
+LONGEST_SIDE = 16_384
 _EXIF_ORIENTATION = 0x0112
 
 
@@ -163,7 +163,7 @@ def _is_rotated(image: Image.Image) -> bool:
 
 
 def _refuse_long(image: Image.Image) -> None:
-    if max(image.size) > _LONGEST_SIDE:
+    if max(image.size) > LONGEST_SIDE:
         raise Image.DecompressionBombError
 
 
@@ -183,7 +183,7 @@ def _problem(path: Path, error: Exception) -> str:
     elif isinstance(error, IsADirectoryError):
         reason = "is a folder, not an image"
     elif isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
-        reason = f"has more than {Image.MAX_IMAGE_PIXELS} pixels or more than {_LONGEST_SIDE} on a side"
+        reason = f"has more than {Image.MAX_IMAGE_PIXELS} pixels or more than {LONGEST_SIDE} on a side"
         remedy = "replace it with a smaller copy"
     elif isinstance(error, UnidentifiedImageError):
         reason = "is not an image in a format that Pillow reads" if path.stat().st_size else "is empty"
