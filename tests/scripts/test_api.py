@@ -184,6 +184,7 @@ def test_the_searcher_takes_text_paths_and_images(picture_index, pictures):
     for arguments, message in (
         (("nothing.png", TEXT), "nothing.png is neither a file nor a picture of the index"),
         ((path, " . "), "the text ' . ' holds no word"),
+        ((Image.new("1", (100_000, 1)), TEXT), "the picture has 100000 x 1 pixels; give a copy of at most"),
     ):
         with pytest.raises(sprc.InputError, match=message):
             searcher.search(*arguments)

@@ -62,6 +62,28 @@ def load_image(
     return transform(image)
 
 
+def prepare_image(image: Image.Image, transform: Transform, what: str) -> Tensor:
+    """``transform`` of a picture that is open already; an error calls it ``what``.
+
+    Raises :class:`InputError` if it is too long, see :func:`require_short`, or cannot be decoded.
+    """
+    require_short(image, what)
+    try:
+        return transform(image)
+    except Exception as error:  # of almost any kind, out of what Pillow opened and cannot decode
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{what} cannot be prepared ({reason})") from error
+
+
+def require_short(image: Image.Image, what: str) -> None:
+    """Raise :class:`InputError` for a picture longer than padding to a square allows."""
+    if max(image.size) > LONGEST_SIDE:
+        width, height = image.size
+        raise InputError(
+            f"{what} has {width} x {height} pixels; give a copy of at most {LONGEST_SIDE} on a side"
+        )
+
+
 def check_images(image_paths: Mapping[T, Path], names: Iterable[T]) -> None:
     """Look at the images of ``names`` before a run, as :func:`inspect_images` does without decoding.
 

@@ -77,9 +77,7 @@ def open_images(
         InputError: an image cannot be used, or the cache cannot; see :class:`FeatureCache`. Or the shared
             memory is too small for ``num_workers``, see :func:`check_shared_memory`.
     """
-    for name, value, least in (("batch-size", batch_size, 1), ("num-workers", num_workers, 0)):
-        if value < least:
-            raise InputError(f"--{name} {value} is too small; the least is {least}")
+    require_reading(batch_size, num_workers)
     transform = make_transform(
         preprocessing["transform"], model.config.image_size, preprocessing["target_ratio"]
     )
@@ -95,6 +93,13 @@ def open_images(
         computed = cache.fill(paths, model, transform, batch_size=batch_size, num_workers=num_workers)
     print(f"feature cache {cache.folder}: {len(cache.records)} images, {computed} of them new", flush=True)
     return cache
+
+
+def require_reading(batch_size: int, num_workers: int) -> None:
+    """Raise :class:`InputError` where no image could be read with these."""
+    for name, value, least in (("batch-size", batch_size, 1), ("num-workers", num_workers, 0)):
+        if value < least:
+            raise InputError(f"--{name} {value} is too small; the least is {least}")
 
 
 def pixel_bytes(model: Blip2QformerCirAlignPrompt) -> int:

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from sprc.data.datasets import SteadyLoader
-from sprc.data.images import LONGEST_SIDE, Transform, inspect_images, load_image
+from sprc.data.images import Transform, inspect_images, load_image, prepare_image, require_short
 from sprc.data.reading import require_words
 from sprc.data.shared_memory import check_shared_memory
 from sprc.data.transforms import make_transform
@@ -289,11 +289,7 @@ class Pictures(Dataset[Tensor]):
         picture = self.pictures[index]
         if not isinstance(picture, Image.Image):
             return load_image(Path(picture), self.transform)
-        try:
-            return self.transform(picture)
-        except Exception as error:  # of almost any kind, out of what Pillow opened and cannot decode
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(f"picture {index}, a PIL image, cannot be prepared ({reason})") from error
+        return prepare_image(picture, self.transform, f"picture {index}, a PIL image,")
 
 
 def as_list(given: Any, kind: Any, name: str) -> list[Any]:
@@ -315,12 +311,8 @@ def as_list(given: Any, kind: Any, name: str) -> list[Any]:
 def check_pictures(pictures: list[Picture]) -> None:
     """Look at the pictures, before any is encoded; :class:`InputError` for a bad one."""
     for number, picture in enumerate(pictures):
-        if isinstance(picture, Image.Image) and max(picture.size) > LONGEST_SIDE:
-            width, height = picture.size
-            raise InputError(
-                f"picture {number}, a PIL image, has {width} x {height} pixels; give a copy of at most "
-                f"{LONGEST_SIDE} on a side"
-            )
+        if isinstance(picture, Image.Image):
+            require_short(picture, f"picture {number}, a PIL image,")
     paths = list(dict.fromkeys(Path(p) for p in pictures if not isinstance(p, Image.Image)))
     bad = [
         (path, found.problem)

@@ -28,7 +28,7 @@ from sprc.errors import InputError
 from sprc.files import hold_lock, write_atomically, write_json
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.records import Entry, RecordStore, intact
-from sprc.scoring.feature_cache import pixel_bytes
+from sprc.scoring.feature_cache import pixel_bytes, require_reading
 from sprc.scoring.retriever import Retriever
 from sprc.search.folder import SUFFIXES, check_folder, find_pictures, look_at_pictures
 from sprc.search.index import (
@@ -96,9 +96,7 @@ def update_index(
     """
     folder = folder.resolve()
     check_folder(folder)
-    for name, value, least in (("batch-size", batch_size, 1), ("num-workers", num_workers, 0)):
-        if value < least:
-            raise InputError(f"--{name} {value} is too small; the least is {least}")
+    require_reading(batch_size, num_workers)
     found, left_out = find_pictures(folder)
     if not found and not left_out:
         raise InputError(f"{folder} holds no picture ({' '.join(SUFFIXES)}); give a folder that does")

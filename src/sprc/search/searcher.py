@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from sprc.data.captions import process_caption
-from sprc.data.images import load_image, own_formats
+from sprc.data.images import load_image, own_formats, prepare_image
 from sprc.data.reading import require_words
 from sprc.data.transforms import upright_first
 from sprc.errors import InputError
@@ -150,11 +150,7 @@ class Searcher:
             raise InputError(f"top {top}: give a whole number of at least 1")
         leave_out = []
         if isinstance(image, Image.Image):
-            try:
-                pixels = self.pixels(image)
-            except Exception as error:  # of almost any kind, out of what Pillow opened and cannot decode
-                reason = " ".join(str(error).split()) or type(error).__name__
-                raise InputError(f"the picture cannot be prepared ({reason})") from error
+            pixels = prepare_image(image, upright_first(self.retriever.transform), "the picture")
         else:
             path, name = find_reference(self.index, str(image), "the picture")
             pixels = load_image(path, upright_first(self.retriever.transform), own_formats())

@@ -11,6 +11,7 @@ from sprc.data.reading import quote, read_json
 from sprc.data.split import Split, Triplet
 from sprc.distributed import world_size
 from sprc.errors import InputError
+from sprc.files import file_digest
 from sprc.run_folder import RunFolder
 from sprc.scoring.benchmarks import benchmark_class
 from sprc.training.state import saved_progress
@@ -190,10 +191,7 @@ def digest_of_data(scored: list[Split], triplets: list[Triplet]) -> str:
 
 def digest_of_file(path: Path | None) -> str | None:
     """A digest of a checkpoint's bytes; None without one."""
-    if path is None:
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    return None if path is None else file_digest(path)
 
 
 def check_same(before: dict[str, Any], now: dict[str, str | None], flags: dict[str, Any]) -> None:
