@@ -33,6 +33,12 @@ PUBLISHED = {
 }
 
 
+def batch_size_of(checkpoint: Checkpoint) -> int:
+    """Images at once where the user does not say it: as its training had them, if a rank can hold so many."""
+    told: int = checkpoint.hyperparameters.get("batch_size", PUBLISHED["batch_size"])
+    return min(told, LARGEST_BATCH)
+
+
 @dataclass(frozen=True)
 class Scorer:
     """A checkpoint on its device, and the settings to score it with."""
@@ -62,7 +68,7 @@ class Scorer:
         place(checkpoint.model, device)
         own = {name: checkpoint.hyperparameters.get(name, value) for name, value in PUBLISHED.items()}
         own["num_workers"] = default_workers(device)
-        own["batch_size"] = min(own["batch_size"], LARGEST_BATCH)
+        own["batch_size"] = batch_size_of(checkpoint)
         given = {name: value for name, value in given.items() if value is not None and value is not False}
         return cls(checkpoint, {**own, **given, "feature_cache": feature_cache})
 

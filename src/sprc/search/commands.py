@@ -14,9 +14,8 @@ from sprc.data.reading import require_words
 from sprc.errors import InputError, Interrupted
 from sprc.files import require_file_place
 from sprc.models.device import default_workers, memory_explained, place, start_device
-from sprc.scoring.encoding import LARGEST_BATCH
 from sprc.scoring.retriever import Retriever
-from sprc.scoring.settings import SCORING_BATCH
+from sprc.scoring.scorer import batch_size_of
 from sprc.search.folder import check_folder
 from sprc.search.index import PictureIndex, Result, identity_of, open_index, printable
 from sprc.search.indexing import update_index
@@ -74,7 +73,7 @@ def index_pictures(
     identity = identity_of(retriever.model, retriever.transform_name, retriever.target_ratio)
     place(retriever.model, device)
     if batch_size is None:
-        batch_size = min(retriever.checkpoint.hyperparameters.get("batch_size", SCORING_BATCH), LARGEST_BATCH)
+        batch_size = batch_size_of(retriever.checkpoint)
     if num_workers is None:
         num_workers = default_workers(device)
     reading = {"batch_size": batch_size, "num_workers": num_workers}
