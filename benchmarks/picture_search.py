@@ -219,19 +219,23 @@ def page(settings: Settings) -> list[Row]:
 
 def make_demo(folder: Path, families: int) -> tuple[Path, Path]:
     """What `make demo` leaves: data with 36 validation pictures a family, and a tiny model, not trained."""
-    from sprc.data.cirr import load_cirr
+    from sprc.data.split import triplets_of
     from sprc.models.checkpoint import save_checkpoint
     from sprc.models.factory import create_model, model_class
+    from sprc.scoring.benchmarks import benchmark_class
+    from sprc.training.resume import digest_of_data
 
     data, models = folder / "demo", folder / "models"
     sizes = ("--train-families", "1", "--val-families", str(families), "--test-families", "1")
     command = [sys.executable, SOURCE / "make_demo_data.py", "--out", data, *sizes]
     subprocess.run([*map(str, command)], check=True, capture_output=True)
-    captions = [triplet.caption for triplet in load_cirr(data, "val").triplets]
-    model = create_model(model_class("blip2_cir_align_prompt"), "tiny", captions=captions)
+    benchmark = benchmark_class("CIRR").load(data, None)
+    triplets, _ = triplets_of(benchmark.train_splits(data))
+    model = create_model(model_class("blip2_cir_align_prompt"), "tiny")
     saved = models / "clip_finetuned_on_cirr_tiny" / "saved_models"
     saved.mkdir(parents=True)
     told = {"backbone": "tiny", "blip_model_name": "blip2_cir_align_prompt", "num_workers": 0}
+    told["digests"] = {"data_path": digest_of_data(benchmark.splits, triplets)}
     save_checkpoint(saved / "tuned_clip_arithmetic.pt", model, 0, told)
     return data, models
 

@@ -29,7 +29,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sprc.config import BACKBONES, MODEL_DIR, read_backbone, switches_from_environment
-from sprc.data.synthetic.scenes import caption_words
 from sprc.errors import InputError
 from sprc.models import blip2_qformer_cir_align_prompt as model_file
 from sprc.models.device import halve_frozen_vit
@@ -63,7 +62,7 @@ class Blip2QformerCirAlignPrompt(model_file.Blip2QformerCirAlignPrompt, BaseMode
 
     @classmethod
     def from_pretrained(cls, model_type: str) -> Blip2QformerCirAlignPrompt:
-        """The model of a backbone; without data at hand, `tiny` takes the built-in benchmark's words."""
+        """The model of a backbone."""
         return cls.build(model_type, {})
 
     @classmethod
@@ -81,24 +80,22 @@ class Blip2QformerCirAlignPrompt(model_file.Blip2QformerCirAlignPrompt, BaseMode
                 f"{', '.join(LAVIS_VITS)}"
             )
         values.pop("vit_model", None)
-        weights = read_backbone(backbone).get("weights", {})
+        weights = read_backbone(backbone)["weights"]
         finetuned = values.pop("finetuned", "") if values.get("load_finetuned", True) else ""
         values = {key: value for key, value in values.items() if key not in ("finetuned", "load_finetuned")}
-        settings = {**LAVIS_SETTINGS, "pretrained": (weights.get("blip2"),)}
+        settings = {**LAVIS_SETTINGS, "pretrained": (weights["blip2"],)}
         for name, known in settings.items():
             if (given := values.pop(name, known[0])) not in known:
                 raise InputError(f"the config says {name}: {given}; this model has {known[0]}: leave it out")
         model = cls.build(backbone, {LAVIS_FIELDS.get(name, name): value for name, value in values.items()})
-        if finetuned and finetuned != weights.get("blip2"):
+        if finetuned and finetuned != weights["blip2"]:
             model.load_checkpoint(finetuned)
         return model
 
     @classmethod
     def build(cls, backbone: str, values: dict[str, Any]) -> Blip2QformerCirAlignPrompt:
         """The model of a backbone with these fields of ``ModelConfig``, under those of ``SPRC_SWITCHES``."""
-        model = create_model(
-            cls, backbone, captions=caption_words(), **{**values, **switches_from_environment()}
-        )
+        model = create_model(cls, backbone, **{**values, **switches_from_environment()})
         halve_frozen_vit(model)  # on a CPU, load_model_and_preprocess turns all into float32 again
         print(f"sprc: {NAME}, backbone {backbone}, use_gated_fusion={model.config.use_gated_fusion}")
         return model
@@ -128,8 +125,8 @@ class Blip2QformerCirAlignPrompt(model_file.Blip2QformerCirAlignPrompt, BaseMode
         if "vocab_size" in others or words not in (None, vocabulary_digest(self.tokenizer)):
             raise InputError(
                 f"the checkpoint's {others.get('vocab_size', self.config.vocab_size)} words are not the "
-                f"model's {self.config.vocab_size}: it has another backbone, or is a `tiny` that took its "
-                "words from other captions; score it with the script that trained it"
+                f"model's {self.config.vocab_size}: it has another backbone, or words of its "
+                "own; score it with the script that trained it"
             )
         off = others == {"use_gated_fusion": False} and not os.environ.get("SPRC_SWITCHES")
         if others and not off:

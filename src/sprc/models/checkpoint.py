@@ -6,7 +6,7 @@ Ours leave out a frozen vision transformer, which the backbone provides, and hol
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,20 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from sprc.config import ModelConfig, read_backbone, switches_from_environment
-from sprc.data.captions import process_caption
-from sprc.data.synthetic.scenes import caption_words
 from sprc.errors import InputError
 from sprc.files import verify_archive, write_atomically
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.factory import backbone_weights, create_model, model_class
 from sprc.models.switches import FUSION, SWITCHES, VIT, mismatches, read_switches, sizes_of, vocabulary_digest
-from sprc.models.tokenizer import (
-    SPECIAL_TOKENS,
-    WordPiece,
-    bert_tokenizer,
-    make_vocabulary,
-    read_bert_vocabulary,
-)
+from sprc.models.tokenizer import SPECIAL_TOKENS, WordPiece, read_bert_vocabulary, tokenizer_of
+from sprc.models.weights import weights_path
 
 # Of frozen vision transformers, which do not change while they live: hashing 2 GB takes seconds.
 FINGERPRINTS: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
@@ -66,13 +59,13 @@ def save_checkpoint(
 ) -> None:
     """Write the model with all that rebuilds it: config, vocabulary and the run's hyperparameters.
 
-    A frozen vision transformer that the backbone's files hold is left out, unless ``full``; ``left_out`` in
+    A frozen vision transformer, which the backbone's files hold, is left out, unless ``full``; ``left_out`` in
     the file says so.
     """
     tokenizer = model.tokenizer
     state = model.state_dict()
     left_out = None
-    if model.config.freeze_vit and not full and "weights" in read_backbone(hyperparameters["backbone"]):
+    if model.config.freeze_vit and not full:
         vit = {key: value for key, value in state.items() if key.startswith(VIT)}
         state = {key: value for key, value in state.items() if key not in vit}
         encoder = model.visual_encoder
@@ -170,7 +163,6 @@ def load_checkpoint(
 def start_model(
     name: str,
     backbone: str,
-    captions: Iterable[str],
     *,
     model_path: Path | None = None,
     vocab: Path | None = None,
@@ -182,7 +174,6 @@ def start_model(
     Args:
         name: of the model's class.
         backbone: one of ``sprc.config.BACKBONES``.
-        captions: where the vocabulary comes from for a backbone that has none of its own (`tiny`).
         model_path: the checkpoint; None for the backbone's weights.
         vocab: BERT's `vocab.txt`, see :func:`sprc.models.tokenizer.bert_tokenizer`.
         switches: fields of :class:`ModelConfig` that the user sets; they win over ``SPRC_SWITCHES``.
@@ -201,8 +192,7 @@ def start_model(
         )
         print(checkpoint.found, flush=True)
         return checkpoint.model
-    cleaned = [process_caption(caption) for caption in captions]
-    return create_model(model_class(name), backbone, captions=cleaned, vocab=vocab, **decided)
+    return create_model(model_class(name), backbone, vocab=vocab, **decided)
 
 
 def described_by_state(
@@ -211,19 +201,15 @@ def described_by_state(
     """Config and tokenizer of a file that holds a state dict alone.
 
     The backbone's values, over them what the shapes say, and over these the switches that a fusion's state
-    dict carries. `tiny`, which has no vocabulary of its own, took that of ``sprc.lavis_registration``.
+    dict carries.
     """
-    recipe = read_backbone(backbone)
     told, words = read_switches(state)
-    values = {**recipe["model"], **sizes_of(state), **told}
-    if "weights" in recipe:
-        return values, bert_tokenizer(vocab)
-    tokenizer = WordPiece(make_vocabulary(caption_words()))
+    values = {**read_backbone(backbone)["model"], **sizes_of(state), **told}
+    tokenizer = tokenizer_of(backbone, vocab)
     if values.get("vocab_size") != len(tokenizer) or words not in (None, vocabulary_digest(tokenizer)):
         raise InputError(
             f"{path} has {values.get('vocab_size')} words and does not hold them, and they are not the "
-            f"{len(tokenizer)} that --backbone {backbone} has in SPRC's own scripts; give its backbone, or "
-            "train with this project's script, whose checkpoints hold their words"
+            f"{len(tokenizer)} of --backbone {backbone}; give the backbone that it was trained on"
         )
     return values, tokenizer
 
@@ -297,7 +283,8 @@ def fill(
 
 def vit_of_backbone(config: ModelConfig, left_out: dict[str, str], path: Path) -> dict[str, Tensor]:
     """The frozen vision transformer that a checkpoint leaves out, from its backbone, verified."""
-    found = backbone_weights(config, read_backbone(left_out["backbone"])["weights"], vit_only=True)
+    weights = read_backbone(left_out["backbone"])["weights"]
+    found = backbone_weights(config, weights, vit_only=True)
     model_keys = {key: value for key, value in found.items() if key.startswith(VIT)}
     with torch.device("meta"):
         needed = Blip2QformerCirAlignPrompt.vision_transformer(config).state_dict()
@@ -305,7 +292,8 @@ def vit_of_backbone(config: ModelConfig, left_out: dict[str, str], path: Path) -
     if len(vit) < len(needed) or fingerprint(vit) != left_out["fingerprint"]:
         raise InputError(
             f"{path} was trained on another {left_out['backbone']} backbone than the one in "
-            f"{torch.hub.get_dir()}/checkpoints; use that one's files, or a checkpoint saved with --save-full"
+            f"{weights_path(weights['blip2']).parent}; use that one's files, or a checkpoint saved with "
+            "--save-full"
         )
     return vit
 

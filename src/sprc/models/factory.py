@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,9 +12,9 @@ from sprc.config import ModelConfig, read_backbone
 from sprc.distributed import local_main_first, local_rank
 from sprc.errors import InputError
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
-from sprc.models.tokenizer import WordPiece, bert_tokenizer, make_vocabulary
+from sprc.models.tokenizer import tokenizer_of
 from sprc.models.vision import resize_positions
-from sprc.models.weights import read_weights, state_of
+from sprc.models.weights import read_shipped_weights, read_weights, state_of
 
 M = TypeVar("M", bound=Blip2QformerCirAlignPrompt)
 
@@ -32,45 +31,29 @@ def model_class(name: str) -> type[Blip2QformerCirAlignPrompt]:
     return MODELS[name]
 
 
-def create_model(
-    cls: type[M],
-    backbone: str,
-    *,
-    captions: Iterable[str] = (),
-    vocab: Path | None = None,
-    **switches: Any,
-) -> M:
-    """A model to train, with its backbone's weights.
+def create_model(cls: type[M], backbone: str, *, vocab: Path | None = None, **switches: Any) -> M:
+    """A model to train, with its backbone's words and weights.
 
     Args:
         cls: a class of ``MODELS``, see :func:`model_class`.
         backbone: one of ``sprc.config.BACKBONES``.
-        captions: where the vocabulary comes from for a backbone that has none of its own (`tiny`).
         vocab: BERT's `vocab.txt`, see :func:`sprc.models.tokenizer.bert_tokenizer`; not for `tiny`.
         switches: fields of :class:`ModelConfig` that the user sets, over the backbone's own.
 
     Raises:
-        InputError: an unknown backbone, a switch that does not fit, weights that cannot be had.
+        InputError: an unknown backbone, a switch that does not fit, weights or words that cannot be had.
     """
     recipe = read_backbone(backbone)
-    weights = recipe.get("weights")
-    arguments = {**recipe["model"], **switches}
-    if weights:
-        config = ModelConfig.from_dict(arguments, f"backbone {backbone}")
-        model = cls(config, bert_tokenizer(vocab))
-        load_backbone(model, weights)
-    elif vocab is not None:
-        raise InputError(f"--vocab {vocab}: backbone {backbone} takes its words from the data; leave it out")
-    else:
-        tokenizer = WordPiece(make_vocabulary(captions))
-        arguments["vocab_size"] = len(tokenizer)
-        model = cls(ModelConfig.from_dict(arguments, f"backbone {backbone}"), tokenizer)
+    config = ModelConfig.from_dict({**recipe["model"], **switches}, f"backbone {backbone}")
+    model = cls(config, tokenizer_of(backbone, vocab))
+    load_backbone(model, recipe["weights"])
     return model
 
 
 def load_backbone(model: Blip2QformerCirAlignPrompt, weights: dict[str, str]) -> None:
-    """Fill ``model`` from the files that a backbone's YAML names, fetched once and cached by torch.
+    """Fill ``model`` from the files that a backbone's YAML names: `blip2`, and `vit` where that lacks it.
 
+    An address is fetched once and cached by torch. A name is a file beside the YAML, which gives its `sha256`.
     A parameter that neither file holds, or that has another shape, raises :class:`InputError`. Entries
     for parts that BLIP-2 leaves out of the vision transformer are counted in one printed line.
     """
@@ -102,10 +85,11 @@ def backbone_weights(
     found: dict[str, Tensor] = {}
     vit, blip2 = weights.get("vit"), weights["blip2"]
     if vit:
-        found |= {f"visual_encoder.{key}": value for key, value in state_of(_fetch(vit), vit).items()}
+        contents = _read(vit, None)
+        found |= {f"visual_encoder.{key}": value for key, value in state_of(contents, vit).items()}
     if not (vit_only and found):
         # Its own ViT, if any, is the one it was trained with.
-        found |= state_of(_fetch(blip2), blip2, "model")
+        found |= state_of(_read(blip2, weights.get("sha256")), blip2, "model")
     eva = config.vit == "eva"
     positions = "visual_encoder.pos_embed" if eva else "visual_encoder.positional_embedding"
     if positions in found:
@@ -118,6 +102,8 @@ def backbone_weights(
     return found
 
 
-def _fetch(url: str) -> dict[str, Any]:
+def _read(address: str, sha256: str | None) -> dict[str, Any]:
+    if sha256 is not None:
+        return read_shipped_weights(address, sha256)
     with local_main_first():
-        return read_weights(url, verify=local_rank() == 0)
+        return read_weights(address, verify=local_rank() == 0)

@@ -1,4 +1,4 @@
-"""BERT's tokenizer with BLIP-2's extra [DEC] token, over the published vocabulary or the data's own.
+"""BERT's tokenizer with BLIP-2's extra [DEC] token, over the published vocabulary or a backbone's own.
 
 It is written out here because importing transformers takes longer than a search; a test compares the two.
 """
@@ -6,16 +6,17 @@ It is written out here because importing transformers takes longer than a search
 from __future__ import annotations
 
 import logging
-import re
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Thread
 
+from sprc.config import read_backbone
 from sprc.data.captions import process_caption
 from sprc.errors import InputError
+from sprc.models.shipped import shipped_bytes
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 DEC = "[DEC]"
@@ -31,20 +32,6 @@ HUB_NAMES = ("bert-base-uncased", "google-bert/bert-base-uncased")
 HUB_SECONDS = 60  # for 230 KB
 BERT_ENTRIES = 30522
 BERT_SPECIAL_TOKENS = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103}
-
-
-def make_vocabulary(captions: Iterable[str]) -> list[str]:
-    """A WordPiece vocabulary of the captions' words and, for unseen words, of their characters.
-
-    Punctuation stands apart, as for BERT. Words come by falling frequency, then alphabetically, so the same
-    captions give the same ids.
-    """
-    split = re.compile(r"\w+|[^\w\s]")
-    words = Counter(word for caption in captions for word in split.findall(caption.lower()))
-    letters = sorted({letter for word in words for letter in word})
-    pieces = [*SPECIAL_TOKENS, *letters, *(f"##{letter}" for letter in letters)]
-    by_frequency = sorted(words, key=lambda word: (-words[word], word))
-    return list(dict.fromkeys([*pieces, *by_frequency]))
 
 
 class _Cleaned(dict):
@@ -172,6 +159,24 @@ class CaptionIds(dict):
         if len(self) < self.MOST:
             self[caption] = ids
         return ids
+
+
+def tokenizer_of(backbone: str, vocab: Path | None = None) -> WordPiece:
+    """The tokenizer of a backbone: its own words where its YAML names a file of them, else BERT's.
+
+    Args:
+        backbone: one of ``sprc.config.BACKBONES``.
+        vocab: see :func:`bert_tokenizer`.
+
+    Raises:
+        InputError: the words cannot be had, or ``vocab`` is given to a backbone that has its own.
+    """
+    own = read_backbone(backbone).get("vocabulary")
+    if own is None:
+        return bert_tokenizer(vocab)
+    if vocab is not None:
+        raise InputError(f"--vocab {vocab}: backbone {backbone} has words of its own; leave it out")
+    return WordPiece(shipped_bytes(own["file"], own["sha256"]).decode().split())
 
 
 def bert_tokenizer(vocab: Path | None = None) -> WordPiece:

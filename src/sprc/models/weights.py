@@ -1,9 +1,10 @@
-"""A backbone's files in torch's cache: fetched once, and looked at before anything is taken from them.
+"""A backbone's files: looked at before anything is taken from them.
 
-Beside a file `NAME` that loaded well lies `NAME.sprc.json` with its size and SHA-256. What is another file at
-a later load was damaged or replaced, and is refused. Torch's newer format has checksums of its own, which are
-verified at every load; such a file is hashed again only where its times changed. One of the older format
-is hashed at every load.
+One that comes with this package is hashed at every load. The others are fetched, once, into torch's cache.
+Beside a file `NAME` that loaded well lies `NAME.sprc.json` with its size and SHA-256. What is another file at a
+later load was damaged or replaced, and is refused. Torch's newer format has checksums of its own, which are
+verified at every load; such a file is hashed again only where its times changed. One of the older format is
+hashed at every load.
 """
 
 from __future__ import annotations
@@ -23,14 +24,31 @@ from urllib.parse import urlparse
 import torch
 from torch import Tensor
 
+from sprc.config import MODEL_DIR
 from sprc.distributed import rank
 from sprc.errors import InputError
 from sprc.files import READ_ONLY, hash_file, verify_archive, write_json
+from sprc.models.shipped import shipped_bytes
 
 
-def cached_path(url: str) -> Path:
-    """Where torch's cache holds what is fetched from ``url``."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
+def weights_path(address: str) -> Path:
+    """Where a backbone's file is: in torch's cache what is fetched, else beside the backbones' YAML files."""
+    if "://" not in address:
+        return MODEL_DIR / address
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(address).path).name
+
+
+def read_shipped_weights(name: str, sha256: str) -> dict[str, Any]:
+    """The contents of a backbone's safetensors file, arranged as in BLIP-2's files: weights under `model`.
+
+    Raises :class:`InputError`, see :func:`shipped_bytes`, and where the package safetensors is missing.
+    """
+    contents = shipped_bytes(name, sha256)
+    try:
+        from safetensors.torch import load
+    except ImportError as error:
+        raise InputError(f"reading {name} needs the package safetensors: pip install safetensors") from error
+    return {"model": load(contents)}
 
 
 def read_weights(url: str, *, verify: bool = True) -> dict[str, Any]:
@@ -44,7 +62,7 @@ def read_weights(url: str, *, verify: bool = True) -> dict[str, Any]:
         InputError: it cannot be fetched; or what is there is empty, a web page, damaged, cut short, not the
             file that loaded here before, or holds more than tensors.
     """
-    path = cached_path(url)
+    path = weights_path(url)
     again = f"delete it, and it is fetched again; or put {url} there by hand"
     with _explained(path, again):
         if not path.exists():
@@ -65,7 +83,7 @@ def state_of(contents: dict[str, Any], url: str, entry: str | None = None) -> di
 
     Raises :class:`InputError` for anything else there.
     """
-    path = cached_path(url)
+    path = weights_path(url)
     state = contents if entry is None else contents.get(entry)
     again = f"is it another file under that name? Delete it, and it is fetched again from {url}"
     if not isinstance(state, dict):

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import torch
-
 from sprc.models.checkpoint import start_model
 from sprc.models.device import default_workers, place, start_device
 from sprc.scoring.benchmarks import benchmark_class
@@ -18,12 +16,9 @@ def extract_features(settings: ExtractionSettings) -> None:
     """
     device = start_device(settings.device)
     paths = image_paths(settings)
-    torch.manual_seed(settings.seed)
-    # Its captions only make a vocabulary, which comes after the vision transformer and does not touch it.
     model = start_model(
         settings.blip_model_name,
         settings.backbone,
-        [],
         model_path=settings.model_path,
         vocab=settings.vocab,
         switches=settings.switches,

@@ -217,4 +217,3 @@ class ExtractionSettings(
     )
     model_path: Path | None = like(StartSettings, "model_path", help="this checkpoint's vision transformer")
     batch_size: int = setting(64, help="images at once; default: %(default)s")
-    seed: int = setting(0, help="of weights that start at random (tiny); default: %(default)s")

@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 
-from sprc.data.captions import process_caption
-from sprc.data.cirr import load_cirr
+from sprc.data.split import triplets_of
 from sprc.errors import InputError, Interrupted
 from sprc.models.checkpoint import read_contents
 from sprc.models.device import start_device
-from sprc.models.tokenizer import make_vocabulary
 from sprc.run_folder import RunFolder
+from sprc.scoring.benchmarks import benchmark_class
 from sprc.search.commands import index_pictures
 from sprc.search.searcher import load_model, require_engine
 from sprc.search.settings import AppSettings
 from sprc.settings import INDEX
+from sprc.training.resume import digest_of_data
 
 
 def run_app(settings: AppSettings) -> None:
@@ -91,10 +91,11 @@ def index_demo(data_path: Path, pictures: Path, models: Path, path: Path, device
     if missing is None and not found:
         missing = f"a checkpoint in {models}"
     own = None
-    if missing is None:  # `tiny` takes its words from the captions that it is trained on
-        triplets = load_cirr(data_path, "train").triplets
-        words = make_vocabulary(process_caption(triplet.caption) for triplet in triplets)
-        own = next((file for file in found if is_tiny_with(words, file)), None)
+    if missing is None:
+        benchmark = benchmark_class("CIRR").load(data_path, None)
+        triplets, _ = triplets_of(benchmark.train_splits(data_path))
+        data = digest_of_data(benchmark.splits, triplets)
+        own = next((file for file in found if is_tiny_of(data, file)), None)
     if own is None:
         missing = missing or f"a checkpoint in {models} that was trained with --backbone tiny on {data_path}"
         raise InputError(
@@ -110,13 +111,13 @@ def index_demo(data_path: Path, pictures: Path, models: Path, path: Path, device
     index_pictures(path, pictures, retriever, device, scored_as, rebuild=True)
 
 
-def is_tiny_with(words: list[str], checkpoint: Path) -> bool:
-    """Whether a checkpoint is of the backbone `tiny`, with these words."""
+def is_tiny_of(data: str, checkpoint: Path) -> bool:
+    """Whether a checkpoint is of the backbone `tiny`, trained on the data of this digest."""
     try:
-        contents = read_contents(checkpoint)
+        told = read_contents(checkpoint).get("hyperparameters", {})
     except InputError:
         return False
-    return contents.get("vocabulary") == words and contents["hyperparameters"]["backbone"] == "tiny"
+    return told.get("backbone") == "tiny" and told.get("digests", {}).get("data_path") == data
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from sprc.config import ModelConfig
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt, Samples
 from sprc.models.device import place, precision
-from sprc.models.tokenizer import WordPiece, make_vocabulary
+from sprc.models.tokenizer import SPECIAL_TOKENS, WordPiece
 
 Model = Blip2QformerCirAlignPrompt
 LOSS_WEIGHTS = {"loss_itc": 1.0, "loss_rtc": 0.4, "loss_align": 0.4}  # CIRR's
@@ -141,7 +141,7 @@ class MadeTriplets(Dataset):
 
 def made_tokenizer(size: int) -> WordPiece:
     """A tokenizer of ``size`` entries, [DEC] among them, that has each of ``WORDS`` as one."""
-    vocabulary = make_vocabulary(WORDS)
+    vocabulary = [*SPECIAL_TOKENS, *dict.fromkeys(WORDS)]
     return WordPiece([*vocabulary, *(f"unused{number}" for number in range(size - 1 - len(vocabulary)))])
 
 

@@ -175,7 +175,6 @@ def make_model(
     model = start_model(
         settings.blip_model_name,
         settings.backbone,
-        [text for t in data.triplets for text in (t.training_captions or (t.caption,))],
         model_path=settings.model_path,
         vocab=settings.vocab,
         switches=settings.switches,

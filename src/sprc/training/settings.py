@@ -100,6 +100,22 @@ class TrainingSettings(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class PretrainingSettings(DeviceSettings, ReaderSettings):
+    """What ``pretrain_tiny.py`` is told."""
+
+    out: Path = setting(help="the folder of the run and its weights; the same one goes on with a run")
+    scenes: int = setting(20000, help="made scenes to train on; default: %(default)s")
+    num_epochs: int = setting(30, help="default: %(default)s")
+    batch_size: int = setting(192, help="scenes a step; default: %(default)s")
+    learning_rate: float = setting(1e-3, help="peak of the schedule; default: %(default)s")
+    validation_frequency: int = setting(5, help="epochs between validations; default: %(default)s")
+    num_workers: int | None = like(LoopSettings, "num_workers")
+    seed: int = like(
+        LoopSettings, "seed", help="of scenes, descriptions, weights and data order; default: %(default)s"
+    )
+
+
 def training_parser(description: str | None) -> ArgumentParser:
     """A parser of the settings and of the model's switches; None, for a switch, is the backbone's own."""
     parser = flag_parser(description, TrainingSettings)
