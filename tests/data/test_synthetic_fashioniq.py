@@ -193,15 +193,15 @@ def test_no_scene_occurs_twice_in_any_type_or_split(made):
 
 
 def test_a_family_is_kept_apart_from_those_of_all_types_and_splits(tmp_path, monkeypatch):
-    drawn = set()
+    drawn, draw = set(), synthetic.draw_family
 
     def draw_family(pair, rng, used, shades):
         assert used >= drawn  # or a scene could come again, though it would hardly ever
-        image_sets = synthetic.draw_family(pair, rng, used, shades)
+        image_sets = draw(pair, rng, used, shades)
         drawn.update(scene for image_set in image_sets for row in image_set for scene in row)
         return image_sets
 
-    monkeypatch.setattr(synthetic_fashioniq, "draw_family", draw_family)
+    monkeypatch.setattr(synthetic, "draw_family", draw_family)
     make_fashioniq(tmp_path, SMALL)
     assert len(drawn) == 9 * 36
 

@@ -1,22 +1,15 @@
 """The made benchmark in CIRR's format on disk."""
 
 import itertools
-import random
 from itertools import product
 from pathlib import Path
 
 from tqdm import tqdm
 
-from sprc.data.synthetic.scenes import Scene, edit_between, render, write_caption
-from sprc.data.synthetic.splits import (
-    SyntheticConfig,
-    axis_pairs,
-    draw_family,
-    draw_queries,
-    json_text,
-    write_once,
-)
+from sprc.data.synthetic.scenes import edit_between, render, write_caption
+from sprc.data.synthetic.splits import SyntheticConfig, draw_parts, draw_queries, json_text, write_once
 
+SHADES = {"": (225, 250)}  # of the one type of images
 SPLIT_FOLDERS = {"train": "train", "val": "dev", "test1": "test1"}  # also the prefix of image names
 
 
@@ -32,15 +25,11 @@ def make_cirr(out: Path, config: SyntheticConfig) -> None:
 def _write_benchmark(root: Path, config: SyntheticConfig) -> None:
     for folder in ("captions", "image_splits"):
         (root / "cirr" / folder).mkdir(parents=True)
-    seeds = random.Random(config.seed)
-    used: set[Scene] = set()
     pair_ids, set_ids = itertools.count(), itertools.count()
-    # Train comes last, so that another number of train families leaves the other splits as they are.
-    counts = {"val": config.val_families, "test1": config.test_families, "train": config.train_families}
-    bar = tqdm(total=36 * sum(counts.values()), desc="made data", unit="image")
-    for split, count in counts.items():
-        rng = random.Random(seeds.getrandbits(64))
-        families = [draw_family(pair, rng, used) for pair in itertools.islice(axis_pairs(rng), count)]
+    images = 36 * (config.val_families + config.test_families + config.train_families)
+    bar = tqdm(total=images, desc="made data", unit="image")
+    for part, _, families, rng in draw_parts(config, SHADES):
+        split = "test1" if part == "test" else part
         queries_per_set = config.train_queries_per_set if split == "train" else config.eval_queries_per_set
         paths, entries, edits = {}, [], {}
         for (family, image_sets), number in product(enumerate(families), range(6)):

@@ -1,6 +1,5 @@
 """The made benchmark in FashionIQ's format on disk: three types, two captions a triplet."""
 
-import itertools
 import random
 from dataclasses import dataclass
 from itertools import product
@@ -10,14 +9,7 @@ from typing import Any, ClassVar
 from tqdm import tqdm
 
 from sprc.data.synthetic.scenes import Edit, Scene, cell_name, edit_between, object_phrase, render
-from sprc.data.synthetic.splits import (
-    SyntheticConfig,
-    axis_pairs,
-    draw_family,
-    draw_queries,
-    json_text,
-    write_once,
-)
+from sprc.data.synthetic.splits import SyntheticConfig, draw_parts, draw_queries, json_text, write_once
 
 # The types, in the order in which they are drawn, and what tells a type's images at sight: the background is
 # light, grey or dark.
@@ -127,17 +119,9 @@ def make_fashioniq(out: Path, config: FashionIQConfig) -> None:
 def _write_benchmark(root: Path, config: FashionIQConfig) -> None:
     for folder in ("captions", "image_splits", "images"):
         (root / folder).mkdir()
-    seeds = random.Random(config.seed)
-    used: set[Scene] = set()
-    # Train comes last, so that another number of train families leaves the other splits as they are.
-    counts = {"val": config.val_families, "test": config.test_families, "train": config.train_families}
-    bar = tqdm(total=36 * len(SHADES) * sum(counts.values()), desc="made data", unit="image")
-    for split, dress_type in product(counts, SHADES):
-        rng = random.Random(seeds.getrandbits(64))
-        families = [
-            draw_family(pair, rng, used, SHADES[dress_type])
-            for pair in itertools.islice(axis_pairs(rng), counts[split])
-        ]
+    images = 36 * len(SHADES) * (config.val_families + config.test_families + config.train_families)
+    bar = tqdm(total=images, desc="made data", unit="image")
+    for split, dress_type, families, rng in draw_parts(config, SHADES):
         queries_per_set = config.train_queries_per_set if split == "train" else config.eval_queries_per_set
         gallery: list[str] = []
         entries: list[dict[str, Any]] = []

@@ -41,6 +41,7 @@ NAMING = (
     ("size",),
     ("size", "color", "shape"),
 )
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 RELATIONS = {(1, 0): "below", (-1, 0): "above", (0, 1): "to the right of", (0, -1): "to the left of"}
 
 # {it} is the edited object as the reference shows it, {new} its new color, shape or size, {thing} an added
@@ -214,6 +215,13 @@ def object_phrase(thing: SceneObject, scene: Scene, rng: random.Random, by_cell:
         if sum([getattr(other, name) for name in names] == wanted for other in scene.objects) == 1:
             phrases.append(" ".join(["the", *wanted] + ([] if "shape" in names else ["object"])))
     return rng.choice(phrases)
+
+
+def group_name(thing: SceneObject, names: tuple[str, ...], many: bool = False) -> str:
+    """What all objects that share these attributes with ``thing`` are called: "red object", "small stars"."""
+    noun = thing.shape if "shape" in names else "object"
+    ending = "" if not many else "es" if noun.endswith("s") else "s"
+    return " ".join([getattr(thing, name) for name in names if name != "shape"] + [noun + ending])
 
 
 def place_phrase(cell: tuple[int, int], scene: Scene, moved: SceneObject | None, rng: random.Random) -> str:

@@ -8,16 +8,16 @@ rest of the scene; many differ from the reference by one edit and do not fit the
 import json
 import random
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from itertools import permutations, product
+from itertools import islice, permutations, product
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 from sprc.data.synthetic.scenes import CELLS, COLORS, SHAPES, SIZES, Scene, SceneObject
 from sprc.errors import InputError
 
-GENERATOR_VERSION = 1  # raise it whenever the same arguments give other files
+GENERATOR_VERSION = 2  # raise it whenever the same arguments give other files
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class SyntheticConfig:
     seed: int = 0
     image_size: int = 96
     train_families: int = 240
-    val_families: int = 7
-    test_families: int = 7
+    val_families: int = 14
+    test_families: int = 28
     train_queries_per_set: int = 4
     eval_queries_per_set: int = 6
     most_queries_per_set: ClassVar[int] = 18
@@ -133,6 +133,30 @@ def draw_family(
         rows = zip(*block, strict=True) if swap else map(tuple, block)
         image_sets.append(cast(ImageSet, tuple(rows)))
     return image_sets
+
+
+class Part(NamedTuple):
+    """The families of one type in one split; ``rng`` goes on with the order of its images and its queries."""
+
+    split: str  # val, test or train
+    type_name: str
+    families: list[list[ImageSet]]
+    rng: random.Random
+
+
+def draw_parts(config: SyntheticConfig, shades: Mapping[str, tuple[int, int]]) -> Iterator[Part]:
+    """Draw the families of each split and type; ``shades`` names the types and limits their backgrounds.
+
+    Train comes last, so that another number of train families leaves the other splits as they are.
+    """
+    seeds = random.Random(config.seed)
+    used: set[Scene] = set()
+    counts = {"val": config.val_families, "test": config.test_families, "train": config.train_families}
+    for split, type_name in product(counts, shades):
+        rng = random.Random(seeds.getrandbits(64))
+        pairs = islice(axis_pairs(rng), counts[split])
+        families = [draw_family(pair, rng, used, shades[type_name]) for pair in pairs]
+        yield Part(split, type_name, families, rng)
 
 
 def draw_queries(image_set: ImageSet, count: int, rng: random.Random) -> list[tuple[Scene, Scene]]:
