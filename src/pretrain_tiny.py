@@ -1,9 +1,9 @@
 """Pre-train the backbone `tiny` as BLIP-2's first stage does, on made scenes with descriptions.
 
     python src/pretrain_tiny.py --out pretrained
-The scenes are none of the built-in data's validation and test splits, and no edit is shown. The result is
-OUT/tiny.safetensors; put it beside src/sprc/models/tiny.yaml, and its SHA-256 into that file. The same command
-again goes on where a run was stopped.
+No scene is in a validation or test split of the built-in data, and no edit is shown. The result is
+OUT/tiny.safetensors: put it beside src/sprc/models/tiny.yaml, and its SHA-256 into that file. The same
+command again goes on where a run was stopped.
 """
 
 from sprc.errors import run_script

@@ -59,8 +59,8 @@ def save_checkpoint(
 ) -> None:
     """Write the model with all that rebuilds it: config, vocabulary and the run's hyperparameters.
 
-    A frozen vision transformer, which the backbone's files hold, is left out, unless ``full``; ``left_out`` in
-    the file says so.
+    A frozen vision transformer, which the backbone's files hold, is left out, unless ``full``; ``left_out``
+    in the file says so.
     """
     tokenizer = model.tokenizer
     state = model.state_dict()

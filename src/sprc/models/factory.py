@@ -53,7 +53,8 @@ def create_model(cls: type[M], backbone: str, *, vocab: Path | None = None, **sw
 def load_backbone(model: Blip2QformerCirAlignPrompt, weights: dict[str, str]) -> None:
     """Fill ``model`` from the files that a backbone's YAML names: `blip2`, and `vit` where that lacks it.
 
-    An address is fetched once and cached by torch. A name is a file beside the YAML, which gives its `sha256`.
+    What has an address is fetched once and cached by torch. What has none is a file beside the YAML, which
+    gives its `sha256`.
     A parameter that neither file holds, or that has another shape, raises :class:`InputError`. Entries
     for parts that BLIP-2 leaves out of the vision transformer are counted in one printed line.
     """

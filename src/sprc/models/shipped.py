@@ -1,4 +1,4 @@
-"""The files of a backbone that comes with this package, beside its YAML: as they were shipped, or not at all."""
+"""The files of a backbone that comes with this package: as they were shipped, or not at all."""
 
 from __future__ import annotations
 

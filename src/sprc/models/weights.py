@@ -1,10 +1,10 @@
 """A backbone's files: looked at before anything is taken from them.
 
 One that comes with this package is hashed at every load. The others are fetched, once, into torch's cache.
-Beside a file `NAME` that loaded well lies `NAME.sprc.json` with its size and SHA-256. What is another file at a
-later load was damaged or replaced, and is refused. Torch's newer format has checksums of its own, which are
-verified at every load; such a file is hashed again only where its times changed. One of the older format is
-hashed at every load.
+Beside a file `NAME` that loaded well lies `NAME.sprc.json` with its size and SHA-256. What is another file at
+a later load was damaged or replaced, and is refused. Torch's newer format has checksums of its own, which are
+verified at every load; such a file is hashed again only where its times changed. One of the older format
+is hashed at every load.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """BLIP-2's first stage (Li et al. 2023, section 3.1): a Q-Former learns to tie images to words.
 
-Two of its three losses, image-text contrast and image-text matching. The third, captioning, needs an attention
-mask that nothing else here has, and no call of SPRC.
+Two of its three losses, image-text contrast and image-text matching. The third, captioning, needs an
+attention mask that no call of SPRC has.
 
 B pairs of an image and its description, Q queries, N image tokens, D image width, E embedding width.
 """
@@ -83,6 +83,6 @@ class FirstStage(nn.Module):
 
 
 def contrast(logits: Tensor) -> Tensor:
-    """InfoNCE both ways, (B, B) logits with each pair on the diagonal: the mean of text-image and image-text."""
+    """InfoNCE both ways, the mean of the two: (B, B) logits, each pair's own on the diagonal."""
     own = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2

@@ -1,4 +1,4 @@
-"""From the settings of ``pretrain_tiny.py`` to the weights of the backbone `tiny`: scenes, first stage, file."""
+"""From the settings of ``pretrain_tiny.py`` to a file of weights: scenes, first stage, backbone."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from sprc.config import ModelConfig, read_backbone
 from sprc.data.reading import read_json
 from sprc.data.synthetic.described import DescribedScenes, draw_scenes
-from sprc.data.synthetic.splits import held_out_scenes
+from sprc.data.synthetic.descriptions import held_out_scenes
 from sprc.data.transforms import make_transform
 from sprc.errors import InputError
 from sprc.files import write_atomically, write_json
@@ -34,7 +34,7 @@ HELD_OUT = 1000  # scenes that are described and never trained on
 
 
 def pretrain(settings: PretrainingSettings) -> Path:
-    """Train the whole model on described scenes; write the weights, with how they came about, and return where.
+    """Train the whole model on described scenes; write the weights and return where.
 
     The same call again goes on where a run was stopped.
 
@@ -88,12 +88,12 @@ def open_folder(folder: RunFolder, settings: PretrainingSettings) -> None:
     if folder.hyperparameters.exists():
         if read_json(folder.hyperparameters) != record:
             raise InputError(
-                f"--out {folder}: holds a run of other settings ({folder.hyperparameters.name} has them); give "
-                "the same, or another folder"
+                f"--out {folder}: holds a run of other settings ({folder.hyperparameters.name} has them); "
+                "give the same, or another folder"
             )
         return
     try:
-        folder.path.mkdir(parents=True, exist_ok=True)
+        folder.checkpoints.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {folder}: cannot be made ({error.strerror}); give another folder") from error
     write_json(folder.hyperparameters, record)

@@ -18,7 +18,8 @@ from sprc.data.synthetic.scenes import Scene, render
 
 def draw_scenes(count: int, seed: int, used: set[Scene]) -> list[Scene]:
     """``count`` different scenes, none of which is in ``used``, to which they are added."""
-    rng, found = random.Random(seed), []
+    rng = random.Random(seed)
+    found: list[Scene] = []
     while len(found) < count:
         scene = random_scene(rng)
         if scene not in used:
