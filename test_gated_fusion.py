@@ -59,7 +59,7 @@ def inputs(text_width: int = DT) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 def tiny_model(**switches) -> torch.nn.Module:
     """The whole `tiny` model, seeded."""
     torch.manual_seed(0)
-    return create_model(model_class("blip2_cir_align_prompt"), "tiny", captions=CAPTIONS, **switches)
+    return create_model(model_class("blip2_cir_align_prompt"), "tiny", **switches)
 
 
 def batch(model: torch.nn.Module) -> dict:

@@ -5,20 +5,28 @@ import zlib
 
 import torch
 
-from sprc.data.cirr import load_cirr
+from sprc.data.split import triplets_of
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.checkpoint import save_checkpoint
 from sprc.models.factory import create_model
+from sprc.scoring.benchmarks import benchmark_class
 from sprc.search.commands import run_index, run_query
 from sprc.search.settings import IndexSettings, QuerySettings
+from sprc.training.resume import digest_of_data
 
 TEXT = "make the small circle blue"
 
 
+def digest_of_cirr(data):
+    """As a run on these data notes it."""
+    benchmark = benchmark_class("CIRR").load(data, None)
+    triplets, _ = triplets_of(benchmark.train_splits(data))
+    return digest_of_data(benchmark.splits, triplets)
+
+
 def save_model(path, data, seed, **switches):
     torch.manual_seed(seed)
-    captions = [triplet.caption for triplet in load_cirr(data, "train").triplets]
-    model = create_model(Blip2QformerCirAlignPrompt, "tiny", captions=captions, **switches)
+    model = create_model(Blip2QformerCirAlignPrompt, "tiny", **switches)
     if model.gated_fusion is not None:
         with torch.no_grad():  # an edit that is felt
             model.gated_fusion.alpha.fill_(3.0)
@@ -27,6 +35,7 @@ def save_model(path, data, seed, **switches):
         "blip_model_name": "blip2_cir_align_prompt",
         "batch_size": 8,
         "num_workers": 0,
+        "digests": {"data_path": digest_of_cirr(data)},
     }
     save_checkpoint(path, model, 3, told)
     return path

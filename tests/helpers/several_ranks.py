@@ -29,7 +29,7 @@ from sprc.distributed import process_group, rank, world_size
 from sprc.errors import InputError, Interrupted, run_script
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.device import memory_explained
-from sprc.models.factory import _fetch, create_model
+from sprc.models.factory import _read, create_model
 from sprc.models.tokenizer import WordPiece
 from sprc.scoring.encoding import encode_split
 from sprc.scoring.feature_cache import FeatureCache
@@ -116,7 +116,7 @@ def train(folder, changes, triplets=Triplets, validate=no_validation, **settings
     folder.mkdir(exist_ok=True)
     (folder / "saved_models").mkdir(exist_ok=True)
     torch.manual_seed(0)
-    model = create_model(Blip2QformerCirAlignPrompt, "tiny", captions=VOCABULARY, **changes)
+    model = create_model(Blip2QformerCirAlignPrompt, "tiny", **{"freeze_vit": False, **changes})
     config = TrainingConfig(**{**STEPS, "loss_weights": {"loss_rtc": 0.4, "loss_align": 0.4}, **settings})
     trainer = Trainer(model, triplets(model.config.image_size), config, folder)
     note = trainer.load_state()
@@ -276,7 +276,7 @@ def encode(folder):
 def fill_cache(folder, images):
     """A cache of seven images in batches of two, then of nine, of which two are there damaged."""
     torch.manual_seed(0)
-    model = create_model(Blip2QformerCirAlignPrompt, "tiny", captions=VOCABULARY, freeze_vit=True)
+    model = create_model(Blip2QformerCirAlignPrompt, "tiny")
     transform = make_transform("targetpad", model.config.image_size, 1.25)
     computed = []
     vit = model.visual_encoder.forward
@@ -311,7 +311,7 @@ def fetch(folder):
 
     torch.hub.set_dir(str(folder / "hub"))
     torch.hub.download_url_to_file = fake
-    assert list(_fetch("https://example.org/weights.pth")) == ["weight"]
+    assert list(_read("https://example.org/weights.pth", None)) == ["weight"]
 
 
 def make_images(folder):

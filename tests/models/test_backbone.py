@@ -5,10 +5,11 @@ import torch
 from helpers.small_models import VOCABULARY, randomise, small_config
 
 from sprc.config import BACKBONES, ModelConfig, read_backbone
+from sprc.data.synthetic.descriptions import words
 from sprc.errors import InputError
 from sprc.models import factory
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
-from sprc.models.tokenizer import WordPiece, make_vocabulary
+from sprc.models.tokenizer import tokenizer_of
 
 WEIGHTS = {"vit": "https://weights.example/vit.pth", "blip2": "https://weights.example/blip2.pth"}
 
@@ -37,7 +38,7 @@ def source(request, tokenizer):
 
 
 def load(monkeypatch, files, model, weights=WEIGHTS):
-    monkeypatch.setattr(factory, "_fetch", lambda url: files[url])
+    monkeypatch.setattr(factory, "_read", lambda address, _: files[address])
     factory.load_backbone(model, weights)
 
 
@@ -90,36 +91,33 @@ def test_weights_that_cannot_be_fetched_say_where_to_put_them(monkeypatch, tmp_p
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(InputError, match=r"cannot fetch https://weights.example/vit.pth .*\(no network\)"):
-        factory._fetch(WEIGHTS["vit"])
+        factory._read(WEIGHTS["vit"], None)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_backbone_s_yaml_makes_a_valid_config(backbone):
     recipe = read_backbone(backbone)
     config = ModelConfig.from_dict(recipe["model"], backbone)
-    assert config.freeze_vit == (backbone != "tiny")
+    assert config.freeze_vit
     assert recipe["preprocess"]["vis_processor"]["eval"]["image_size"] == config.image_size
     widths = {"pretrain": 1408, "pretrain_vitL": 1024, "coco": 1408}
     assert config.vit_width == widths.get(backbone, config.vit_width)
-    assert set(recipe.get("weights", {})) <= {"vit", "blip2"}  # no key that nothing reads
+    assert set(recipe) <= {"model", "weights", "vocabulary", "preprocess"}  # no key that nothing reads
+    assert {"blip2"} <= set(recipe["weights"]) <= {"vit", "blip2", "sha256"}
 
 
 def test_an_unknown_switch_is_refused():
     with pytest.raises(InputError, match="backbone tiny: unknown model argument vit_deep"):
-        factory.create_model(Blip2QformerCirAlignPrompt, "tiny", captions=["a"], vit_deep=3)
+        factory.create_model(Blip2QformerCirAlignPrompt, "tiny", vit_deep=3)
 
 
-def test_the_vocabulary_holds_every_word_of_the_data_and_spells_others():
-    tokenizer = WordPiece(make_vocabulary(["Make the circle red,", "make it (blue)"]))
+def test_tiny_s_vocabulary_holds_every_word_of_the_built_in_data_and_spells_others():
+    tokenizer = tokenizer_of("tiny")
+    for word in words():
+        assert tokenizer.tokenize(word) == [word]
     assert tokenizer.tokenize("make the CIRCLE blue") == ["make", "the", "circle", "blue"]
-    assert tokenizer.tokenize("bear") == ["b", "##e", "##a", "##r"]
-    assert tokenizer.unk_token not in tokenizer.tokenize("make it red")
-    assert tokenizer.bos_token == "[DEC]"
-    assert len(tokenizer) == tokenizer.vocab_size + 1
+    assert tokenizer.tokenize("zebu") == ["z", "##e", "##b", "##u"]
+    assert tokenizer.unk_token not in tokenizer.tokenize("a 7-eleven's façade, (50%) like @home & so on...")
+    assert len(tokenizer) == tokenizer.vocab_size + 1 == read_backbone("tiny")["model"]["vocab_size"]
     assert tokenizer.pad_token_id == 0  # the embedding that padding_idx keeps at zero
     assert VOCABULARY[0] == "[PAD]"
-
-
-def test_the_same_captions_give_the_same_vocabulary_in_any_order():
-    captions = [f"make the {word} blue" for word in ("circle", "square", "star", "cross")]
-    assert make_vocabulary(captions) == make_vocabulary(captions[::-1])

@@ -9,14 +9,13 @@ import torch
 from helpers.small_models import CAPTIONS, random_images, randomise, small_config
 
 from sprc.config import ModelConfig, read_backbone
-from sprc.data.synthetic.scenes import caption_words
 from sprc.errors import InputError
 from sprc.models import checkpoint, device, factory
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.checkpoint import STATE, load_checkpoint, save_checkpoint, start_model
 from sprc.models.factory import create_model
 from sprc.models.switches import SWITCHES
-from sprc.models.tokenizer import SPECIAL_TOKENS, WordPiece
+from sprc.models.tokenizer import SPECIAL_TOKENS, WordPiece, tokenizer_of
 
 HYPERPARAMETERS = {"blip_model_name": "blip2_cir_align_prompt", "backbone": "tiny", "seed": 3}
 
@@ -141,9 +140,9 @@ def backbone(tokenizer, monkeypatch):
     files = {YAML["vit"]: vit, YAML["blip2"]: {"model": source.state_dict()}}
     values = {key: value for key, value in asdict(config).items() if not key.startswith("use_")}
     recipe = {"model": values, "weights": YAML}
-    monkeypatch.setattr(factory, "_fetch", lambda url: files[url])
+    monkeypatch.setattr(factory, "_read", lambda address, _: files[address])
     monkeypatch.setattr(checkpoint, "read_backbone", lambda name: recipe)
-    monkeypatch.setattr(checkpoint, "bert_tokenizer", lambda vocab: tokenizer)
+    monkeypatch.setattr(checkpoint, "tokenizer_of", lambda *_: tokenizer)
     return files
 
 
@@ -243,7 +242,7 @@ def test_ours_of_another_depth_takes_that_many_blocks_of_its_backbone(backbone, 
 
 
 def test_a_resumed_run_keeps_the_depth_that_it_was_started_with():
-    told = ("blip2_cir_align_prompt", "tiny", ["a"])
+    told = ("blip2_cir_align_prompt", "tiny")
     begun = start_model(*told, switches={}).config
     assert begun.vit_depth == 2
     recorded = asdict(begun) | {"vit_depth": 1}
@@ -283,7 +282,7 @@ def clip_vit_l_shapes(depth):
 def test_a_published_vit_l_checkpoint_loads(tmp_path, monkeypatch, depth, switches):
     """23 blocks, as SPRC builds it; 21 as LAVIS 1.0.2 does. True shapes, each of one number, repeated."""
     words = [*SPECIAL_TOKENS, *(f"word{number}" for number in range(30522 - len(SPECIAL_TOKENS)))]
-    monkeypatch.setattr(checkpoint, "bert_tokenizer", lambda _: WordPiece(words))
+    monkeypatch.setattr(checkpoint, "tokenizer_of", lambda *_: WordPiece(words))
     config = ModelConfig(**{**read_backbone("pretrain_vitL")["model"], "use_gated_fusion": False})
     assert config.vit_depth == 23
     path = tmp_path / "sprc_vitL.pt"
@@ -404,21 +403,22 @@ def test_a_broken_switches_entry_is_one_clear_line(backbone, tokenizer, tmp_path
     path = tmp_path / "theirs.pt"
     state = Blip2QformerCirAlignPrompt(small_config(freeze_vit=True), tokenizer).state_dict()
     torch.save({"epoch": 2, STATE: state | {SWITCHES: entry}}, path)
-    with pytest.raises(InputError, match=r"cannot be read; it is damaged|pool=1 has type|argument depth"):
+    with pytest.raises(InputError, match=r"cannot be read; it is damaged|pool=1 has type|does not hold them"):
         load_checkpoint(path, backbone="pretrain")
 
 
 def test_tiny_s_words_come_back_for_a_state_dict_alone_or_are_refused(tmp_path):
-    for captions, switches in ((caption_words(), {}), (caption_words(), {"use_gated_fusion": False})):
-        model = create_model(Blip2QformerCirAlignPrompt, "tiny", captions=captions, **switches)
+    for switches in ({}, {"use_gated_fusion": False}):
+        model = create_model(Blip2QformerCirAlignPrompt, "tiny", **switches)
         loaded = load_checkpoint(bare(tmp_path / "theirs.pt", model), backbone="tiny").model
         assert loaded.tokenizer.get_vocab() == model.tokenizer.get_vocab()
         assert loaded.config == model.config
-    renamed = ["zzz" if word == "circle" else word for word in caption_words()]
-    for captions, switches, count in (
-        (["make it red"], {"use_gated_fusion": False}, 25),
-        ([*renamed, *renamed], {}, r"\d+"),
-    ):
-        model = create_model(Blip2QformerCirAlignPrompt, "tiny", captions=captions, **switches)
+    own = read_backbone("tiny")["model"]
+    words = list(tokenizer_of("tiny").get_vocab())[:-1]  # without [DEC]
+    renamed = ["zzz" if word == "circle" else word for word in words]
+    for vocabulary, switches in ((words[:40], {"use_gated_fusion": False}), (renamed, {})):
+        count = len(vocabulary) + 1
+        config = ModelConfig(**{**own, "vocab_size": count, **switches})
+        model = Blip2QformerCirAlignPrompt(config, WordPiece(vocabulary))
         with pytest.raises(InputError, match=rf"has {count} words and does not hold them"):
             load_checkpoint(bare(tmp_path / "theirs.pt", model), backbone="tiny")

@@ -197,9 +197,9 @@ def test_a_checkpoint_of_ours_takes_no_other_vocabulary(tmp_path, tokenizer, voc
         load_checkpoint(tmp_path / "large.pt", vocab=other)
 
 
-def test_tiny_takes_its_words_from_the_data(data, tmp_path, vocab):
-    with pytest.raises(InputError, match=r"--vocab .*backbone tiny takes its words from the data"):
-        create_model(Blip2QformerCirAlignPrompt, "tiny", captions=VOCABULARY, vocab=vocab)
+def test_tiny_has_words_of_its_own(data, tmp_path, vocab):
+    with pytest.raises(InputError, match=r"--vocab .*backbone tiny has words of its own"):
+        create_model(Blip2QformerCirAlignPrompt, "tiny", vocab=vocab)
     _, _, stderr = train(data, tmp_path / "models", "--vocab", vocab, code=2)
     assert_one_clear_line(stderr, "--vocab")
 

@@ -11,11 +11,9 @@ from helpers.runner import ENVIRONMENT, ROOT, read_csv, run
 from PIL import Image
 
 import sprc
-from sprc.config import ModelConfig, read_backbone
 from sprc.data.cirr import load_cirr
-from sprc.data.synthetic.scenes import caption_words
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
-from sprc.models.tokenizer import WordPiece, make_vocabulary
+from sprc.models.factory import create_model
 from sprc.run_folder import find_checkpoint
 from sprc.scoring.encoding import encode_split
 from sprc.scoring.feature_cache import open_images
@@ -97,12 +95,8 @@ def test_what_is_saved_loads_again_and_scores_alike(model, split, data, trained,
 
 def test_a_published_checkpoint_takes_its_backbone_s_name(tmp_path, split):
     """As published: a state dict alone. Its vocabulary is here that of `tiny`."""
-    words = WordPiece(make_vocabulary(caption_words()))
-    config = ModelConfig.from_dict({**read_backbone("tiny")["model"], "vocab_size": len(words)}, "tiny")
-    torch.save(
-        {"epoch": 4, "Blip2QformerCirAlignPrompt": Blip2QformerCirAlignPrompt(config, words).state_dict()},
-        tmp_path / "published.pt",
-    )
+    state = create_model(Blip2QformerCirAlignPrompt, "tiny").state_dict()
+    torch.save({"epoch": 4, "Blip2QformerCirAlignPrompt": state}, tmp_path / "published.pt")
     with pytest.raises(sprc.InputError, match="does not say which backbone"):
         sprc.load(tmp_path / "published.pt")
     model = sprc.load(tmp_path / "published.pt", backbone="tiny", device="cpu")
@@ -240,7 +234,9 @@ gallery = model.encode_document([{picture!r}])
 from sprc.settings import INDEX, ROOT
 from pathlib import Path
 package = Path(sprc.__file__).parent
-files = [(package / name).is_file() for name in ("py.typed", "__init__.pyi", "models/tiny.yaml")]
+names = ("tiny.yaml", "tiny_vocab.txt", "tiny.safetensors")
+files = [package / "py.typed", package / "__init__.pyi", *(package / "models" / name for name in names)]
+files = [file.is_file() for file in files]
 print(json.dumps([sprc.__file__, str(ROOT), str(INDEX), files, model.similarity(query, gallery).tolist()]))
 """
     (tmp_path / "empty").mkdir()
@@ -248,5 +244,5 @@ print(json.dumps([sprc.__file__, str(ROOT), str(INDEX), files, model.similarity(
     assert result.returncode == 0, result.stderr
     file, root, index, files, ((score,),) = json.loads(result.stdout)
     assert file == str(tmp_path / "installed/sprc/__init__.py")
-    assert (root, index, files) == (".", "picture_index", [True] * 3)
+    assert (root, index, files) == (".", "picture_index", [True] * 5)
     assert -1 <= score <= 1
