@@ -9,7 +9,7 @@ from sprc.data.synthetic.descriptions import words
 from sprc.errors import InputError
 from sprc.models import factory
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
-from sprc.models.tokenizer import tokenizer_of
+from sprc.models.factory import tokenizer_of
 
 WEIGHTS = {"vit": "https://weights.example/vit.pth", "blip2": "https://weights.example/blip2.pth"}
 

@@ -13,9 +13,9 @@ from sprc.errors import InputError
 from sprc.models import checkpoint, device, factory
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.checkpoint import STATE, load_checkpoint, save_checkpoint, start_model
-from sprc.models.factory import create_model
+from sprc.models.factory import create_model, tokenizer_of
 from sprc.models.switches import SWITCHES
-from sprc.models.tokenizer import SPECIAL_TOKENS, WordPiece, tokenizer_of
+from sprc.models.tokenizer import SPECIAL_TOKENS, WordPiece
 
 HYPERPARAMETERS = {"blip_model_name": "blip2_cir_align_prompt", "backbone": "tiny", "seed": 3}
 

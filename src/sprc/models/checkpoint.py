@@ -19,9 +19,9 @@ from sprc.config import ModelConfig, read_backbone, switches_from_environment
 from sprc.errors import InputError
 from sprc.files import verify_archive, write_atomically
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
-from sprc.models.factory import backbone_weights, create_model, model_class
+from sprc.models.factory import backbone_weights, create_model, model_class, tokenizer_of
 from sprc.models.switches import FUSION, SWITCHES, VIT, mismatches, read_switches, sizes_of, vocabulary_digest
-from sprc.models.tokenizer import SPECIAL_TOKENS, WordPiece, read_bert_vocabulary, tokenizer_of
+from sprc.models.tokenizer import SPECIAL_TOKENS, WordPiece, read_bert_vocabulary
 from sprc.models.weights import weights_path
 
 # Of frozen vision transformers, which do not change while they live: hashing 2 GB takes seconds.

@@ -12,7 +12,8 @@ from sprc.config import ModelConfig, read_backbone
 from sprc.distributed import local_main_first, local_rank
 from sprc.errors import InputError
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
-from sprc.models.tokenizer import tokenizer_of
+from sprc.models.shipped import shipped_bytes
+from sprc.models.tokenizer import WordPiece, bert_tokenizer
 from sprc.models.vision import resize_positions
 from sprc.models.weights import read_shipped_weights, read_weights, state_of
 
@@ -48,6 +49,24 @@ def create_model(cls: type[M], backbone: str, *, vocab: Path | None = None, **sw
     model = cls(config, tokenizer_of(backbone, vocab))
     load_backbone(model, recipe["weights"])
     return model
+
+
+def tokenizer_of(backbone: str, vocab: Path | None = None) -> WordPiece:
+    """The tokenizer of a backbone: its own words where its YAML names a file of them, else BERT's.
+
+    Args:
+        backbone: one of ``sprc.config.BACKBONES``.
+        vocab: see :func:`sprc.models.tokenizer.bert_tokenizer`.
+
+    Raises:
+        InputError: the words cannot be had, or ``vocab`` is given to a backbone that has its own.
+    """
+    own = read_backbone(backbone).get("vocabulary")
+    if own is None:
+        return bert_tokenizer(vocab)
+    if vocab is not None:
+        raise InputError(f"--vocab {vocab}: backbone {backbone} has words of its own; leave it out")
+    return WordPiece(shipped_bytes(own["file"], own["sha256"]).decode().split())
 
 
 def load_backbone(model: Blip2QformerCirAlignPrompt, weights: dict[str, str]) -> None:

@@ -13,10 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from threading import Thread
 
-from sprc.config import read_backbone
 from sprc.data.captions import process_caption
 from sprc.errors import InputError
-from sprc.models.shipped import shipped_bytes
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 DEC = "[DEC]"
@@ -159,24 +157,6 @@ class CaptionIds(dict):
         if len(self) < self.MOST:
             self[caption] = ids
         return ids
-
-
-def tokenizer_of(backbone: str, vocab: Path | None = None) -> WordPiece:
-    """The tokenizer of a backbone: its own words where its YAML names a file of them, else BERT's.
-
-    Args:
-        backbone: one of ``sprc.config.BACKBONES``.
-        vocab: see :func:`bert_tokenizer`.
-
-    Raises:
-        InputError: the words cannot be had, or ``vocab`` is given to a backbone that has its own.
-    """
-    own = read_backbone(backbone).get("vocabulary")
-    if own is None:
-        return bert_tokenizer(vocab)
-    if vocab is not None:
-        raise InputError(f"--vocab {vocab}: backbone {backbone} has words of its own; leave it out")
-    return WordPiece(shipped_bytes(own["file"], own["sha256"]).decode().split())
 
 
 def bert_tokenizer(vocab: Path | None = None) -> WordPiece:

@@ -18,6 +18,10 @@ from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPromp
 from sprc.models.losses import similarity
 from sprc.models.qformer import ImageKeys
 
+# By which wrong pairs are drawn. BLIP-2 takes the contrast's own, some 0.07; but a made description, which tells
+# a part of a scene, is often true of the image that contrast takes for its nearest.
+WRONG_TEMPERATURE = 0.3
+
 
 class FirstStage(nn.Module):
     """The losses of the first stage around a model, as :class:`sprc.training.loop.Trainer` takes them.
@@ -50,8 +54,9 @@ class FirstStage(nn.Module):
         descriptions = samples["text_input"]
         keys = self.model.Qformer.bert.image_keys(self.model.encode_image(samples["image"]))
         images, texts = self.model.target_features(keys), self.text_features(descriptions)
-        logits = similarity(texts, images) / self.model.temp
-        return {"loss_itc": contrast(logits), "loss_itm": self.matching_loss(keys, descriptions, logits)}
+        alike = similarity(texts, images)
+        matching = self.matching_loss(keys, descriptions, alike.detach())
+        return {"loss_itc": contrast(alike / self.model.temp), "loss_itm": matching}
 
     def text_features(self, descriptions: list[str]) -> Tensor:
         """Descriptions as vectors, from [CLS] of a pass without queries: (B, E), normalised."""
@@ -65,15 +70,14 @@ class FirstStage(nn.Module):
         """
         return self.model.itm_head(self.model.prompts_of(keys, text)).mean(dim=1)
 
-    def matching_loss(self, keys: ImageKeys, descriptions: list[str], logits: Tensor) -> Tensor:
+    def matching_loss(self, keys: ImageKeys, descriptions: list[str], alike: Tensor) -> Tensor:
         """Cross-entropy of :meth:`match` on each pair, and on one wrong image and one wrong text of each.
 
-        The wrong ones are drawn, as in BLIP-2, by how alike contrast finds them: ``logits`` (B, B), a row a
+        The wrong ones are drawn, as in BLIP-2, by how alike contrast finds them: ``alike`` (B, B), a row a
         text.
         """
-        batch = len(descriptions)
-        own = torch.arange(batch, device=logits.device)
-        others = logits.detach().masked_fill(own[:, None] == own, -torch.inf)
+        own = torch.arange(len(descriptions), device=alike.device)
+        others = (alike / WRONG_TEMPERATURE).masked_fill(own[:, None] == own, -torch.inf)
         wrong_image = others.softmax(dim=1).multinomial(1)[:, 0]  # of each text
         wrong_text = others.T.softmax(dim=1).multinomial(1)[:, 0]  # of each image
         images, texts = torch.cat([own, wrong_image, own]), torch.cat([own, own, wrong_text])

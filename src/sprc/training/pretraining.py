@@ -20,9 +20,8 @@ from sprc.errors import InputError
 from sprc.files import write_atomically, write_json
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.device import memory_explained, place, start_device
-from sprc.models.factory import NEW_PARAMETERS, load_backbone
+from sprc.models.factory import NEW_PARAMETERS, load_backbone, tokenizer_of
 from sprc.models.losses import similarity
-from sprc.models.tokenizer import tokenizer_of
 from sprc.run_folder import RunFolder
 from sprc.training.first_stage import FirstStage
 from sprc.training.loop import Trainer

@@ -106,10 +106,10 @@ class PretrainingSettings(DeviceSettings, ReaderSettings):
 
     out: Path = setting(help="the folder of the run and its weights; the same one goes on with a run")
     scenes: int = setting(20000, help="made scenes to train on; default: %(default)s")
-    num_epochs: int = setting(30, help="default: %(default)s")
-    batch_size: int = setting(192, help="scenes a step; default: %(default)s")
+    num_epochs: int = setting(16, help="default: %(default)s")
+    batch_size: int = setting(128, help="scenes a step; default: %(default)s")
     learning_rate: float = setting(1e-3, help="peak of the schedule; default: %(default)s")
-    validation_frequency: int = setting(5, help="epochs between validations; default: %(default)s")
+    validation_frequency: int = setting(4, help="epochs between validations; default: %(default)s")
     num_workers: int | None = like(LoopSettings, "num_workers")
     seed: int = like(
         LoopSettings, "seed", help="of scenes, descriptions, weights and data order; default: %(default)s"
