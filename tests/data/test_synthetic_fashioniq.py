@@ -28,7 +28,6 @@ from test_synthetic import (
 from sprc.data.fashioniq import load_fashioniq
 from sprc.data.images import check_images
 from sprc.data.split import Triplet
-from sprc.data.synthetic import fashioniq as synthetic_fashioniq
 from sprc.data.synthetic import splits as synthetic
 from sprc.data.synthetic.cirr import make_cirr
 from sprc.data.synthetic.fashioniq import FashionIQConfig, make_fashioniq
