@@ -109,8 +109,9 @@ def _write_caption(
     if not deck:
         deck += rng.sample([kind for kind, count in CAPTIONS[edit.kind].items() for _ in range(count)], 20)
     kind, caption = deck.pop(), None
-    if kind != edit.kind:
-        others = rivals(reference, target, (scene for rows in family for row in rows for scene in row))
-        write = {"negation": negation_caption, "counting": counting_caption}[kind]
-        caption = write(edit, reference, target, others, rng)
+    others = rivals(reference, target, (scene for rows in family for row in rows for scene in row))
+    if kind == "negation":
+        caption = negation_caption(edit, reference, others, rng)
+    elif kind == "counting":
+        caption = counting_caption(edit, reference, target, others, rng)
     return (kind, caption) if caption else (edit.kind, write_caption(edit, reference, rng))

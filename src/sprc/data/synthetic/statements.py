@@ -1,4 +1,9 @@
-"""Captions that published models fail at: what is no more, how many there are, and two edits at once."""
+"""Captions that published models fail at: what is no more, how many there are, and two edits at once.
+
+A caption of the first two kinds says something of the target and seldom what to do. It is written only where,
+of all scenes of the family that are one edit from the reference, it is true of the target alone; nor is it
+true of the reference.
+"""
 
 import random
 from collections.abc import Iterable
@@ -91,9 +96,7 @@ def rivals(reference: Scene, target: Scene, family: Iterable[Scene]) -> list[Sce
     return found
 
 
-def negation_caption(
-    edit: Edit, reference: Scene, target: Scene, others: list[Scene], rng: random.Random
-) -> str | None:
+def negation_caption(edit: Edit, reference: Scene, others: list[Scene], rng: random.Random) -> str | None:
     """Write what is no more: "no red object left", "the star is not red any more but blue".
 
     What it says is false of ``reference``, and of all ``others``: the scenes besides the target that could
@@ -144,7 +147,7 @@ def counting_caption(
     if not found:
         return None
     thing, names, former, count = rng.choice(found)
-    templates = COUNTED + RECOUNTED + (FEWER if count < former else ())
+    templates = FEWER if count < former and rng.random() < 0.5 else COUNTED + RECOUNTED
     return rng.choice(templates).format(
         number=NUMBERS[count],
         former=NUMBERS[former],
