@@ -164,7 +164,7 @@ def test_the_words_are_those_of_the_captions_too(tmp_path, monkeypatch):
     saved: dict[str, Scene] = {}
     for module in (cirr, fashioniq):
         monkeypatch.setattr(module, "render", lambda scene, image_size: NoImage(scene, saved))
-    make_cirr(tmp_path, SyntheticConfig(train_families=20))
+    make_cirr(tmp_path, SyntheticConfig(train_families=40))
     make_fashioniq(tmp_path, FashionIQConfig(train_families=2))
     rng = random.Random(0)
     texts = [describe(random_scene(rng), rng) for _ in range(2000)]

@@ -11,7 +11,7 @@ from sprc.data.cirr import load_cirr
 from sprc.data.edits import read_edits, read_kinds
 from sprc.errors import InputError
 
-KINDS = ["color", "shape", "size", "add", "remove", "move"]
+KINDS = ["color", "shape", "size", "add", "remove", "move", "negation", "counting", "two"]
 
 
 @pytest.fixture

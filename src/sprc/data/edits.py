@@ -10,7 +10,8 @@ from sprc.data.synthetic.scenes import CELL_NAMES
 from sprc.errors import InputError
 
 GRID = len(CELL_NAMES)  # cells on a side of a scene
-KINDS = ("color", "shape", "size", "add", "remove", "move")
+# The last three are of CIRR's captions alone: what is no more, how many there are, and two edits at once.
+KINDS = ("color", "shape", "size", "add", "remove", "move", "negation", "counting", "two")
 Found = TypeVar("Found")
 
 

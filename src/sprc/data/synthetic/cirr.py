@@ -1,16 +1,38 @@
 """The made benchmark in CIRR's format on disk."""
 
 import itertools
+import random
 from itertools import product
 from pathlib import Path
 
 from tqdm import tqdm
 
+from sprc.data.edits import KINDS
 from sprc.data.synthetic.scenes import edit_between, render, write_caption
-from sprc.data.synthetic.splits import SyntheticConfig, draw_parts, draw_queries, json_text, write_once
+from sprc.data.synthetic.splits import (
+    ImageSet,
+    Query,
+    SyntheticConfig,
+    draw_double_queries,
+    draw_parts,
+    draw_queries,
+    json_text,
+    write_once,
+)
+from sprc.data.synthetic.statements import counting_caption, double_caption, negation_caption, rivals
 
 SHADES = {"": (225, 250)}  # of the one type of images
 SPLIT_FOLDERS = {"train": "train", "val": "dev", "test1": "test1"}  # also the prefix of image names
+# Of twenty captions of an edit as many are of these kinds, so that in the end all kinds are about equally
+# frequent. A caption that is to count is a plain one where no number tells the target.
+CAPTIONS = {
+    "color": {"color": 12, "negation": 2, "counting": 6},
+    "shape": {"shape": 12, "negation": 2, "counting": 6},
+    "size": {"size": 12, "negation": 2, "counting": 6},
+    "add": {"add": 16, "counting": 4},
+    "remove": {"remove": 15, "negation": 3, "counting": 2},
+    "move": {"move": 16, "negation": 4},
+}
 
 
 def make_cirr(out: Path, config: SyntheticConfig) -> None:
@@ -32,6 +54,7 @@ def _write_benchmark(root: Path, config: SyntheticConfig) -> None:
         split = "test1" if part == "test" else part
         queries_per_set = config.train_queries_per_set if split == "train" else config.eval_queries_per_set
         paths, entries, edits = {}, [], {}
+        decks: dict[str, list[str]] = {}
         for (family, image_sets), number in product(enumerate(families), range(6)):
             top = SPLIT_FOLDERS[split]
             folder = f"{top}/{family % 100}" if split == "train" else top
@@ -43,17 +66,19 @@ def _write_benchmark(root: Path, config: SyntheticConfig) -> None:
                 paths[name] = f"./{folder}/{name}.png"
                 bar.update()
             set_id = next(set_ids)
-            for reference, target in draw_queries(image_sets[number], queries_per_set, rng):
-                edit = edit_between(reference, target)
+            for query in _draw_queries(image_sets[number], queries_per_set, rng):
+                reference, target = query.reference, query.target
+                kind, caption = _write_caption(query, image_sets, decks, rng)
                 image_set = {"id": set_id, "members": list(names.values())}
                 image_set["reference_rank"] = scenes.index(reference)
                 entry = {"pairid": next(pair_ids), "reference": names[reference]}
                 if split != "test1":
                     entry |= {"target_hard": names[target], "target_soft": {names[target]: 1.0}}
                     image_set["target_rank"] = scenes.index(target)
-                entry |= {"caption": write_caption(edit, reference, rng), "img_set": image_set}
+                entry |= {"caption": caption, "img_set": image_set}
                 entries.append(entry)
-                edits[entry["pairid"]] = {"kind": edit.kind, "cells": edit.cells, "target": names[target]}
+                cells = list(dict.fromkeys(cell for edit in query.edits for cell in edit.cells))
+                edits[entry["pairid"]] = {"kind": kind, "cells": cells, "target": names[target]}
         for path, content in (
             (f"cirr/captions/cap.rc2.{split}.json", entries),
             (f"cirr/image_splits/split.rc2.{split}.json", paths),
@@ -61,3 +86,32 @@ def _write_benchmark(root: Path, config: SyntheticConfig) -> None:
         ):
             (root / path).write_text(json_text(content), encoding="utf-8")
     bar.close()
+
+
+def _draw_queries(image_set: ImageSet, count: int, rng: random.Random) -> list[Query]:
+    """Draw ``count`` queries of a set, on average one in ``len(KINDS)`` of two edits."""
+    double = count // len(KINDS) + (rng.random() < count % len(KINDS) / len(KINDS))
+    queries = draw_double_queries(image_set, double, rng)
+    for reference, target in draw_queries(image_set, count - double, rng):
+        queries.append(Query(reference, target, (edit_between(reference, target),)))
+    return rng.sample(queries, count)
+
+
+def _write_caption(
+    query: Query, family: list[ImageSet], decks: dict[str, list[str]], rng: random.Random
+) -> tuple[str, str]:
+    """The kind of caption that ``query``'s edit has next in ``decks``, and a caption of it."""
+    reference, target, edits = query
+    if len(edits) == 2:
+        return "two", double_caption(edits, reference, rng)
+    (edit,) = edits
+    deck = decks.setdefault(edit.kind, [])
+    if not deck:
+        deck += rng.sample([kind for kind, count in CAPTIONS[edit.kind].items() for _ in range(count)], 20)
+    kind, caption = deck.pop(), None
+    others = rivals(reference, target, (scene for rows in family for row in rows for scene in row))
+    if kind == "negation":
+        caption = negation_caption(edit, reference, others, rng)
+    elif kind == "counting":
+        caption = counting_caption(edit, reference, target, others, rng)
+    return (kind, caption) if caption else (edit.kind, write_caption(edit, reference, rng))

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from itertools import product, takewhile
 
-from sprc.data.synthetic import cirr, fashioniq
+from sprc.data.synthetic import cirr, fashioniq, statements
 from sprc.data.synthetic.fashioniq import HINTS, STATEMENTS, FashionIQConfig
 from sprc.data.synthetic.scenes import (
     CELL_NAMES,
@@ -19,6 +19,7 @@ from sprc.data.synthetic.scenes import (
     TEMPLATES,
     Scene,
     SceneObject,
+    alike,
     cell_name,
     group_name,
     object_phrase,
@@ -86,20 +87,17 @@ def _group(scene: Scene, rng: random.Random) -> tuple[list[SceneObject], str]:
     """All objects of some look that several have, and "two red objects"; nothing if all differ."""
     groups = []
     for names, thing in product(NAMING, scene.objects):
-        alike = [
-            other for other in scene.objects if all(getattr(other, n) == getattr(thing, n) for n in names)
-        ]
-        if len(alike) > 1:
-            groups.append((alike, f"{NUMBERS[len(alike)]} {group_name(thing, names, many=True)}"))
+        found = alike(thing, names, scene)
+        if len(found) > 1:
+            groups.append((found, f"{NUMBERS[len(found)]} {group_name(thing, names, many=True)}"))
     return rng.choice(groups) if groups else ([], "")
 
 
 def _with_article(thing: SceneObject, scene: Scene, rng: random.Random) -> str:
     """The object by a random part of its look: "a small red star"; "one star" where there is no other."""
     names = tuple(name for name in ("size", "color", "shape") if rng.random() < 0.8)
-    alike = [other for other in scene.objects if all(getattr(other, n) == getattr(thing, n) for n in names)]
     name = group_name(thing, names)
-    if len(alike) == 1 and rng.random() < 0.1:
+    if len(alike(thing, names, scene)) == 1 and rng.random() < 0.1:
         return f"{NUMBERS[1]} {name}"
     return f"{'an' if name == 'object' else 'a'} {name}"
 
@@ -127,10 +125,19 @@ def held_out_scenes() -> set[Scene]:
 
 def words() -> list[str]:
     """Every word of both makers' captions and of the descriptions, sorted."""
-    groups: list[Iterable[str]] = [*TEMPLATES.values(), *STATEMENTS.values(), *HINTS.values(), *CELL_NAMES]
+    by_kind = (TEMPLATES, STATEMENTS, HINTS, statements.NOT_BUT, statements.CLAUSES)
+    groups: list[Iterable[str]] = [texts for templates in by_kind for texts in templates.values()]
+    groups += [
+        statements.GONE,
+        statements.GONE_BUT,
+        statements.COUNTED,
+        statements.RECOUNTED,
+        statements.FEWER,
+    ]
+    groups += [statements.ORDERS_JOINED, statements.CLAUSES_JOINED, *CELL_NAMES]
     groups += [COLORS, SHAPES, SIZES, RELATIONS.values(), OPENINGS[False], OPENINGS[True], JOINTS, [NEXT_TO]]
     groups.append(NUMBERS[1:])
     groups.append(["directly the in to a an object objects including instead of"])
     groups.append(f"{shape}{'es' if shape.endswith('s') else 's'}" for shape in SHAPES)
     texts = [text for group in groups for text in group]
-    return sorted({word for text in texts for word in re.sub(r"{\w+}", " ", text).split()})
+    return sorted({word for text in texts for word in re.sub(r"{\w*}", " ", text).split()})

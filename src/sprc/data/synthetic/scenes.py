@@ -129,11 +129,9 @@ class Edit:
     after: SceneObject | None
 
     @property
-    def cells(self) -> list[list[int]]:
-        """The grid cells [row, col] that the edit concerns: two for a move, else one."""
-        return [
-            list(cell) for cell in dict.fromkeys(thing.cell for thing in (self.before, self.after) if thing)
-        ]
+    def cells(self) -> list[tuple[int, int]]:
+        """The grid cells (row, col) that the edit concerns: two for a move, else one."""
+        return list(dict.fromkeys(thing.cell for thing in (self.before, self.after) if thing))
 
 
 def edit_between(reference: Scene, target: Scene) -> Edit:
@@ -201,6 +199,12 @@ def cell_name(cell: tuple[int, int]) -> str:
     return CELL_NAMES[cell[0]][cell[1]]
 
 
+def alike(thing: SceneObject, names: tuple[str, ...], scene: Scene) -> list[SceneObject]:
+    """The objects of ``scene`` that have these attributes as ``thing`` has them."""
+    wanted = [getattr(thing, name) for name in names]
+    return [other for other in scene.objects if [getattr(other, name) for name in names] == wanted]
+
+
 def object_phrase(thing: SceneObject, scene: Scene, rng: random.Random, by_cell: bool = True) -> str:
     """A random phrase for ``thing`` that fits no other object of ``scene``, such as "the red circle".
 
@@ -211,9 +215,8 @@ def object_phrase(thing: SceneObject, scene: Scene, rng: random.Random, by_cell:
         return f"the {name} in the {cell_name(thing.cell)}"
     phrases = []
     for names in NAMING:
-        wanted = [getattr(thing, name) for name in names]
-        if sum([getattr(other, name) for name in names] == wanted for other in scene.objects) == 1:
-            phrases.append(" ".join(["the", *wanted] + ([] if "shape" in names else ["object"])))
+        if len(alike(thing, names, scene)) == 1:
+            phrases.append(f"the {group_name(thing, names)}")
     return rng.choice(phrases)
 
 
@@ -224,12 +227,14 @@ def group_name(thing: SceneObject, names: tuple[str, ...], many: bool = False) -
     return " ".join([getattr(thing, name) for name in names if name != "shape"] + [noun + ending])
 
 
-def place_phrase(cell: tuple[int, int], scene: Scene, moved: SceneObject | None, rng: random.Random) -> str:
-    """A random phrase for ``cell``: "the center", or "below the star" (a neighbor that is not ``moved``)."""
+def place_phrase(
+    cell: tuple[int, int], scene: Scene, changed: tuple[SceneObject, ...], rng: random.Random
+) -> str:
+    """A random phrase for ``cell``: "the center", or "below the star" (a neighbor not in ``changed``)."""
     beside = []
     for other in scene.objects:
         step = (cell[0] - other.cell[0], cell[1] - other.cell[1])
-        if other != moved and step in RELATIONS:
+        if other not in changed and step in RELATIONS:
             # "below" an object of the top row could be one cell down or two.
             beyond = (cell[0] + step[0], cell[1] + step[1])
             beside.append((other, ("directly " if beyond in CELLS else "") + RELATIONS[step]))
@@ -241,20 +246,35 @@ def place_phrase(cell: tuple[int, int], scene: Scene, moved: SceneObject | None,
 
 def write_caption(edit: Edit, reference: Scene, rng: random.Random) -> str:
     """Write a caption for ``edit``: with ``reference`` it fits one scene only. Lower case, no punctuation."""
-    before, after, templates = edit.before, edit.after, TEMPLATES[edit.kind]
-    if edit.kind == "size" and before and after and before.size == "medium":
+    return fill(rng.choice(orders(edit)), edit, reference, (), rng)
+
+
+def orders(edit: Edit) -> tuple[str, ...]:
+    """The templates that may ask for ``edit``."""
+    if edit.kind == "size" and edit.before and edit.after and edit.before.size == "medium":
         # Only from the middle does "smaller" mean one size.
-        templates = templates + TEMPLATES["smaller" if after.size == "small" else "larger"]
-    template = rng.choice(templates)
+        return TEMPLATES["size"] + TEMPLATES["smaller" if edit.after.size == "small" else "larger"]
+    return TEMPLATES[edit.kind]
+
+
+def fill(
+    template: str, edit: Edit, scene: Scene, changed: tuple[SceneObject, ...], rng: random.Random
+) -> str:
+    """Fill in a template of ``edit``: phrases fit one object of ``scene``, places are by none ``changed``."""
+    before, after = edit.before, edit.after
     words = {}
     if before:
-        words["it"] = object_phrase(before, reference, rng)
+        words["it"] = object_phrase(before, scene, rng)
+        changed = (before, *changed)
     if edit.kind in ("color", "shape", "size"):
         words["new"] = getattr(after, edit.kind)
+        words["old"] = getattr(before, edit.kind)
+    if edit.kind == "move" and before:
+        words["old"] = f"in the {cell_name(before.cell)}"
     if edit.kind == "add" and after:
         words["thing"] = f"{after.size} {after.color} {after.shape}"
     if edit.kind in ("add", "move") and after:
-        place = place_phrase(after.cell, reference, before, rng)
+        place = place_phrase(after.cell, scene, changed, rng)
         by_name = place == f"the {cell_name(after.cell)}"
         words |= {"place": f"in {place}" if by_name else place, "goal": f"to {place}" if by_name else place}
     return template.format(**words)

@@ -14,7 +14,7 @@ from itertools import islice, permutations, product
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
-from sprc.data.synthetic.scenes import CELLS, COLORS, SHAPES, SIZES, Scene, SceneObject
+from sprc.data.synthetic.scenes import CELLS, COLORS, SHAPES, SIZES, Edit, Scene, SceneObject, edit_between
 from sprc.errors import InputError
 
 GENERATOR_VERSION = 2  # raise it whenever the same arguments give other files
@@ -135,6 +135,14 @@ def draw_family(
     return image_sets
 
 
+class Query(NamedTuple):
+    """A reference, a target, and what turns the one into the other, each edit by itself."""
+
+    reference: Scene
+    target: Scene
+    edits: tuple[Edit, ...]
+
+
 class Part(NamedTuple):
     """The families of one type in one split; ``rng`` goes on with the order of its images and its queries."""
 
@@ -166,6 +174,16 @@ def draw_queries(image_set: ImageSet, count: int, rng: random.Random) -> list[tu
     short = min(len(along_rows), count // 2)
     pairs = rng.sample(along_rows, short) + rng.sample(along_columns, count - short)
     return rng.sample(pairs, len(pairs))
+
+
+def draw_double_queries(image_set: ImageSet, count: int, rng: random.Random) -> list[Query]:
+    """Draw ``count`` of a set's 12 queries whose target is in another row and another column."""
+    queries = []
+    for (row, other_row), (column, other_column) in product(permutations(image_set, 2), ((0, 1), (1, 0))):
+        reference, target = row[column], other_row[other_column]
+        edits = (edit_between(reference, other_row[column]), edit_between(reference, row[other_column]))
+        queries.append(Query(reference, target, edits))
+    return rng.sample(queries, count)
 
 
 def write_once(root: Path, config: C, write: Callable[[Path, C], None]) -> None:
