@@ -329,7 +329,7 @@ def test_a_killed_extraction_goes_on_where_it_was(data, tmp_path):
 
 
 WRONG = {
-    "a trained vision transformer": ((), "this model's vision transformer is trained"),
+    "a trained vision transformer": (("--no-freeze-vit",), "this model's vision transformer is trained"),
     "a file for a folder": (("--freeze-vit", "--feature-cache", __file__), "cannot be used"),
     "a ratio below one": (("--freeze-vit", "--target-ratio", "0.5"), "--target-ratio 0.5"),
     "an empty batch": (("--freeze-vit", "--batch-size", "0"), "--batch-size"),

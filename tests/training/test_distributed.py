@@ -76,7 +76,8 @@ def test_twenty_steps_of_several_ranks_are_those_of_one(out, ranks, fusion):
         assert list(mine) == list(theirs)
         for name in ("train_loss", "loss_itc", "loss_rtc", "loss_align"):
             assert mine[name] == pytest.approx(theirs[name], abs=1e-6), name
-    assert one["losses"][-1]["loss_itc"] < one["losses"][0]["loss_itc"] - 1  # the weights did move
+    first, last = (one["losses"][step]["loss_itc"] for step in (0, -1))
+    assert last < 0.75 * first  # the weights did move
     assert list(several["gradients"]) == list(one["gradients"])
     for name, gradient in one["gradients"].items():
         torch.testing.assert_close(several["gradients"][name], gradient, rtol=1e-6, atol=1e-10, msg=name)

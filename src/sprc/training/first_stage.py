@@ -18,8 +18,8 @@ from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPromp
 from sprc.models.losses import similarity
 from sprc.models.qformer import ImageKeys
 
-# By which wrong pairs are drawn. BLIP-2 takes the contrast's own, some 0.07; but a made description, which tells
-# a part of a scene, is often true of the image that contrast takes for its nearest.
+# By which wrong pairs are drawn. BLIP-2 takes the contrast's own, some 0.07; but a made description tells a
+# part of a scene, and is often true of the image that contrast takes for its nearest.
 WRONG_TEMPERATURE = 0.3
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import random
-import re
 from dataclasses import dataclass, field
 from itertools import product
 
@@ -278,11 +277,3 @@ def fill(
         by_name = place == f"the {cell_name(after.cell)}"
         words |= {"place": f"in {place}" if by_name else place, "goal": f"to {place}" if by_name else place}
     return template.format(**words)
-
-
-def caption_words() -> list[str]:
-    """Every word that :func:`write_caption` uses, sorted: a vocabulary where no data are at hand."""
-    names = [name for row in CELL_NAMES for name in row]
-    templates = [re.sub(r"{\w+}", " ", text) for texts in TEMPLATES.values() for text in texts]
-    phrases = [*templates, *names, *RELATIONS.values(), *COLORS, *SHAPES, *SIZES, "directly the in to object"]
-    return sorted({word for phrase in phrases for word in phrase.split()})
