@@ -82,8 +82,7 @@ def untrained_model() -> Blip2QformerCirAlignPrompt:
 
 def open_folder(folder: RunFolder, settings: PretrainingSettings) -> None:
     """Make the folder, with the settings in it; one that is there must be of the same run."""
-    record = {name: value for name, value in asdict(settings).items() if name not in ("out", "device")}
-    record.pop("num_workers")
+    record = what_decides(settings)
     if folder.hyperparameters.exists():
         if read_json(folder.hyperparameters) != record:
             raise InputError(
@@ -96,6 +95,12 @@ def open_folder(folder: RunFolder, settings: PretrainingSettings) -> None:
     except OSError as error:
         raise InputError(f"--out {folder}: cannot be made ({error.strerror}); give another folder") from error
     write_json(folder.hyperparameters, record)
+
+
+def what_decides(settings: PretrainingSettings) -> dict[str, Any]:
+    """The settings that the weights depend on."""
+    of_the_machine = ("out", "device", "num_workers")
+    return {name: value for name, value in asdict(settings).items() if name not in of_the_machine}
 
 
 def make_scenes(
@@ -179,7 +184,6 @@ def write_weights(path: Path, model: Blip2QformerCirAlignPrompt, settings: Pretr
         for name, value in model.state_dict().items()
         if value.is_floating_point() and not name.startswith(NEW_PARAMETERS)
     }
-    made_by = {name: value for name, value in asdict(settings).items() if name not in ("out", "device")}
-    contents = save(state, {"made_by": json.dumps(made_by)})
+    contents = save(state, {"made_by": json.dumps(what_decides(settings))})
     write_atomically(path, lambda file: file.write(contents))
     return hashlib.sha256(contents).hexdigest()
