@@ -106,7 +106,7 @@ def test_matching_pairs_each_with_one_wrong_image_and_one_wrong_text(stage, monk
     stage.eval()
     model, images = stage.model, pixels()
     monkeypatch.setattr(first_stage, "WRONG_TEMPERATURE", 1e-3)  # so that there is nothing to draw
-    # Text 0 is most like image 2 (but for its own), 1 like 0, 2 like 3, 3 like 1; a column's largest the same way.
+    # But for its own, text 0 is most like image 2, 1 like 0, 2 like 3, 3 like 1; columns likewise.
     alike = torch.tensor([[9, 1, 5, 2], [6, 9, 2, 1], [1, 3, 9, 7], [2, 8, 4, 9.0]])
     wrong_image, wrong_text = [2, 0, 3, 1], [1, 3, 0, 2]
     keys = model.Qformer.bert.image_keys(model.encode_image(images))
