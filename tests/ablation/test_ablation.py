@@ -427,11 +427,15 @@ def test_the_table_equals_a_plain_recomputation(tmp_path, dataset, criterion):
             assert "validation_mean" not in row  # the table is of the validation split itself
         if row is off:
             assert row["difference"] is None
+            assert row["difference_std"] is row["least_seen"] is row["seeds_needed"] is None
         else:
             expected = statistics.mean(found[seed][headline] - of_off[seed] for seed in found)
             assert row["difference"] == pytest.approx(expected)
             assert row["difference_low"] < expected < row["difference_high"]
             assert 0 < row["difference_p"] <= 1
+            spread = statistics.stdev(found[seed][headline] - of_off[seed] for seed in found)
+            assert row["difference_std"] == pytest.approx(spread)
+            assert row["seeds_needed"] == math.ceil((2.8016 * spread / 2) ** 2 + 1.9207)
 
 
 def test_cells_scored_on_other_queries_are_not_compared(tmp_path):
