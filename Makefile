@@ -1,6 +1,6 @@
 # make demo         sets up, makes the built-in data, trains `tiny` with gated fusion, reports
 # make demo-fashioniq   the same in FashionIQ's format, without the report
-# make ablation     compares fusion off and three strategies on the built-in data, three seeds each
+# make ablation     compares fusion off and its strategies on the built-in data, eight seeds each: about an hour
 # make ablation-switches   the same for gated fusion's switches, one at a time: about an hour
 # make app          a page to search pictures: an index of your own, or the demo's pictures
 # make test         sets up the same and runs all tests (LAVIS's included)
@@ -46,22 +46,20 @@ setup: .venv/ready
 demo: .venv/ready
 	.venv/bin/python src/make_demo_data.py --out demo
 	.venv/bin/python src/blip_fine_tune_2.py --dataset CIRR --backbone tiny --data-path demo \
-		--num-epochs 12 --batch-size 64 --learning-rate 5e-4 --num-workers 0 \
-		--validation-frequency 2 --save-training --save-best
+		--feature-cache demo/features --num-epochs 8 --batch-size 64 --learning-rate 5e-4 --num-workers 0 \
+		--save-training --save-best
 	.venv/bin/python src/report_run.py
 
 demo-fashioniq: .venv/ready
 	.venv/bin/python src/make_demo_data.py --dataset FashionIQ --out demo
 	.venv/bin/python src/blip_fine_tune_2.py --dataset FashionIQ --backbone tiny --data-path demo \
-		--num-epochs 10 --batch-size 64 --learning-rate 5e-4 --num-workers 0 \
-		--validation-frequency 2 --save-training --save-best
+		--feature-cache demo/features --num-epochs 8 --batch-size 64 --learning-rate 5e-4 --num-workers 0 \
+		--save-training --save-best
 
 # Two cells at once, one core each. The flags are the demo's.
 ablation: .venv/ready
 	.venv/bin/python src/make_demo_data.py --out demo
-	.venv/bin/python src/run_ablation.py --out ablation --fusion off gated additive film --seeds 0 1 2 \
-		--devices cpu cpu -- --dataset CIRR --backbone tiny --data-path demo \
-		--num-epochs 12 --batch-size 64 --learning-rate 5e-4 --num-workers 0 --validation-frequency 1
+	.venv/bin/python src/run_ablation.py --out ablation --config configs/ablation.yaml --devices cpu cpu
 
 ablation-switches: .venv/ready
 	.venv/bin/python src/make_demo_data.py --out demo

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.runner import assert_one_clear_line, run
+from helpers.runner import assert_one_clear_line, run, train
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -19,6 +19,7 @@ from sprc.data.transforms import make_transform
 from sprc.errors import InputError
 from sprc.models import shipped
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
+from sprc.models.checkpoint import load_checkpoint
 from sprc.models.factory import create_model, load_backbone, tokenizer_of
 from sprc.training import first_stage
 from sprc.training.first_stage import FirstStage, contrast
@@ -207,3 +208,12 @@ def test_a_shipped_file_that_is_not_as_it_was_is_one_clear_line(tmp_path, monkey
     )
     with pytest.raises(InputError, match=f"{name} {message}"):
         create_model(Blip2QformerCirAlignPrompt, BACKBONE)
+
+
+def test_a_training_leaves_the_shipped_vit_as_it_is_unless_it_is_told_to_train_it(data, tmp_path):
+    shipped_vit = create_model(Blip2QformerCirAlignPrompt, BACKBONE).visual_encoder.state_dict()
+    for flags, same in (((), True), (("--no-freeze-vit",), False)):
+        folder, _, _ = train(data, tmp_path / str(same), "--save-training", "--save-best", *flags)
+        trained = load_checkpoint(folder / "saved_models/tuned_clip_arithmetic.pt").model
+        for name, value in trained.visual_encoder.state_dict().items():
+            assert torch.equal(value, shipped_vit[name]) == same, name
