@@ -148,7 +148,8 @@ def test_the_script_writes_sheets_a_page_and_numbers(marked, checkpoints, tmp_pa
     kinds = Counter(edit["kind"] for edit in edits.values())
     assert {row["kind"]: int(row["queries"]) for row in rows} == {**kinds, "all": 36}
     for row in rows:
-        if row["kind"] != "move":
+        areas = {len(edit["cells"]) for edit in edits.values() if row["kind"] in (edit["kind"], "all")}
+        if len(areas) == 1:  # else a mean of ratios is no ratio of means
             assert float(row["share"]) / float(row["ratio"]) == pytest.approx(float(row["chance"]), rel=1e-6)
         assert float(row["share_low"]) <= float(row["share"]) <= float(row["share_high"])
         assert (row["gain"] != "") == (row["caption"] == "own")
@@ -202,7 +203,7 @@ def test_the_probe_scores_the_model_with_its_edit_changed(data, checkpoints, mon
     images = torch.stack([load_image(p, make_transform("targetpad", 96)) for p in split.image_paths.values()])
     features, embeds = model.extract_target_features(images)
     names = list(split.image_paths)
-    hits = dict.fromkeys(list(rows)[:3], 0)
+    hits = {edit: Counter() for edit in list(rows)[:3]}
     for triplet in split.triplets:
         reference = names.index(triplet.reference)
         text = model.tokenize([process_caption(triplet.caption)])
@@ -213,10 +214,13 @@ def test_the_probe_scores_the_model_with_its_edit_changed(data, checkpoints, mon
             for edit, tokens in zip(hits, (fused, image, image + mean), strict=True):
                 scores = (model.compose(tokens, text) @ features.transpose(1, 2)).amax(dim=(1, 2))
                 scores[reference] = -9
-                hits[edit] += int((scores > scores[names.index(triplet.target)]).sum() < 5)
-    assert len(set(hits.values())) > 1
-    found = {edit: float(rows[edit]["recall_at5"]) for edit in hits}
-    assert found == pytest.approx({edit: 100 * count / len(split.triplets) for edit, count in hits.items()})
+                rank = int((scores > scores[names.index(triplet.target)]).sum())
+                hits[edit].update(k for k in (1, 5, 10) if rank < k)
+    assert len({tuple(counts.items()) for counts in hits.values()}) > 1
+    for k in (1, 5, 10):
+        found = {edit: float(rows[edit][f"recall_at{k}"]) for edit in hits}
+        expected = {edit: 100 * counts[k] / len(split.triplets) for edit, counts in hits.items()}
+        assert found == pytest.approx(expected)
 
 
 def test_another_caption_s_edit_is_that_of_the_query_before(tokenizer):
@@ -249,8 +253,9 @@ def test_one_image_under_several_captions(data, checkpoints, monkeypatch, tmp_pa
     visualize(monkeypatch, checkpoints["gated"], data, "--same-image", name, "--out", tmp_path / "own")
     page = (tmp_path / "own" / "same_image.html").read_text()
     (section,) = re.findall(r'<section class="group several".*', page)
-    for triplet in split.triplets:
-        assert (html.escape(triplet.caption) in section) == (triplet.reference == name)
+    for triplet in split.triplets:  # of two references a caption may be the same
+        assert (f">pair {triplet.pair_id} " in section) == (triplet.reference == name)
+        assert html.escape(triplet.caption) in section or triplet.reference != name
     assert section.count("<article") == counts[name]
     with Image.open(tmp_path / "own" / "same_image_001.png") as sheet:
         assert sheet.height > sheet.width  # a column a caption
