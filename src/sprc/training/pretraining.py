@@ -23,6 +23,7 @@ from sprc.models.device import memory_explained, place, start_device
 from sprc.models.factory import NEW_PARAMETERS, load_backbone, tokenizer_of
 from sprc.models.losses import similarity
 from sprc.run_folder import RunFolder
+from sprc.scoring.encoding import eval_mode
 from sprc.training.first_stage import FirstStage
 from sprc.training.loop import Trainer
 from sprc.training.recipe import TrainingConfig
@@ -126,27 +127,22 @@ def score(stage: FirstStage, pairs: DescribedScenes, batch_size: int) -> dict[st
         with the next pair's image.
     """
     model, device = stage.model, stage.device
-    was_training = stage.training
-    stage.eval()
     batches = list(DataLoader(pairs, batch_size))
-    images, texts = [], []
-    for batch in batches:
-        images.append(model.extract_target_features(batch["image"].to(device))[0])
-        texts.append(stage.text_features(batch["text_input"]))
-    logits = similarity(torch.cat(texts), torch.cat(images)).cpu()
-    own = torch.arange(len(logits))
-    wrong = own.roll(-1)
     pixels = torch.cat([batch["image"] for batch in batches])
-    right = []
-    for batch, rows in zip(batches, own.split(batch_size), strict=True):
-        text = model.tokenize(batch["text_input"])
-        for chosen, answer in ((rows, 1), (wrong[rows], 0)):
-            keys = model.Qformer.bert.image_keys(model.encode_image(pixels[chosen].to(device)))
-            right.append(stage.match(keys, text).argmax(dim=1).cpu() == answer)
-    stage.train(was_training)
+    own = torch.arange(len(pixels))
+    images, texts, right = [], [], []
+    with eval_mode(stage):
+        for batch, rows in zip(batches, own.split(batch_size), strict=True):
+            images.append(model.extract_target_features(batch["image"].to(device))[0])
+            texts.append(stage.text_features(batch["text_input"]))
+            text = model.tokenize(batch["text_input"])
+            for chosen, answer in ((rows, 1), (own.roll(-1)[rows], 0)):
+                keys = model.Qformer.bert.image_keys(model.encode_image(pixels[chosen].to(device)))
+                right.append(stage.match(keys, text).argmax(dim=1).cpu() == answer)
+    alike = similarity(torch.cat(texts), torch.cat(images)).cpu()
     return {
-        "text_to_image_at1": percent(logits.argmax(dim=1) == own),
-        "image_to_text_at1": percent(logits.argmax(dim=0) == own),
+        "text_to_image_at1": percent(alike.argmax(dim=1) == own),
+        "image_to_text_at1": percent(alike.argmax(dim=0) == own),
         "matching_accuracy": percent(torch.cat(right)),
     }
 
