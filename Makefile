@@ -78,7 +78,8 @@ test-quick: .venv/ready
 # a busy machine it would for minutes). `test` has run the machine's own kernels with one thread. TorchDynamo is left
 # out ("compiled"): its import is slow, and what it makes runs the same kernels.
 NUMERIC := .venv/bin/python -m pytest -q -m numeric -k 'not compiled' tests/models/test_fusion.py tests/models/test_model_calls.py \
-	tests/models/test_losses.py tests/training/test_grad_cache.py tests/scoring/test_feature_cache.py
+	tests/models/test_losses.py tests/models/test_vision_groups.py tests/training/test_grad_cache.py \
+	tests/scoring/test_feature_cache.py
 test-numeric: .venv/ready
 	env OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default $(NUMERIC) tests/models/test_against_lavis.py
 	env OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 $(NUMERIC) tests/models/test_against_lavis.py

@@ -279,8 +279,8 @@ def fill_cache(folder, images):
     model = create_model(Blip2QformerCirAlignPrompt, "tiny")
     transform = make_transform("targetpad", model.config.image_size, 1.25)
     computed = []
-    vit = model.visual_encoder.forward
-    model.visual_encoder.forward = lambda image: computed.append(len(image)) or vit(image)
+    vit_tokens = model.vit_tokens
+    model.vit_tokens = lambda images: computed.append(len(images)) or vit_tokens(images)
     paths = sorted(images.iterdir())
     for count in (7, 9):
         cache = FeatureCache(

@@ -305,7 +305,7 @@ def test_float32_is_float64_but_for_rounding(tokenizer, changes: dict) -> None:
 
 
 def test_tokens_in_place_of_pixels_give_the_same_losses_to_the_bit(tokenizer) -> None:
-    """In float32 too, on every processor: a frozen vision transformer reads one image at a time, always."""
+    """In float32 too, on every processor: a frozen vision transformer's tokens do not depend on the batch."""
     model = build_model(tokenizer).float()
     pixels = {
         "image": random_images(3, model.config, seed=1),
@@ -314,7 +314,7 @@ def test_tokens_in_place_of_pixels_give_the_same_losses_to_the_bit(tokenizer) ->
     }
     with torch.no_grad():
         tokens = {
-            name: torch.cat([model.visual_encoder(image[None]) for image in pixels[name]])
+            name: torch.cat([model.vit_tokens(image[None]) for image in pixels[name]])
             for name in ("image", "target")
         }
     expected = model(pixels)

@@ -50,7 +50,7 @@ def expected_tokens(model, path):
     """What the vision transformer says now."""
     transform = make_transform("targetpad", model.config.image_size, 1.25)
     with torch.no_grad():
-        return model.visual_encoder(image_loader(transform)(path)[None])[0]
+        return model.vit_tokens(image_loader(transform)(path)[None])[0]
 
 
 def fill(folder, model, paths, dtype="float32", **preprocessing):

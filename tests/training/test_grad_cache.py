@@ -135,10 +135,13 @@ def test_both_passes_run_the_same_kernels(tokenizer):
 def test_a_frozen_vision_transformer_runs_once_an_image(tokenizer):
     for freeze, passes in ((True, 1), (False, 2)):
         model = build(tokenizer, freeze_vit=freeze)
-        seen = []
-        model.visual_encoder.register_forward_hook(
-            lambda _, inputs, output, seen=seen: seen.append(len(output))
-        )
+        seen, vit_tokens = [], model.vit_tokens
+
+        def watched(images, seen=seen, vit_tokens=vit_tokens):
+            seen.append(len(images) if images.dim() == 4 else 0)  # what is not tokens yet
+            return vit_tokens(images)
+
+        model.vit_tokens = watched
         cached(model, batch(model), 2)
         assert sum(seen) == passes * 2 * len(TEXTS)
         samples = model.read_images(batch(model))

@@ -32,6 +32,7 @@ from sprc.models.qformer import ImageKeys, Layout, QFormer, ScaledImage, batch_o
 from sprc.models.switches import Switches
 from sprc.models.tokenizer import CaptionIds, WordPiece
 from sprc.models.vision import ClipViT, EvaViT
+from sprc.models.vision_groups import steady_tokens
 
 # `image` and `target`, tensors, and `text_input`, a list of captions.
 Samples = dict[str, Any]
@@ -264,10 +265,10 @@ class Blip2QformerCirAlignPrompt(nn.Module):
     def vit_tokens(self, image: Tensor) -> Tensor:
         """(B, 3, S, S) to the vision transformer's tokens (B, N, D). No graph through a frozen one.
 
-        On a GPU a frozen ViT runs in float16, as in LAVIS, whatever the precision around it. On a CPU it
-        takes one image at a time: so rounding does not depend on what else is in the batch, and tokens from
-        a cache are the same to the bit. What already is (B, N, D) is returned as it is. Pixels of another
-        size than the model's, and an image that is not in a batch, raise :class:`InputError`.
+        On a GPU a frozen ViT runs in float16, as in LAVIS, whatever the precision around it. On a CPU its
+        rounding does not depend on what else is in the batch, so tokens from a cache are the same to the bit.
+        What already is (B, N, D) is returned as it is. Pixels of another size than the model's, and an image
+        that is not in a batch, raise :class:`InputError`.
         """
         side = self.config.image_size
         if image.dim() == 3:
@@ -289,7 +290,7 @@ class Blip2QformerCirAlignPrompt(nn.Module):
         on_gpu = image.device.type == "cuda"
         dtype = torch.float16 if on_gpu else torch.bfloat16  # torch 2.0's CPU refuses float16, off or not
         with torch.no_grad(), torch.autocast(image.device.type, dtype, enabled=on_gpu):
-            return torch.cat([self.visual_encoder(part) for part in image.split(len(image) if on_gpu else 1)])
+            return self.visual_encoder(image) if on_gpu else steady_tokens(self.visual_encoder, image)
 
     def normalise(self, tokens: Tensor) -> Tensor:
         """ln_vision, which is trained: (B, N, D) to (B, N, D) of its own type, float32 in use."""
