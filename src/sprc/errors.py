@@ -106,7 +106,11 @@ def run_script(main: Callable[[], None]) -> None:
     ``FloatingPointError`` (a loss or a score that is not finite), an ``OSError`` (a full disk) and an
     :class:`OutOfResources`; 128 and the signal's number for Ctrl-C and :class:`Interrupted`. Anything else is
     a bug and keeps its traceback. Of several ranks 0 alone speaks of Ctrl-C, which all of them are sent.
+
+    Threads of a CPU sleep while they wait for each other, unless OMP_WAIT_POLICY says otherwise.
     """
+    # Before torch loads OpenMP, which looks once. A thread that spins may hold the core that the other needs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for stream in (sys.stdout, sys.stderr):
         # A terminal may lack a letter of a path or a caption: it is shown by its number then.
         if hasattr(stream, "reconfigure"):
