@@ -74,18 +74,18 @@ test: .venv/ready
 test-quick: .venv/ready
 	.venv/bin/python -m pytest -n 2 --dist loadfile -m 'not slow and not browser and not gpu'
 
-# With ATen's kernels for processors without AVX-512 and without AVX2, and with a second thread (that does not spin: on
-# a busy machine it would for minutes). `test` has run the machine's own kernels with one thread. TorchDynamo is left
-# out ("compiled"): its import is slow, and what it makes runs the same kernels.
+# With ATen's kernels for processors without AVX-512 and without AVX2, and with a second thread. `test` has run the
+# machine's own kernels with one thread. TorchDynamo is left out ("compiled"): its import is slow, and what it makes
+# runs the same kernels.
 NUMERIC := .venv/bin/python -m pytest -q -m numeric -k 'not compiled' tests/models/test_fusion.py tests/models/test_model_calls.py \
 	tests/models/test_losses.py tests/models/test_vision_groups.py tests/training/test_grad_cache.py \
 	tests/scoring/test_feature_cache.py
 test-numeric: .venv/ready
 	env OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default $(NUMERIC) tests/models/test_against_lavis.py
 	env OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 $(NUMERIC) tests/models/test_against_lavis.py
-	env OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE ATEN_CPU_CAPABILITY=default $(NUMERIC)
-	env OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE ATEN_CPU_CAPABILITY=avx2 $(NUMERIC)
-	env -u ATEN_CPU_CAPABILITY OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(NUMERIC)
+	env OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=default $(NUMERIC)
+	env OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=avx2 $(NUMERIC)
+	env -u ATEN_CPU_CAPABILITY OMP_NUM_THREADS=2 $(NUMERIC)
 
 test-browser: .venv/ready
 	.venv/bin/python -m pytest -m browser tests/search/test_browser.py

@@ -23,6 +23,8 @@ STATUS = Path("/proc/self/status")
 NOT_MEASURED = "not measured"
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as the scripts do
+
 # New processes are forked from one that has imported libraries and done nothing else.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["torch", "torch._dynamo", "transformers.models.bert.tokenization_bert"])

@@ -6,9 +6,11 @@ import shutil
 import signal
 from pathlib import Path
 
+from helpers.runner import run, train  # first: it says how torch's threads wait
+
+# isort: split
 import pytest
 import torch
-from helpers.runner import run, train
 from helpers.searching import make_index, save_model
 from helpers.small_models import VOCABULARY
 

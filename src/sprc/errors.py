@@ -106,7 +106,13 @@ def run_script(main: Callable[[], None]) -> None:
     ``FloatingPointError`` (a loss or a score that is not finite), an ``OSError`` (a full disk) and an
     :class:`OutOfResources`; 128 and the signal's number for Ctrl-C and :class:`Interrupted`. Anything else is
     a bug and keeps its traceback. Of several ranks 0 alone speaks of Ctrl-C, which all of them are sent.
+
+    Waiting threads of a CPU soon sleep, unless OMP_WAIT_POLICY or GOMP_SPINCOUNT is set.
     """
+    # Before torch loads OpenMP, which looks once. A thread that spins may hold the core that the other needs.
+    # To sleep at once would slow a quiet machine; see docs/machines.md.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     for stream in (sys.stdout, sys.stderr):
         # A terminal may lack a letter of a path or a caption: it is shown by its number then.
         if hasattr(stream, "reconfigure"):

@@ -1,6 +1,7 @@
 """What a start imports, and what it leaves alone."""
 
 import gc
+import re
 import subprocess
 import sys
 
@@ -8,6 +9,8 @@ import pytest
 from helpers.runner import ENVIRONMENT, ROOT
 
 from sprc.start_up import no_collection
+
+OPENMP = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 # Both run in one process, and what it has imported at the end is printed.
 CODE = """
@@ -69,3 +72,26 @@ def test_what_was_imported_is_collected_at_the_end_where_triton_looks_for_it(mod
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert result.stdout == f"{frozen}\n"
+
+
+@pytest.mark.parametrize(
+    ("own", "spins"), [({}, 2000), ({"OMP_WAIT_POLICY": "ACTIVE"}, 3e10), ({"GOMP_SPINCOUNT": "7"}, 7)]
+)
+def test_threads_of_a_script_soon_sleep_while_they_wait_unless_the_user_says_otherwise(own, spins, tmp_path):
+    environment = {name: value for name, value in ENVIRONMENT.items() if name not in OPENMP}
+    query = ["query", "--index", tmp_path / "none", "--image", tmp_path / "none.png", "--text", "red"]
+    result = subprocess.run(
+        [sys.executable, ROOT / "src" / "search.py", *query],
+        env={**environment, **own, "OMP_DISPLAY_ENV": "VERBOSE"},
+        capture_output=True,
+        text=True,
+    )
+    # GNU's OpenMP says it when torch loads it. Without a value of ours it would be 300000.
+    found = re.search(r"GOMP_SPINCOUNT = '(\d+)'", result.stderr)
+    assert found, result.stderr
+    assert int(found[1]) == spins
+
+
+def test_every_script_is_run_by_what_sets_that():
+    for script in [*(ROOT / "src").glob("*.py"), ROOT / "test_gated_fusion.py"]:
+        assert "run_script(" in script.read_text(), script.name
