@@ -13,9 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # waits badly on a busy machine. The fork server reads it once, when it imports torch. No GPU: what the tests
 # expect of the scripts, to the bit for one, holds on the CPU.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # as the scripts do; tests with two threads need it as well
+# Those with two threads of their own would wait for each other for minutes.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 # Importing torch takes longer than most scripts then run. So their processes are forked from one that has
