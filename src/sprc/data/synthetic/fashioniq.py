@@ -76,6 +76,7 @@ class FashionIQConfig(SyntheticConfig):
     train_families: int = 80
     val_families: int = 6
     test_families: int = 2
+    train_queries_per_set: int = 4
     eval_queries_per_set: int = 4
     png: bool = False  # all images as PNG, which alone SPRC's own scripts read
     most_queries_per_set: ClassVar[int] = 12

@@ -33,7 +33,7 @@ class SyntheticConfig:
     train_families: int = 240
     val_families: int = 14
     test_families: int = 28
-    train_queries_per_set: int = 4
+    train_queries_per_set: int = 10
     eval_queries_per_set: int = 6
     most_queries_per_set: ClassVar[int] = 18
 
