@@ -104,13 +104,13 @@ def test_good_data_have_no_problem_and_their_sizes_are_notes(made, dataset, flag
     assert lines["other"][-1] == "problems: 0"
     if dataset == "CIRR":
         assert lines["other"][:4] == [
-            "train: 24 triplets, 36 images",
+            "train: 60 triplets, 36 images",
             "val: 36 triplets, 36 images",
             "test1: 36 triplets, 36 images",
             "in all: 108 images",
         ]
         assert lines["note"] == [
-            "train: 24 triplets; published are 28,225",
+            "train: 60 triplets; published are 28,225",
             "val: 36 triplets; published are 4,181",
             "test1: 36 triplets; published are 4,148",
             "108 images; published are 21,551",
@@ -125,7 +125,7 @@ def test_good_data_have_no_problem_and_their_sizes_are_notes(made, dataset, flag
 
 
 def test_complete_data_have_no_note(fashioniq, cirr, monkeypatch):
-    for name, value in (("CIRR_TRIPLETS", {"train": 24, "val": 36, "test1": 36}), ("CIRR_IMAGES", 108)):
+    for name, value in (("CIRR_TRIPLETS", {"train": 60, "val": 36, "test1": 36}), ("CIRR_IMAGES", 108)):
         monkeypatch.setattr(check_module, name, value)
     assert check("CIRR", cirr.data_path, code=0)["note"] == []
     # An image of two types, as FashionIQ has three thousand: one entry more, and no image.

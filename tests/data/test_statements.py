@@ -196,7 +196,7 @@ def test_two_edits_give_the_target_at_once_and_one_after_the_other(made):
 def test_each_kind_has_queries_enough_and_each_form_of_it_occurs(made):
     sizes = {split: Counter(query.kind for query in made if query.split == split) for split in SPLITS}
     assert {split: sum(found.values()) for split, found in sizes.items()} == {
-        "train": 960,
+        "train": 2400,
         "val": 504,
         "test1": 1008,
     }

@@ -203,7 +203,7 @@ def test_the_probe_scores_the_model_with_its_edit_changed(data, checkpoints, mon
     images = torch.stack([load_image(p, make_transform("targetpad", 96)) for p in split.image_paths.values()])
     features, embeds = model.extract_target_features(images)
     names = list(split.image_paths)
-    hits = {edit: Counter() for edit in list(rows)[:3]}
+    least, most = ({edit: Counter() for edit in list(rows)[:3]} for _ in range(2))
     for triplet in split.triplets:
         reference = names.index(triplet.reference)
         text = model.tokenize([process_caption(triplet.caption)])
@@ -211,16 +211,19 @@ def test_the_probe_scores_the_model_with_its_edit_changed(data, checkpoints, mon
         with torch.no_grad():
             fused = fusion(image, model.Qformer.bert.embeddings(text.words, 0), text.mask).fused
             mean = (fused - image).mean(dim=1, keepdim=True)
-            for edit, tokens in zip(hits, (fused, image, image + mean), strict=True):
+            for edit, tokens in zip(least, (fused, image, image + mean), strict=True):
                 scores = (model.compose(tokens, text) @ features.transpose(1, 2)).amax(dim=(1, 2))
                 scores[reference] = -9
-                rank = int((scores > scores[names.index(triplet.target)]).sum())
-                hits[edit].update(k for k in (1, 5, 10) if rank < k)
-    assert len({tuple(counts.items()) for counts in hits.values()}) > 1
+                own = scores[names.index(triplet.target)]
+                # Batches of another size round otherwise: what is as near as that may be on either side.
+                for counts, slack in ((least, -1e-5), (most, 1e-5)):
+                    rank = int((scores > own + slack).sum())
+                    counts[edit].update(k for k in (1, 5, 10) if rank < k)
+    assert len({tuple(counts.items()) for counts in least.values()}) > 1
     for k in (1, 5, 10):
-        found = {edit: float(rows[edit][f"recall_at{k}"]) for edit in hits}
-        expected = {edit: 100 * counts[k] / len(split.triplets) for edit, counts in hits.items()}
-        assert found == pytest.approx(expected)
+        for edit in least:
+            found = round(float(rows[edit][f"recall_at{k}"]) / 100 * len(split.triplets))
+            assert least[edit][k] <= found <= most[edit][k], (edit, k)
 
 
 def test_another_caption_s_edit_is_that_of_the_query_before(tokenizer):

@@ -5,9 +5,10 @@ import torch
 import yaml
 from PIL import Image
 
-from sprc.config import BACKBONES
+from sprc.config import BACKBONES, ModelConfig, read_backbone
 from sprc.errors import InputError
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
+from sprc.models.factory import tokenizer_of
 from sprc.models.switches import SWITCHES, WORDS
 from sprc.models.tokenizer import WordPiece
 
@@ -117,8 +118,10 @@ def test_a_plain_checkpoint_turns_fusion_off_where_no_switches_are_given(model_o
 
 
 def test_another_model_s_state_dict_is_refused_and_changes_nothing(model_of):
-    contextual = model_of(fusion_text="contextual", num_query_tokens=5).state_dict()
-    deep = model_of(num_layers=3, vit_depth=4, use_gated_fusion=False).state_dict()
+    contextual = model_of(fusion_text="contextual", max_txt_len=20).state_dict()
+    values = {"num_layers": 3, "vit_depth": 4, "use_gated_fusion": False}
+    config = ModelConfig(**{**read_backbone("tiny")["model"], **values})
+    deep = Blip2QformerCirAlignPrompt(config, tokenizer_of("tiny")).state_dict()
     additive = model_of(fusion_strategy="additive", norm_eps=1e-9).state_dict()
     model = model_of(pool="masked")
     own, before = model.state_dict(), snapshot(model)
@@ -129,7 +132,7 @@ def test_another_model_s_state_dict_is_refused_and_changes_nothing(model_of):
         (
             contextual,
             "with gated fusion, and not as this model is; write `fusion_text: contextual`, "
-            "`num_query_tokens: 5` into",
+            "`max_txt_len: 20` into",
         ),
         (
             deep,

@@ -36,7 +36,9 @@ def test_a_run_leaves_the_published_folder(trained):
     best = max(scores, key=lambda row: float(row["arithmetic_mean"]))
     checkpoint = torch.load(folder / "saved_models" / "tuned_clip_arithmetic.pt", weights_only=True)
     assert checkpoint["epoch"] == int(best["epoch"])
-    assert "visual_encoder.blocks.0.attn.qkv.weight" in checkpoint["Blip2QformerCirAlignPrompt"]
+    assert (
+        "Qformer.bert.encoder.layer.0.attention.self.query.weight" in checkpoint["Blip2QformerCirAlignPrompt"]
+    )
 
 
 def test_the_report_draws_and_scores_the_best_checkpoint_as_training_did(trained):

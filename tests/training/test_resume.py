@@ -263,11 +263,11 @@ def test_the_run_s_own_model_goes_on_without_the_environment_that_it_was_started
     data, tmp_path, monkeypatch
 ):
     switches = tmp_path / "switches.yaml"
-    switches.write_text("num_query_tokens: 8\nmax_txt_len: 24\n")
+    switches.write_text("norm_eps: 0.001\nmax_txt_len: 24\n")
     monkeypatch.setitem(ENVIRONMENT, "SPRC_SWITCHES", str(switches))
     folder, _, _ = train(data, tmp_path, "--num-epochs", 1)
     whole, _, _ = train(data, tmp_path / "whole", "--num-epochs", 2)
-    for environment in (None, "num_query_tokens: 16\n"):
+    for environment in (None, "norm_eps: 0.1\n"):
         copy = shutil.copytree(folder, tmp_path / f"copy {environment is None}")
         if environment is None:
             monkeypatch.delitem(ENVIRONMENT, "SPRC_SWITCHES")
@@ -275,6 +275,6 @@ def test_the_run_s_own_model_goes_on_without_the_environment_that_it_was_started
             switches.write_text(environment)
             monkeypatch.setitem(ENVIRONMENT, "SPRC_SWITCHES", str(switches))
         run("blip_fine_tune_2.py", "--resume", copy, "--num-epochs", 2)
-        assert written(copy)["model_config"]["num_query_tokens"] == 8
+        assert written(copy)["model_config"]["norm_eps"] == 0.001
         for name in ("train_metrics.csv", "validation_metrics.csv"):
             assert (copy / name).read_bytes() == (whole / name).read_bytes()

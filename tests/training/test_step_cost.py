@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
 
 from sprc.data.captions import process_caption
+from sprc.models import vision_groups
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt, Text
 from sprc.models.tokenizer import CaptionIds
 from sprc.training import loop as training
@@ -111,6 +112,7 @@ def test_a_step_waits_once_for_what_the_device_computed(tokenizer, tmp_path, mon
         return SimpleNamespace(tolist=lambda: [[0.0] * len(values)])
 
     monkeypatch.setattr(training, "of_all_ranks", of_all_ranks)
+    monkeypatch.setattr(vision_groups, "place_matters", lambda *_: False)  # tried once, on the CPU
     monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)  # looks at what it drew
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = Blip2QformerCirAlignPrompt(small_config(), tokenizer)
