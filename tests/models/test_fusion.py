@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sprc import config
+from sprc.config import ModelConfig
 from sprc.errors import InputError
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt, fusion_diagnostics
 from sprc.models.gated_fusion import FUSION_STRATEGIES, fusion_class
@@ -458,6 +459,25 @@ def test_what_is_told_of_the_strategies_without_torch_is_what_they_are():
             assert not told.has_identity
         else:
             assert told.has_identity
+
+
+def test_a_config_says_what_its_strategy_decides() -> None:
+    for name, told in config.STRATEGIES.items():
+        for pool in ("masked", "all"):
+            made = small_config(fusion_strategy=name, pool=pool)
+            assert made.fusion_start == told.start == ("identity" if name in BY_TOKEN else "random")
+            assert made.fusion_text == ("contextual" if name == "select" else "embeddings")
+        assert small_config(fusion_strategy=name, fusion_start="random").fusion_start == "random"
+        both = {"fusion_strategy": name, "fusion_text": "contextual", "pool": "all"}
+        if told.pools:
+            with pytest.raises(InputError, match="pool='all' averages padding as well"):
+                small_config(**both)
+        else:
+            assert small_config(**both).pool == "all"  # of which it takes no notice
+    with pytest.raises(InputError, match="fusion_top_k=0 must be at least 1"):
+        small_config(fusion_top_k=0)
+    assert ModelConfig().fusion_top_k == 8
+    assert config.read_backbone("tiny")["model"]["fusion_top_k"] == 3
 
 
 def test_an_unknown_strategy_is_refused_before_a_vision_transformer_is_built(tokenizer, monkeypatch):
