@@ -1,6 +1,6 @@
 # make demo         sets up, makes the built-in data, trains `tiny` with gated fusion, reports
 # make demo-fashioniq   the same in FashionIQ's format, without the report
-# make ablation     compares fusion off and its strategies on the built-in data, eight seeds each: about an hour
+# make ablation     compares fusion off and its strategies on the built-in data, ten seeds each: an hour
 # make ablation-switches   the same for gated fusion's switches, one at a time: about an hour
 # make app          a page to search pictures: an index of your own, or the demo's pictures
 # make test         sets up the same and runs all tests (LAVIS's included)

@@ -16,7 +16,7 @@ from sprc.data.reading import read_json
 from sprc.data.synthetic.described import DescribedScenes, draw_scenes
 from sprc.data.synthetic.descriptions import held_out_scenes
 from sprc.data.transforms import make_transform
-from sprc.errors import InputError
+from sprc.errors import InputError, Interrupted
 from sprc.files import write_atomically, write_json
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.device import memory_explained, place, start_device
@@ -69,8 +69,12 @@ def pretrain(settings: PretrainingSettings) -> Path:
         print(f"epoch {trainer.progress.epoch}: {told(scores)}", flush=True)
         return scores
 
-    with memory_explained(device, config.batch_size, ["a smaller --batch-size"]):
-        trainer.train(validate, lambda *_: None)
+    try:
+        with memory_explained(device, config.batch_size, ["a smaller --batch-size"]):
+            trainer.train(validate, lambda *_: None)
+    except Interrupted as stop:
+        print(f"stopped by {stop}; the same command goes on", flush=True)
+        raise
     return finish(stage, held_out, settings)
 
 
