@@ -16,7 +16,7 @@ MODEL_DIR = Path(__file__).parent / "models"
 BACKBONES = ("pretrain", "pretrain_vitL", "coco", "tiny")
 VIT_KINDS = ("eva", "clip")
 POOLS = ("masked", "all")
-FUSION_STARTS = ("random", "identity")
+FUSION_STARTS = ("auto", "random", "identity")
 FUSION_TEXTS = ("embeddings", "contextual")
 AMP = ("auto", "off", "fp16", "bf16")  # mixed precision, see sprc.models.device.precision
 GALLERY_DTYPES = ("float32", "float16")
@@ -29,9 +29,12 @@ class Strategy(NamedTuple):
 
     has_alpha: bool
     has_identity: bool  # fusion_start="identity"
+    start: str = "random"  # its own, fusion_start="auto"
+    pools: bool = True  # it reads the words' mean, so that pool matters
+    contextual: bool = False  # it needs fusion_text="contextual", and gets it
 
 
-# The classes of models/gated_fusion.py, for those who want to know of them without torch.
+# The strategies that models/gated_fusion.py knows, for those who want to know of them without torch.
 STRATEGIES = {
     "gated": Strategy(has_alpha=True, has_identity=True),
     "additive": Strategy(has_alpha=True, has_identity=True),
@@ -39,6 +42,8 @@ STRATEGIES = {
     "film": Strategy(has_alpha=False, has_identity=True),
     "tirg": Strategy(has_alpha=False, has_identity=True),
     "gmu": Strategy(has_alpha=False, has_identity=False),
+    "cross": Strategy(has_alpha=True, has_identity=True, start="identity", pools=False),
+    "select": Strategy(has_alpha=True, has_identity=True, start="identity", pools=False, contextual=True),
 }
 
 
@@ -48,7 +53,8 @@ class ModelConfig:
 
     The defaults are BLIP-2's first stage with ViT-g (spec of the `pretrain` backbone). What is declared as a
     :func:`setting` is a switch: scripts have a flag for it. A value that cannot work raises
-    :class:`InputError` naming the argument and its value.
+    :class:`InputError` naming the argument and its value. What the strategy decides is what it decided, once
+    the object is there: ``fusion_start`` is never "auto", and ``fusion_text`` of `select` is "contextual".
     """
 
     # Vision transformer: "eva" is EVA-CLIP's ViT-g layout, "clip" is OpenAI CLIP's.
@@ -84,26 +90,33 @@ class ModelConfig:
         "gated", metavar="NAME", help=", ".join(STRATEGIES).replace("gated", "gated (default)"), group=FUSION
     )
     alpha_init: float = setting(
-        0.5, help="start of the learned strength, in gated and additive; default: 0.5", group=FUSION
+        0.5, help="start of the learned strength, in strategies that have one; default: 0.5", group=FUSION
     )
     fusion_dropout: float = setting(0.1, help="default: 0.1", group=FUSION)
     pool: str = setting(
         "masked",
         choices=POOLS,
-        help="the text's mean: without padding (masked, default) or with",
+        help="the text's mean: without padding (masked, default) or with; cross and select take none",
         group=FUSION,
     )
     fusion_start: str = setting(
-        "random",
+        "auto",
         choices=FUSION_STARTS,
-        help="identity: step 0 is plain SPRC; gmu has none",
+        help="identity: step 0 is plain SPRC; gmu has none. auto (default): identity in cross and select, "
+        "else random",
         group=FUSION,
     )
     fusion_text: str = setting(
         "embeddings",
         choices=FUSION_TEXTS,
-        help="what is averaged: word embeddings (default), or these after the Q-Former's layers",
+        help="what is read: word embeddings (default), or these after the Q-Former's layers, as select does",
         group=FUSION,
+    )
+    fusion_width: int = setting(
+        512, help="bottleneck of cross and select, at most the image's width; default: 512", group=FUSION
+    )
+    fusion_top_k: int = setting(
+        8, help="how many image tokens select edits; default: the backbone's, 8 or tiny's 3", group=FUSION
     )
 
     def __post_init__(self) -> None:
@@ -122,7 +135,12 @@ class ModelConfig:
         for field in settings_of(ModelConfig):
             if choices := field.metadata["flag"]["choices"]:
                 _one_of(field.name, getattr(self, field.name), choices)
-        if self.fusion_text == "contextual" and self.pool == "all":
+        strategy = STRATEGIES.get(self.fusion_strategy, STRATEGIES["gated"])  # the model refuses another
+        if self.fusion_start == "auto":
+            object.__setattr__(self, "fusion_start", strategy.start)
+        if strategy.contextual:
+            object.__setattr__(self, "fusion_text", "contextual")
+        if strategy.pools and self.fusion_text == "contextual" and self.pool == "all":
             raise InputError("pool='all' averages padding as well, which fusion_text='contextual' has not")
         _divides("patch_size", self.patch_size, "image_size", self.image_size)
         _divides("vit_heads", self.vit_heads, "vit_width", self.vit_width)

@@ -62,7 +62,9 @@ def test_a_switch_that_does_not_touch_a_fusion_does_not_repeat_it():
             expected.add((fusion, None, start, pool))
         elif fusion == "gmu":
             expected.add((fusion, None, None, pool))
-    assert len(expected) == 1 + 2 * 12 + 3 * 4 + 2
+        elif fusion in ("cross", "select"):
+            expected.add((fusion, alpha, start, None))
+    assert len(expected) == 1 + 2 * 12 + 3 * 4 + 2 + 2 * 6
     for seed in (3, 4):
         assert {(c.fusion, c.alpha, c.start, c.pool) for c in cells if c.seed == seed} == expected
     assert [cell.seed for cell in cells] == [3] * len(expected) + [4] * len(expected)
@@ -90,6 +92,29 @@ def test_text_and_rate_are_named_where_they_are_not_the_default():
         "--pool masked --fusion-text contextual --fusion-lr 0.002 --seed 0"
     )
     assert config(text=["embeddings"], rate=[None], seeds=[0]).cells() == config(seeds=[0]).cells()
+
+
+def test_a_strategy_starts_in_its_own_way_unless_it_is_told():
+    fusion = ["gated", "additive", "gmu", "cross", "select"]
+    names = [
+        cell.name for cell in config(fusion=fusion, text=["embeddings", "contextual"], seeds=[0]).cells()
+    ]
+    assert names == [
+        "gated-alpha0.5-random-masked-seed0",
+        "gated-alpha0.5-random-masked-contextual-seed0",
+        "additive-alpha0.5-random-masked-seed0",
+        "additive-alpha0.5-random-masked-contextual-seed0",
+        "gmu-masked-seed0",
+        "gmu-masked-contextual-seed0",
+        "cross-alpha0.5-identity-seed0",
+        "cross-alpha0.5-identity-contextual-seed0",
+        "select-alpha0.5-identity-seed0",  # which reads contextual words in any case
+    ]
+    assert config(start=["auto", "random"], seeds=[0]).cells() == config(start=["random"], seeds=[0]).cells()
+    (cell,) = config(fusion=["cross"], start=["random"], seeds=[0]).cells()
+    assert " ".join(cell.flags()) == (
+        "--use-gated-fusion --fusion-strategy cross --alpha-init 0.5 --fusion-start random --seed 0"
+    )
 
 
 def test_a_file_s_grids_vary_one_switch_at_a_time(tmp_path):

@@ -226,8 +226,9 @@ def test_the_probe_scores_the_model_with_its_edit_changed(data, checkpoints, mon
             assert least[edit][k] <= found <= most[edit][k], (edit, k)
 
 
-def test_another_caption_s_edit_is_that_of_the_query_before(tokenizer):
-    fusion = small_model(tokenizer).gated_fusion.eval()
+@pytest.mark.parametrize("strategy", ["gated", "cross", "select"])
+def test_another_caption_s_edit_is_that_of_the_query_before(tokenizer, strategy):
+    fusion = small_model(tokenizer, fusion_strategy=strategy).gated_fusion.eval()
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(5, 10, 24, generator=generator)
     # Five texts of three to six words, in batches of three and two.
@@ -385,9 +386,10 @@ def test_localisation_refuses_data_that_do_not_tell_the_place(
 
 
 @pytest.mark.parametrize(("image_size", "patch_size"), [(12, 4), (12, 12), (10, 2), (16, 4)])
-@pytest.mark.parametrize("strategy", ["gated", "additive"])
+@pytest.mark.parametrize("strategy", ["gated", "additive", "cross", "select"])
 def test_maps_are_means_over_channels_on_any_grid(tokenizer, image_size, patch_size, strategy):
-    model = small_model(tokenizer, image_size=image_size, patch_size=patch_size, fusion_strategy=strategy)
+    changes = {"fusion_strategy": strategy, "fusion_top_k": 2}
+    model = small_model(tokenizer, image_size=image_size, patch_size=patch_size, **changes)
     side = image_size // patch_size
     with torch.no_grad():
         embeds = model.encode_image(random_images(3, model.config))
@@ -401,8 +403,13 @@ def test_maps_are_means_over_channels_on_any_grid(tokenizer, image_size, patch_s
                 moved = (fusion.fused - embeds)[b, token].abs()
                 assert change[b, row, column].item() == pytest.approx(moved.mean().item(), rel=1e-5)
                 if gate is not None:
-                    mean = sum(fusion.gate[b, token].tolist()) / embeds.shape[2]
+                    # `select` has one gate for all tokens, and weighs them.
+                    own = fusion.gate[b, 0 if strategy == "select" else token].tolist()
+                    weight = 1 if fusion.weights is None else fusion.weights[b, token].item()
+                    mean = weight * sum(own) / embeds.shape[2]
                     assert gate[b, row, column].item() == pytest.approx(mean, rel=1e-5)
+                    if strategy == "select":
+                        assert (gate[b, row, column] > 0) == (moved.sum() > 0) == (weight > 0)
     assert change.shape == (3, side, side)
 
 

@@ -259,6 +259,10 @@ def mlp(w: Weights, name: str, x: Tensor) -> Tensor:
     return linear(w, f"{name}.4", hidden.clamp(min=0))
 
 
+def sigmoid(x: Tensor) -> Tensor:
+    return 1 / (1 + torch.exp(-x))
+
+
 @dataclass
 class Fused:
     """What :func:`fuse` works out, all with a row for every image token."""
@@ -266,10 +270,54 @@ class Fused:
     fused: Tensor
     gate: Tensor | None
     delta: Tensor | None
+    weights: Tensor | None = None  # (B, N, 1), what a token's gate is multiplied by
 
 
-def fuse(w: Weights, strategy: str, image: Tensor, text: Tensor, mask: Tensor, pool: str = "masked") -> Fused:
+def cross(w: Weights, image: Tensor, text: Tensor, mask: Tensor) -> Fused:
+    """Each image token attends to the words, with four heads, and is edited by what it read."""
+    keys, values = text @ w["key.weight"].T, text @ w["value.weight"].T
+    pair = torch.cat([image, attend(linear(w, "query", image), keys, values, 4, mask)], dim=-1)
+    gate, delta = sigmoid(mlp(w, "gate_mlp", pair)), torch.tanh(mlp(w, "delta_mlp", pair))
+    return Fused(image + w["alpha"] * gate * delta, gate, delta)
+
+
+def select(w: Weights, image: Tensor, text: Tensor, top_k: int) -> Fused:
+    """One sample and one token after the other; delta is zero where a token is not chosen."""
+    form = w["relevance.1.weight"] @ w["relevance.0.weight"]
+    found = []
+    for tokens, text_words in zip(image, text, strict=True):
+        s = linear(w, "text_proj", text_words[0]) if "text_proj.weight" in w else text_words[0]
+        relevance = [token @ form @ s / math.sqrt(len(token)) for token in tokens]
+        chosen = sorted(range(len(tokens)), key=lambda n: (-relevance[n].item(), n))[:top_k]
+        total = sum(torch.exp(relevance[n]) for n in chosen)
+        weights = [len(chosen) * torch.exp(relevance[n]) / total for n in chosen]
+        c = sum(weight * tokens[n] for weight, n in zip(weights, chosen, strict=True)) / len(chosen)
+        gate = sigmoid(mlp(w, "gate_mlp", torch.cat([s, c, s - c])))
+        rows = []
+        for n, token in enumerate(tokens):
+            weight, delta = torch.zeros(1, dtype=token.dtype), torch.zeros_like(token)
+            if n in chosen:
+                weight = weights[chosen.index(n)][None]
+                delta = torch.tanh(mlp(w, "delta_mlp", torch.cat([token, s, c])))
+            rows.append((token + w["alpha"] * weight * gate * delta, gate, delta, weight))
+        found.append([torch.stack(row) for row in zip(*rows, strict=True)])
+    return Fused(*(torch.stack(samples) for samples in zip(*found, strict=True)))
+
+
+def fuse(
+    w: Weights,
+    strategy: str,
+    image: Tensor,
+    text: Tensor,
+    mask: Tensor,
+    pool: str = "masked",
+    top_k: int = 8,
+) -> Fused:
     """The formula on N equal rows of text. ``image`` (B, N, D), ``text`` (B, M, Dt), ``mask`` (B, M)."""
+    if strategy == "cross":
+        return cross(w, image, text, mask)
+    if strategy == "select":
+        return select(w, image, text, top_k)
     means = []
     for tokens, keep in zip(text, mask, strict=True):
         chosen = [token for token, kept in zip(tokens, keep, strict=True) if kept or pool == "all"]
@@ -284,16 +332,16 @@ def fuse(w: Weights, strategy: str, image: Tensor, text: Tensor, mask: Tensor, p
         gamma, beta = 1 + affine[..., : image.shape[2]], affine[..., image.shape[2] :]
         return Fused(gamma * image + beta, None, None)
     if strategy == "tirg":
-        gate = 1 / (1 + torch.exp(-mlp(w, "gate_mlp", pair)))
+        gate = sigmoid(mlp(w, "gate_mlp", pair))
         return Fused(w["w_g"] * gate * image + w["w_r"] * mlp(w, "res_mlp", pair), gate, None)
     if strategy == "gmu":
         h_v, h_t = torch.tanh(image @ w["image_layer.weight"].T), torch.tanh(t @ w["text_layer.weight"].T)
-        z = 1 / (1 + torch.exp(-(pair @ w["gate_layer.weight"].T)))
+        z = sigmoid(pair @ w["gate_layer.weight"].T)
         return Fused(z * h_v + (1 - z) * h_t, z, None)
     delta = torch.tanh(mlp(w, "delta_mlp", t))
     if strategy == "additive":
         return Fused(image + w["alpha"] * delta, None, delta)
-    gate = 1 / (1 + torch.exp(-mlp(w, "gate_mlp", pair)))
+    gate = sigmoid(mlp(w, "gate_mlp", pair))
     if strategy == "gated":
         return Fused(image + w["alpha"] * gate * delta, gate, delta)
     assert strategy == "weighted"
@@ -346,8 +394,16 @@ def compose(w: Weights, config: ModelConfig, reference: Tensor, ids: Tensor, mas
     bert = below(w, "Qformer.bert")
     if config.use_gated_fusion:
         text = text_embeddings(bert, config, ids)
+        if config.fusion_text == "contextual":
+            text = layers_without_image(bert, config, text, mask)
         reference = fuse(
-            below(w, "gated_fusion"), config.fusion_strategy, reference, text, mask, config.pool
+            below(w, "gated_fusion"),
+            config.fusion_strategy,
+            reference,
+            text,
+            mask,
+            config.pool,
+            config.fusion_top_k,
         ).fused
     queries = w["query_tokens"].expand(len(ids), -1, -1)
     count = config.num_query_tokens

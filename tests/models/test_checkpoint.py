@@ -187,6 +187,28 @@ def test_a_published_checkpoint_starts_a_training_with_new_fusion_or_none(backbo
     assert plain.model.gated_fusion is None
 
 
+@pytest.mark.parametrize(
+    ("switches", "start", "text"),
+    [
+        ({}, "random", "embeddings"),
+        ({"fusion_strategy": "cross"}, "identity", "embeddings"),
+        ({"fusion_strategy": "select"}, "identity", "contextual"),
+        ({"fusion_strategy": "cross", "fusion_start": "random"}, "random", "embeddings"),
+    ],
+    ids=str,
+)
+def test_a_new_fusion_starts_in_its_own_way(backbone, tokenizer, tmp_path, switches, start, text):
+    """Whatever the run that the checkpoint is of, which had no fusion, says of one."""
+    plain = Blip2QformerCirAlignPrompt(small_config(use_gated_fusion=False), tokenizer)
+    assert plain.config.fusion_start == "random"
+    told = {"backbone": "pretrain", "blip_model_name": "blip2_cir_align_prompt"}
+    save_checkpoint(tmp_path / "plain.pt", plain, 3, told, full=True)
+    switches = {"use_gated_fusion": True, **switches}
+    model = load_checkpoint(tmp_path / "plain.pt", switches=switches).model
+    assert (model.config.fusion_start, model.config.fusion_text) == (start, text)
+    assert (start == "identity") == (model.gated_fusion.delta_mlp.last.weight.abs().sum() == 0)
+
+
 def test_a_published_checkpoint_needs_its_backbone_and_all_its_parameters(backbone, tokenizer, tmp_path):
     path = tmp_path / "sprc.pt"
     published(path, tokenizer)
@@ -340,6 +362,7 @@ def bare(path, model):
     [
         {"pool": "all", "num_query_tokens": 7, "max_txt_len": 11, "num_heads": 2},
         {"fusion_text": "contextual", "fusion_strategy": "additive", "cross_attention_every": 1},
+        {"fusion_strategy": "select", "fusion_top_k": 2, "fusion_width": 12},
         {"fusion_strategy": "film", "image_size": 20, "vit_depth": 2, "num_layers": 3, "alpha_init": 0.25},
     ],
 )

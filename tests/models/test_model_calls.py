@@ -42,6 +42,10 @@ VARIANTS = {
     "film": {"fusion_strategy": "film"},
     "tirg": {"fusion_strategy": "tirg"},
     "gmu": {"fusion_strategy": "gmu"},
+    "cross": {"fusion_strategy": "cross", "fusion_width": 12},
+    "cross-contextual": {"fusion_strategy": "cross", "fusion_text": "contextual"},
+    "select": {"fusion_strategy": "select", "fusion_width": 12, "fusion_top_k": 3},
+    "gated-contextual": {"fusion_text": "contextual"},
     "clip": CLIP,
     "every-layer": {"cross_attention_every": 1},
     "every-third-layer": {"cross_attention_every": 3},
@@ -225,7 +229,9 @@ def test_model_equals_the_plain_one(tokenizer, changes: dict, batch: int) -> Non
 
 
 @pytest.mark.parametrize("batch", [3, 1])
-@pytest.mark.parametrize("changes", [VARIANTS[name] for name in ("gated", "off", "clip")], ids=str)
+@pytest.mark.parametrize(
+    "changes", [VARIANTS[name] for name in ("gated", "cross-contextual", "select", "off", "clip")], ids=str
+)
 @pytest.mark.parametrize("freeze_vit", [False, True], ids=["ViT trained", "ViT frozen"])
 def test_gradients_equal_those_of_the_plain_model(
     tokenizer, changes: dict, batch: int, freeze_vit: bool
@@ -254,7 +260,7 @@ def test_gradients_equal_those_of_the_plain_model(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [VARIANTS[name] for name in ("gated", "off")], ids=str)
+@pytest.mark.parametrize("changes", [VARIANTS[name] for name in ("gated", "cross", "select", "off")], ids=str)
 def test_compiled_embeddings_are_the_same_and_their_fusion_is_logged(tokenizer, changes, tmp_path) -> None:
     model = build_model(tokenizer, fusion_dropout=0.0, **changes)
     module = model.gated_fusion or torch.nn.Identity()
@@ -332,7 +338,9 @@ def test_an_image_that_is_in_no_batch_is_not_taken_for_tokens(tokenizer) -> None
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("changes", [VARIANTS[name] for name in ("gated", "weighted", "off")], ids=str)
+@pytest.mark.parametrize(
+    "changes", [VARIANTS[name] for name in ("gated", "weighted", "cross", "select", "off")], ids=str
+)
 def test_padding_changes_nothing(tokenizer, changes: dict) -> None:
     model = build_model(tokenizer, **changes)
     image = images_of(len(CAPTIONS), model.config)
@@ -394,7 +402,11 @@ def test_an_empty_caption_is_cls_and_sep(tokenizer) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("changes", [VARIANTS[name] for name in ("gated", "additive", "weighted")], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [VARIANTS[name] for name in ("gated", "additive", "weighted", "cross", "select")],
+    ids=str,
+)
 def test_target_tokens_are_never_fused(tokenizer, changes: dict) -> None:
     model = build_model(tokenizer, **changes)
     image, target = images_of(3, model.config, seed=1), images_of(3, model.config, seed=2)
@@ -422,14 +434,15 @@ def test_what_is_scored_is_what_is_trained(tokenizer, changes: dict) -> None:
     reference_embeds = model.extract_target_features(image)[1]
     target_feats = model.extract_target_features(target)[0]
 
-    def loss_by_inference() -> Tensor:
-        scores = model.inference(reference_embeds, target_feats, CAPTIONS) / model.temp
-        return F.cross_entropy(scores, torch.arange(3))
+    def scores_by_inference() -> Tensor:
+        return model.inference(reference_embeds, target_feats, CAPTIONS) / model.temp
 
-    torch.testing.assert_close(loss_by_inference(), loss, rtol=1e-9, atol=1e-9)
+    scores = scores_by_inference()
+    loss_by_inference = F.cross_entropy(scores, torch.arange(3))
+    torch.testing.assert_close(loss_by_inference, loss, rtol=1e-9, atol=1e-9)
     if model.gated_fusion is not None:
         model.gated_fusion = None
-        assert not torch.allclose(loss_by_inference(), loss, rtol=1e-3)
+        assert not torch.allclose(scores_by_inference(), scores, rtol=1e-3)
 
 
 def test_without_fusion_there_is_no_fusion_parameter(tokenizer) -> None:
@@ -446,16 +459,20 @@ def test_without_fusion_there_is_no_fusion_parameter(tokenizer) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("strategy", ["gated", "additive", "weighted", "film", "tirg"])
-def test_identity_start_is_plain_sprc(tokenizer, strategy: str) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [{"fusion_strategy": name, "fusion_start": "identity"} for name in ("gated", "additive", "weighted")]
+    + [{"fusion_strategy": name, "fusion_start": "identity"} for name in ("film", "tirg")]
+    + [{"fusion_strategy": name} for name in ("cross", "select")],  # which start so by default
+    ids=str,
+)
+def test_identity_start_is_plain_sprc(tokenizer, changes: dict) -> None:
     """Not to the bit in float32: on and off fold ln_vision's scale into the products in two ways.
 
     The tokens are the same to the bit, and tests/models/test_fusion.py says so.
     """
     off = build_model(tokenizer, use_gated_fusion=False)
-    on = Blip2QformerCirAlignPrompt(
-        small_config(fusion_strategy=strategy, fusion_start="identity"), tokenizer
-    )
+    on = Blip2QformerCirAlignPrompt(small_config(**changes), tokenizer)
     on.double().eval()
     missing, unexpected = on.load_state_dict(off.state_dict(), strict=False)
     assert missing

@@ -95,6 +95,7 @@ def test_fusion_off_trains_plain_sprc(data, tmp_path):
     [
         {"--fusion-strategy": "additive", "--alpha-init": "0.1", "--fusion-start": "identity"},
         {"--fusion-strategy": "weighted", "--pool": "all", "--fusion-dropout": "0.3"},
+        {"--fusion-strategy": "select", "--fusion-width": "16", "--fusion-top-k": "2"},
         {"--fusion-strategy": "gated", "--alpha-init": "1.0", "--image-size": "64", "--device": "cpu"},
         {"--transform": "squarepad", "--target-ratio": "1.5", "--loss-itm": "0.5", "--save-memory": None},
     ],

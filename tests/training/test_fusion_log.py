@@ -71,6 +71,24 @@ def test_a_strategy_without_gate_delta_or_alpha_has_no_such_column(tokenizer, tm
     assert {"mean_change", "gradient_norm"} <= set(row)
 
 
+@pytest.mark.parametrize(("strategy", "part"), [("cross", "query"), ("select", "relevance")])
+def test_a_direction_for_each_token_is_logged_by_its_mean_norm(tokenizer, tmp_path, capsys, strategy, part):
+    model = build(tokenizer, fusion_strategy=strategy, fusion_top_k=3)
+    log, seen = FusionLog(model.gated_fusion, tmp_path, every=1), []
+    model.gated_fusion.register_forward_hook(lambda _, inputs, output: seen.append(output))
+    train_step(model, log)
+    (row,) = read_csv(tmp_path / "fusion_metrics.csv")
+    norms = [math.sqrt(sum(v * v for v in token)) for one in seen[0].delta.tolist() for token in one]
+    assert len(norms) == 3 * (3 if strategy == "select" else model.config.num_patches**2 + 1)
+    assert float(row["delta_norm"]) == pytest.approx(sum(norms) / len(norms), rel=1e-4)
+    gate = flat(seen[0].gate)
+    assert float(row["gate_mean"]) == pytest.approx(sum(gate) / len(gate), rel=1e-4)
+    assert float(row["gate_near_0"]) < 0.9  # a token that is not chosen is no closed gate
+    assert float(row["alpha"]) == pytest.approx(0.8)
+    assert float(row[f"gradient_norm_{part}"]) > 0
+    assert "has stopped" not in capsys.readouterr().err
+
+
 def test_a_saturated_gate_and_a_missing_gradient_are_warned_of_once(tokenizer, tmp_path, capsys):
     model = build(tokenizer)
     with torch.no_grad():

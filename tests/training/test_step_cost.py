@@ -19,8 +19,6 @@ from sprc.training import loop as training
 from sprc.training.fusion_log import FusionLog
 from sprc.training.loop import Trainer, TrainingConfig
 
-ON_AND_OFF = pytest.mark.parametrize("fusion", [True, False], ids=["on", "off"])
-
 
 class Casts(TorchDispatchMode):
     """Counts the copies of tensors of ``shape`` in another type."""
@@ -36,23 +34,37 @@ class Casts(TorchDispatchMode):
         return found
 
 
-@ON_AND_OFF
-def test_image_tokens_are_cast_once_for_all_layers(tokenizer, fusion) -> None:
-    model = Blip2QformerCirAlignPrompt(small_config(use_gated_fusion=fusion), tokenizer)
+# The reference's and the target's for the Q-Former; the gate reads the reference before its edit. `cross` has
+# three layers that do, and the layers of `select` read the tokens that it has chosen.
+@pytest.mark.parametrize(
+    ("changes", "casts"),
+    [
+        ({}, 3),
+        ({"use_gated_fusion": False}, 2),
+        ({"fusion_strategy": "cross"}, 3),
+        ({"fusion_strategy": "select"}, 2),
+    ],
+    ids=str,
+)
+def test_image_tokens_are_cast_once_for_all_layers(tokenizer, changes, casts) -> None:
+    model = Blip2QformerCirAlignPrompt(small_config(**changes), tokenizer)
     tokens = model.vit_tokens(random_images(2 * len(CAPTIONS), model.config))
     text = model.tokenize(CAPTIONS)
-    casts = Casts((len(CAPTIONS), *tokens.shape[1:]))
-    with torch.autocast("cpu", torch.bfloat16), casts:
+    counted = Casts((len(CAPTIONS), *tokens.shape[1:]))
+    with torch.autocast("cpu", torch.bfloat16), counted:
         model.embed_tokens(tokens, text)
-    # The reference's and the target's for the Q-Former; the gate reads the reference before its edit.
-    assert casts.count == (3 if fusion else 2)
+    assert counted.count == casts
 
 
 @pytest.mark.slow
-@ON_AND_OFF
-def test_compiling_gives_one_graph(tokenizer, tmp_path, fusion) -> None:
-    model = Blip2QformerCirAlignPrompt(small_config(use_gated_fusion=fusion), tokenizer)
-    if fusion:
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"use_gated_fusion": False}, {"fusion_strategy": "cross"}, {"fusion_strategy": "select"}],
+    ids=str,
+)
+def test_compiling_gives_one_graph(tokenizer, tmp_path, changes) -> None:
+    model = Blip2QformerCirAlignPrompt(small_config(**changes), tokenizer)
+    if model.gated_fusion is not None:
         FusionLog(model.gated_fusion, tmp_path, every=2, step=1)  # of a step that is not due
     compiled = torch.compile(model.embed_tokens, dynamic=True, backend="eager", fullgraph=True)
     tokens = model.vit_tokens(random_images(2 * len(CAPTIONS), model.config))

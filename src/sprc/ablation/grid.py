@@ -81,7 +81,7 @@ class AblationConfig:
         (OFF, "gated"), metavar="NAME", help=f"{', '.join((OFF, *STRATEGIES))}; default: off gated"
     )
     alpha: Sequence[float] = setting((0.5,), help="starts of alpha; default: 0.5")
-    start: Sequence[str] = setting(("random",), help=f"{', '.join(FUSION_STARTS)}; default: random")
+    start: Sequence[str] = setting(("auto",), help=f"{', '.join(FUSION_STARTS)}; default: auto, its own")
     pool: Sequence[str] = setting(("masked",), help=f"{', '.join(POOLS)}; default: masked")
     text: Sequence[str] = setting(("embeddings",), help=f"{', '.join(FUSION_TEXTS)}; default: embeddings")
     # None is --learning-rate.
@@ -185,15 +185,19 @@ def cell_of(
     """The cell of these switches, without those that do not touch its fusion."""
     if fusion == OFF:
         return Cell(OFF, None, None, None, seed)
-    has_alpha, has_identity = STRATEGIES[fusion]
+    strategy = STRATEGIES[fusion]
     contextual = text == "contextual"
+    if start == "auto":
+        start = strategy.start
+    if contextual:
+        pool = "masked"  # contextual words have no padding
     return Cell(
         fusion,
-        alpha if has_alpha else None,
-        start if has_identity else None,
-        "masked" if contextual else pool,  # contextual words have no padding
+        alpha if strategy.has_alpha else None,
+        start if strategy.has_identity else None,
+        pool if strategy.pools else None,
         seed,
-        text if contextual else None,
+        text if contextual and not strategy.contextual else None,
         rate,
     )
 

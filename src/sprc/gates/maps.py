@@ -29,7 +29,8 @@ class QueryView(NamedTuple):
     """A query, what the fusion does to its reference, and what is retrieved for it."""
 
     triplet: Triplet
-    gate: Tensor | None  # (P, P) in 0..1; None for a strategy without a gate, and without fusion
+    # (P, P), in 0..1 but where tokens are weighted; None for a strategy without a gate, and without fusion.
+    gate: Tensor | None
     change: Tensor | None  # (P, P), 0 or more; None without fusion
     rank: int | None  # of the target in the gallery, from 1; None where it is secret
     top: list[str]  # the best candidates' names, best first

@@ -104,6 +104,8 @@ class Blip2QformerCirAlignPrompt(nn.Module):
                 alpha_init=config.alpha_init,
                 pool=config.pool,
                 start=config.fusion_start,
+                width=config.fusion_width,
+                top_k=config.fusion_top_k,
             )
             self.gated_fusion.switches = Switches(config, tokenizer)  # into the state dict, no parameter
         self.diagnostics: dict[str, Tensor] = {}
@@ -238,7 +240,7 @@ class Blip2QformerCirAlignPrompt(nn.Module):
         What is masked is not computed, so padding further would change nothing; only the mean over all
         positions (``pool="all"``) sees it, and gets all ``max_txt_len``.
         """
-        to_the_full = self.config.use_gated_fusion and self.config.pool == "all"
+        to_the_full = getattr(self.gated_fusion, "pool", None) == "all"
         rows = [self.caption_ids[caption] for caption in text]
         length = self.config.max_txt_len if to_the_full else max(map(len, rows))
         padding = self.tokenizer.pad_token_id
@@ -310,8 +312,8 @@ class Blip2QformerCirAlignPrompt(nn.Module):
     def fuse(self, reference_embeds: Tensor, text: Text) -> FusionOutput | None:
         """What the fusion makes of (B, N, D) reference tokens; None when fusion is off.
 
-        It reads the word embeddings, which know no order; with ``fusion_text="contextual"`` the words have
-        been through the Q-Former's layers, without queries and image.
+        It reads the word embeddings, each by itself; with ``fusion_text="contextual"`` the words have been
+        through the Q-Former's layers, without queries and image.
         """
         if self.gated_fusion is None:
             return None

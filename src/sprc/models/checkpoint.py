@@ -130,7 +130,9 @@ def load_checkpoint(
     if switches is None:
         arguments = {**values, "use_gated_fusion": has_fusion}
     else:
-        arguments = {**values, **switches}
+        # A start is for the fusion that a run began with: a new one has its own, unless it is told.
+        kept = {name: value for name, value in values.items() if has_fusion or name != "fusion_start"}
+        arguments = {**kept, **switches}
     config = ModelConfig.from_dict(arguments, str(path))
     if len(tokenizer) != config.vocab_size:
         raise InputError(f"{path}: vocab_size={config.vocab_size}, but its vocabulary makes {len(tokenizer)}")

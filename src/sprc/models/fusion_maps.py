@@ -20,6 +20,8 @@ def fusion_maps(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The mean over channels of the gate, and of |fused - image|: (B, P, P) each, on the CPU.
 
+    Where a strategy weights its tokens, the gate is the weighted one: 0 where a token is left as it is.
+
     Args:
         model: in eval mode.
         image_embeds: (B, N, D) from ``model.encode_image``.
@@ -36,4 +38,7 @@ def fusion_maps(
     if fusion.gate is None:
         return None, change
     # A strategy may have one gate for all channels or all tokens.
-    return patch_grid(fusion.gate.expand_as(fusion.fused).mean(dim=2), side), change
+    gate = fusion.gate.expand_as(fusion.fused).mean(dim=2, keepdim=True)
+    if fusion.weights is not None:
+        gate = fusion.weights * gate
+    return patch_grid(gate.squeeze(2), side), change

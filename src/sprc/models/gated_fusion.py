@@ -6,8 +6,9 @@ With image tokens I (N, D) and the pooled, projected text t (1, D), the default 
     delta = tanh(MLP_d(t))                  (1, D), in (-1, 1): in which direction
     fused = I + alpha * gate * delta        (N, D)
 
-Adding a strategy is one class in this file, under ``@register_fusion("name")``, and its line in
-``sprc.config.STRATEGIES``, which `--help` and the ablation read without torch.
+A strategy is one class under ``@register_fusion("name")``, and its line in ``sprc.config.STRATEGIES``, which
+`--help` and the ablation read without torch. Those that read the text as one vector, its mean, are here. In
+`token_fusion.py` each token gets an edit of its own.
 
 In mixed precision the networks and the gate are computed in half precision. What is one row a sample,
 (B, 1, D), and the learned scalars are float32 from there on (:func:`at_least_float32`): in bfloat16, which
@@ -18,26 +19,25 @@ gradient stays half.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+import sprc.models.token_fusion  # noqa: F401 - its strategies are registered
 from sprc.errors import InputError
-
-FUSION_STRATEGIES: dict[str, type[FusionModule]] = {}
-
-
-def register_fusion(name: str) -> Callable[[type[FusionModule]], type[FusionModule]]:
-    """Make a class available as ``--fusion-strategy name``."""
-
-    def add(cls: type[FusionModule]) -> type[FusionModule]:
-        FUSION_STRATEGIES[name] = cls
-        return cls
-
-    return add
+from sprc.models.fusion_parts import (
+    FUSION_STRATEGIES,
+    FusionModule,
+    FusionOutput,
+    Mlp,
+    at_least_float32,
+    linear_of_pair,
+    mlp_of_pair,
+    register_fusion,
+    start_at_zero,
+    text_projection,
+)
 
 
 def fusion_class(name: str) -> type[FusionModule]:
@@ -47,42 +47,13 @@ def fusion_class(name: str) -> type[FusionModule]:
     return FUSION_STRATEGIES[name]
 
 
-class FusionOutput(NamedTuple):
-    """What a fusion did to a batch of image tokens."""
+class PooledFusion(FusionModule):
+    """What the strategies share that read the words' mean: pooling and projection to the image's width."""
 
-    fused: Tensor  # (B, N, D), the edited tokens
-    # (B, N, D) in (0, 1); None where the strategy has no gate. How much to change; in `tirg` and `gmu`, as in
-    # their papers, how much of the image to keep.
-    gate: Tensor | None
-    delta: Tensor | None  # (B, 1, D) in (-1, 1), the direction of the edit; None where there is none
-
-
-class FusionModule(nn.Module):
-    """The text side that all strategies share: pooling and projection to the image's width.
-
-    Args:
-        image_width: D, the channels of an image token.
-        text_width: Dt, the channels of a word embedding.
-        dropout: inside each MLP; strategies without an MLP ignore it.
-        alpha_init: start of the learned strength; strategies without alpha ignore it.
-        pool: "masked" takes the mean over the words alone, "all" over the padding as well.
-        start: "random", or "identity", where step 0 leaves the tokens as they are. A strategy that cannot
-            raises :class:`InputError`.
-    """
-
-    def __init__(
-        self,
-        image_width: int,
-        text_width: int,
-        *,
-        dropout: float = 0.1,
-        alpha_init: float = 0.5,
-        pool: str = "masked",
-        start: str = "random",
-    ) -> None:
-        super().__init__()
+    def __init__(self, image_width: int, text_width: int, *, pool: str = "masked", **options: Any) -> None:
+        super().__init__(image_width, text_width, **options)
         self.pool = pool
-        self.text_proj = nn.Linear(text_width, image_width) if text_width != image_width else nn.Identity()
+        self.text_proj = text_projection(text_width, image_width)
 
     def pool_text(self, text_embeds: Tensor, attention_mask: Tensor) -> Tensor:
         """Mean word embedding, projected: (B, M, Dt) and a (B, M) mask of ones and zeros to (B, 1, D)."""
@@ -94,7 +65,7 @@ class FusionModule(nn.Module):
         return self.text_proj(t)
 
     def forward(self, image_embeds: Tensor, text_embeds: Tensor, attention_mask: Tensor) -> FusionOutput:
-        """Edit (B, N, D) image tokens by (B, M, Dt) word embeddings and their (B, M) mask."""
+        """See :class:`FusionModule`."""
         return self.edit(image_embeds, self.pool_text(text_embeds, attention_mask))
 
     def edit(self, image_embeds: Tensor, t: Tensor) -> FusionOutput:
@@ -102,7 +73,7 @@ class FusionModule(nn.Module):
         raise NotImplementedError
 
 
-class DeltaFusion(FusionModule):
+class DeltaFusion(PooledFusion):
     """What the strategies share that move a token along delta = tanh(MLP_d(t)), (B, 1, D).
 
     With the identity start the last layer of delta starts at zero.
@@ -123,7 +94,7 @@ class DeltaFusion(FusionModule):
             start_at_zero(self.delta_mlp.last)
 
     def edit(self, image_embeds: Tensor, t: Tensor) -> FusionOutput:
-        """See :meth:`FusionModule.edit`."""
+        """See :meth:`PooledFusion.edit`."""
         # One row a sample: delta depends on the text alone, so it is not repeated for the N tokens.
         delta = torch.tanh(at_least_float32(self.delta_mlp(t)))
         return self.fuse(image_embeds, t, delta)
@@ -133,35 +104,6 @@ class DeltaFusion(FusionModule):
         raise NotImplementedError
 
 
-def at_least_float32(values: Tensor) -> Tensor:
-    """Half precision to float32; what is float32 or float64 is returned as it is."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def start_at_zero(layer: nn.Linear) -> None:
-    """Make the layer's output zero until it has learned."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-
-
-class Mlp(nn.Sequential):
-    """Linear, LayerNorm, ReLU, Dropout, Linear: the network of the gates, of delta and of the residual."""
-
-    def __init__(self, in_width: int, out_width: int, dropout: float) -> None:
-        first, last = nn.Linear(in_width, out_width), nn.Linear(out_width, out_width)
-        super().__init__(first, nn.LayerNorm(out_width), nn.ReLU(), nn.Dropout(dropout), last)
-
-    @property
-    def first(self) -> nn.Linear:
-        """The layer that reads the input."""
-        return cast(nn.Linear, self[0])
-
-    @property
-    def last(self) -> nn.Linear:
-        """The layer that makes the output."""
-        return cast(nn.Linear, self[-1])
-
-
 def gate_values(gate_mlp: Mlp, image_embeds: Tensor, t: Tensor) -> Tensor:
     """sigmoid(MLP_g([I ; t])), (B, N, D), without building the 2D-wide concatenation.
 
@@ -169,27 +111,6 @@ def gate_values(gate_mlp: Mlp, image_embeds: Tensor, t: Tensor) -> Tensor:
     one row a sample. Same parameters and result as the written formula, at 2 N D^2 instead of 3 N D^2.
     """
     return torch.sigmoid(mlp_of_pair(gate_mlp, image_embeds, t))
-
-
-def mlp_of_pair(layers: Mlp, image_embeds: Tensor, t: Tensor) -> Tensor:
-    """MLP([I ; t]), (B, N, K), its first layer by :func:`linear_of_pair`."""
-    hidden = linear_of_pair(layers.first.weight, layers.first.bias, image_embeds, t)
-    for layer in [*layers][1:]:
-        hidden = layer(hidden)
-    return hidden
-
-
-def linear_of_pair(weight: Tensor, bias: Tensor | None, image_embeds: Tensor, t: Tensor) -> Tensor:
-    """W [I ; t] + b as W_i I + (W_t t + b), (B, N, K), without building the 2D-wide concatenation.
-
-    Args:
-        weight: W = [W_i, W_t], (K, 2D).
-        bias: b, (K,), or None.
-        image_embeds: I, (B, N, D).
-        t: (B, 1, D).
-    """
-    image_weight, text_weight = weight.split(image_embeds.shape[-1], dim=1)
-    return F.linear(image_embeds, image_weight) + F.linear(t, text_weight, bias)
 
 
 @register_fusion("gated")
@@ -243,7 +164,7 @@ class WeightedFusion(DeltaFusion):
 
 
 @register_fusion("film")
-class FilmFusion(FusionModule):
+class FilmFusion(PooledFusion):
     """fused = gamma * I + beta: a scale and a shift a channel, both from the text.
 
     FiLM: Visual Reasoning with a General Conditioning Layer, Perez et al., AAAI 2018. gamma and beta are
@@ -269,7 +190,7 @@ class FilmFusion(FusionModule):
 
 
 @register_fusion("tirg")
-class TirgFusion(FusionModule):
+class TirgFusion(PooledFusion):
     """fused = w_g * f_gate + w_r * f_res, with w_g and w_r learned from 1.
 
     Text Image Residual Gating: Composing Text and Image for Image Retrieval, Vo et al., CVPR 2019:
@@ -314,7 +235,7 @@ class TirgFusion(FusionModule):
 
 
 @register_fusion("gmu")
-class GmuFusion(FusionModule):
+class GmuFusion(PooledFusion):
     """fused = z * h_v + (1 - z) * h_t: each channel of a token is a mix of what image and text say.
 
     Gated Multimodal Units for Information Fusion, Arevalo et al., ICLR 2017 workshop, the bimodal unit:

@@ -27,12 +27,12 @@ SATURATED = 0.95
 class FusionLog:
     """Writes `fusion_metrics.csv`: gate, delta, change and gradients of one training step each.
 
-    Columns: `step` over the whole run, from 0; `gate_mean`, `gate_std` over tokens and channels;
-    `gate_near_0` and `gate_near_1`, the shares below 0.05 and above 0.95; `delta_norm`, the mean Euclidean
-    norm of the direction; `alpha`; `mean_change`, mean |fused - image|; `gradient_norm` of all the module's
-    parameters, and `gradient_norm_NAME` of each part; empty where it is not finite, as in a step that
-    float16's scaler skips. What a strategy does not have has no column. Where a batch is seen in parts
-    (several ranks, gradient caching), a value is the mean of the parts' values.
+    Columns: `step` over the whole run, from 0; `gate_mean`, `gate_std` over tokens and channels, before
+    tokens are weighted; `gate_near_0` and `gate_near_1`, the shares below 0.05 and above 0.95; `delta_norm`,
+    the mean Euclidean norm of the direction; `alpha`; `mean_change`, mean |fused - image|; `gradient_norm` of
+    all the module's parameters, and `gradient_norm_NAME` of each part; empty where it is not finite, as in a
+    step that float16's scaler skips. What a strategy does not have has no column. Where a batch is seen in
+    parts (several ranks, gradient caching), a value is the mean of the parts' values.
 
     Args:
         module: the fusion module; a hook is put on it.
