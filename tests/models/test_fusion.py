@@ -485,5 +485,5 @@ def test_an_unknown_strategy_is_refused_before_a_vision_transformer_is_built(tok
         raise AssertionError("it was built")
 
     monkeypatch.setattr(Blip2QformerCirAlignPrompt, "vision_transformer", staticmethod(built))
-    with pytest.raises(InputError, match=f"'gatd' is unknown; choose from {', '.join(FUSION_STRATEGIES)}"):
+    with pytest.raises(InputError, match=f"'gatd' is unknown; choose from {', '.join(config.STRATEGIES)}"):
         Blip2QformerCirAlignPrompt(small_config(fusion_strategy="gatd"), tokenizer)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import sprc.models.token_fusion  # noqa: F401 - its strategies are registered
+from sprc.config import STRATEGIES
 from sprc.errors import InputError
 from sprc.models.fusion_parts import (
     FUSION_STRATEGIES,
@@ -43,7 +44,7 @@ from sprc.models.fusion_parts import (
 def fusion_class(name: str) -> type[FusionModule]:
     """The class of a strategy; an unknown name raises :class:`InputError` that lists the known ones."""
     if name not in FUSION_STRATEGIES:
-        raise InputError(f"fusion_strategy={name!r} is unknown; choose from {', '.join(FUSION_STRATEGIES)}")
+        raise InputError(f"fusion_strategy={name!r} is unknown; choose from {', '.join(STRATEGIES)}")
     return FUSION_STRATEGIES[name]
 
 
