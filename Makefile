@@ -46,15 +46,15 @@ setup: .venv/ready
 demo: .venv/ready
 	.venv/bin/python src/make_demo_data.py --out demo
 	.venv/bin/python src/blip_fine_tune_2.py --dataset CIRR --backbone tiny --data-path demo \
-		--feature-cache demo/features --num-epochs 6 --batch-size 64 --learning-rate 5e-4 --num-workers 0 \
-		--save-training --save-best
+		--feature-cache demo/features --cache-dtype float32 --num-epochs 8 --batch-size 64 --learning-rate 5e-4 \
+		--num-workers 0 --save-training --save-best
 	.venv/bin/python src/report_run.py
 
 demo-fashioniq: .venv/ready
 	.venv/bin/python src/make_demo_data.py --dataset FashionIQ --out demo
 	.venv/bin/python src/blip_fine_tune_2.py --dataset FashionIQ --backbone tiny --data-path demo \
-		--feature-cache demo/features --num-epochs 6 --batch-size 64 --learning-rate 5e-4 --num-workers 0 \
-		--save-training --save-best
+		--feature-cache demo/features --cache-dtype float32 --num-epochs 8 --batch-size 64 --learning-rate 5e-4 \
+		--num-workers 0 --save-training --save-best
 
 # Two cells at once, one core each.
 ablation: .venv/ready
