@@ -149,23 +149,25 @@ class NoImage:
         self.saved[path.name] = self.scene
 
 
-def test_no_scene_of_val_and_test_is_missing_from_those_left_out(tmp_path, monkeypatch):
+def make_without_drawing(folder, monkeypatch, *, train_families):
+    """Both benchmarks, CIRR's with so many families of train; returns the scenes by their images' names."""
     saved: dict[str, Scene] = {}
     for module in (cirr, fashioniq):
         monkeypatch.setattr(module, "render", lambda scene, image_size: NoImage(scene, saved))
-    make_cirr(tmp_path, SyntheticConfig(train_families=2))
-    make_fashioniq(tmp_path, FashionIQConfig(train_families=2))
+    make_cirr(folder, SyntheticConfig(train_families=train_families))
+    make_fashioniq(folder, FashionIQConfig(train_families=2))
+    return saved
+
+
+def test_no_scene_of_val_and_test_is_missing_from_those_left_out(tmp_path, monkeypatch):
+    saved = make_without_drawing(tmp_path, monkeypatch, train_families=2)
     held_out = {scene for name, scene in saved.items() if "train" not in name}
     assert len(saved) == 36 * (14 + 28 + 2) + 3 * 36 * (6 + 2 + 2)
     assert held_out == held_out_scenes()
 
 
 def test_the_words_are_those_of_the_captions_too(tmp_path, monkeypatch):
-    saved: dict[str, Scene] = {}
-    for module in (cirr, fashioniq):
-        monkeypatch.setattr(module, "render", lambda scene, image_size: NoImage(scene, saved))
-    make_cirr(tmp_path, SyntheticConfig(train_families=40))
-    make_fashioniq(tmp_path, FashionIQConfig(train_families=2))
+    make_without_drawing(tmp_path, monkeypatch, train_families=40)
     rng = random.Random(0)
     texts = [describe(random_scene(rng), rng) for _ in range(2000)]
     for file in tmp_path.rglob("cap.*.json"):

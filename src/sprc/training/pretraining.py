@@ -132,16 +132,18 @@ def score(stage: FirstStage, pairs: DescribedScenes, batch_size: int) -> dict[st
     """
     model, device = stage.model, stage.device
     batches = list(DataLoader(pairs, batch_size))
-    pixels = torch.cat([batch["image"] for batch in batches])
-    own = torch.arange(len(pixels))
+    descriptions = [text for batch in batches for text in batch["text_input"]]
+    own = torch.arange(len(descriptions))
     images, texts, right = [], [], []
     with eval_mode(stage):
-        for batch, rows in zip(batches, own.split(batch_size), strict=True):
-            images.append(model.extract_target_features(batch["image"].to(device))[0])
-            texts.append(stage.text_features(batch["text_input"]))
-            text = model.tokenize(batch["text_input"])
+        tokens = torch.cat([model.encode_image(batch["image"].to(device)) for batch in batches])
+        for rows in own.split(batch_size):
+            told_of = [descriptions[row] for row in rows.tolist()]
+            images.append(model.target_features(tokens[rows]))
+            texts.append(stage.text_features(told_of))
+            text = model.tokenize(told_of)
             for chosen, answer in ((rows, 1), (own.roll(-1)[rows], 0)):
-                keys = model.Qformer.bert.image_keys(model.encode_image(pixels[chosen].to(device)))
+                keys = model.Qformer.bert.image_keys(tokens[chosen])
                 right.append(stage.match(keys, text).argmax(dim=1).cpu() == answer)
     alike = similarity(torch.cat(texts), torch.cat(images)).cpu()
     return {
