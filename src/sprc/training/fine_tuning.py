@@ -37,6 +37,7 @@ from sprc.scoring.recall import rank_split
 from sprc.training.compilation import require_compiler, told_compile_errors
 from sprc.training.fusion_log import FusionLog
 from sprc.training.loop import Trainer
+from sprc.training.negatives import Negatives
 from sprc.training.recipe import TrainingConfig
 from sprc.training.resume import (
     OF_THE_MACHINE,
@@ -130,6 +131,9 @@ def read_settings(defaults: dict[str, Any], given: dict[str, Any]) -> tuple[Trai
     settings = TrainingSettings.of_flags(flags)
     if settings.log_fusion_every < 0:
         raise InputError(f"--log-fusion-every {settings.log_fusion_every} is too small; 0 logs nothing")
+    settings.check()
+    if settings.fusion_lr is not None and settings.train == "call2":
+        raise InputError(f"--fusion-lr {settings.fusion_lr}: the fusion does not learn with --train call2")
     if strategy := settings.switches.get("fusion_strategy"):
         fusion_class(strategy)  # an unknown one is refused before anything is read
     return settings, resumed
@@ -141,6 +145,7 @@ def complete(settings: TrainingSettings, device: torch.device) -> TrainingSettin
     found: dict[str, Any] = {k: v for k, v in weights.items() if getattr(settings, k) is None}
     if settings.num_workers is None:
         found["num_workers"] = default_workers(device)
+    found |= settings.where_unset()
     return replace(settings, **found)
 
 
@@ -199,6 +204,7 @@ def open_loader(
 ) -> Loader:
     """What reads the images of training and validation: pixels, or tokens from the feature cache."""
     at_once = min(config.batch_size, LARGEST_BATCH)
+    images = 2 + (settings.negatives_per_query or 0)  # of a triplet
     load = open_images(
         model,
         {"transform": settings.transform, "target_ratio": settings.target_ratio},
@@ -207,7 +213,7 @@ def open_loader(
         cache_dtype=settings.cache_dtype,
         batch_size=at_once,
         num_workers=workers_of(settings),
-        read_at_once=max(2 * config.batch_size // world_size(), at_once),
+        read_at_once=max(images * config.batch_size // world_size(), at_once),
     )
     if settings.feature_cache is not None:
         rest_vit(model)
@@ -240,13 +246,25 @@ def make_trainer(
         # The method and not the model, so that parameters keep their names.
         model.embed_tokens = torch.compile(model.embed_tokens, dynamic=True)  # type: ignore[method-assign]
     training_set = TripletDataset(data.triplets, data.paths, load, config.seed)
-    return Trainer(model, training_set, config, folder, scalars=scalars)
+    if not settings.kinds:
+        return Trainer(model, training_set, config, folder, scalars=scalars)
+    ranks_reference = data.benchmark.splits[0].ranks_reference
+    negatives = Negatives(settings, model, training_set, folder, ranks_reference=ranks_reference)
+    trainer = Trainer(model, negatives.items, config, folder, objective=negatives.objective, scalars=scalars)
+
+    def before_epoch(epoch: int, step: int) -> None:
+        negatives.before_epoch(epoch, step, trainer.stop_if_asked)
+
+    trainer.before_epoch = before_epoch
+    return trainer
 
 
 def log_fusion(settings: TrainingSettings, trainer: Trainer, scalars: Any) -> None:
     """Have the loop write what the fusion does, if there is one and the user wants it."""
     progress, module = trainer.progress, cast(nn.Module | None, trainer.model.gated_fusion)
-    if module is not None and settings.log_fusion_every:
+    if module is None or not any(one.requires_grad for one in module.parameters()):
+        return
+    if settings.log_fusion_every:
         step = progress.epoch * trainer.steps_per_epoch + progress.step
         log = FusionLog(module, trainer.run_folder, settings.log_fusion_every, step, scalars)
         trainer.after_backward = log.after_backward
@@ -319,9 +337,15 @@ def training_config(settings: TrainingSettings, benchmark: Benchmark) -> Trainin
         schedule_epochs=span,
         warm_up=benchmark.warm_up(span),
         start_divisor=benchmark.start_divisor,
-        loss_weights={name: getattr(settings, name) for name in ("loss_itm", "loss_rtc", "loss_align")},
+        loss_weights=loss_weights(settings),
         other_rates={} if settings.fusion_lr is None else {"gated_fusion.": settings.fusion_lr},
     )
+
+
+def loss_weights(settings: TrainingSettings) -> dict[str, float]:
+    """The weights of the losses by their names; None are those that this run does not have."""
+    names = ("loss_itm", "loss_rtc", "loss_align", "loss_mined")
+    return {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
 
 
 def describe_run(settings: TrainingSettings, data: Data, model: Blip2QformerCirAlignPrompt) -> dict[str, Any]:
