@@ -2,8 +2,8 @@
 # make demo-fashioniq   the same in FashionIQ's format, without the report
 # make ablation     compares fusion off and its strategies on the built-in data, ten seeds each: an hour
 # make ablation-switches   the same for gated fusion's switches, one at a time: about an hour
-# make ablation-tokens     the same for fusion that edits each token in its own way: 72 more trainings, over an hour
-# make ablation-shares     the same for 10 and 30 % of the training triplets: half an hour
+# make ablation-tokens     the same for fusion that edits each token in its own way: 104 trainings, two hours
+# make ablation-shares     plain SPRC and three strategies on 10 and 30 % of the training triplets: half an hour
 # make app          a page to search pictures: an index of your own, or the demo's pictures
 # make test         sets up the same and runs all tests (LAVIS's included)
 # make test-quick   the same without the slow tests
