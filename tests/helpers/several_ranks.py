@@ -175,6 +175,10 @@ def train_wider(folder, cached):
         torch.save(found, folder / "found.pt")
 
 
+def train_alone(folder):
+    train(folder, {}, num_epochs=2, alone_epochs=1, alone_prefix="gated_fusion.")
+
+
 class Signalled(Triplets):
     """Rank 1 is sent SIGTERM while it reads the batch of the sixth step."""
 
@@ -361,6 +365,8 @@ def main(out, data, checkpoint):
         on_ranks(ranks, out / f"cached_{name}_{ranks}", train_cached, FUSION[name], chunk)
     for ranks, cached in ((1, False), (2, False), (2, True)):
         on_ranks(ranks, out / f"wider_{ranks}{'_cached' if cached else ''}", train_wider, cached)
+    for ranks in (1, 2):
+        on_ranks(ranks, out / f"alone_on_{ranks}", train_alone)
     torch.set_default_dtype(torch.float32)
     for ranks in (1, 2, 4):
         on_ranks(ranks, out / f"encode_{ranks}", encode)

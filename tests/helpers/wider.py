@@ -9,7 +9,7 @@ from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPromp
 from sprc.models.tokenizer import WordPiece
 from sprc.run_folder import RunFolder
 from sprc.training.loop import Trainer, TrainingConfig
-from sprc.training.negatives import Negatives
+from sprc.training.negatives import Negatives, choose_learning
 from sprc.training.settings import TrainingSettings
 
 IMAGES = [f"image{number}" for number in range(8)]
@@ -45,6 +45,7 @@ def make_negatives(folder, model, triplets=TRIPLETS, **flags):
     settings = TrainingSettings(dataset="cirr", **{**given, **settings.where_unset()})
     run_folder = RunFolder(folder)
     run_folder.checkpoints.mkdir(exist_ok=True, parents=True)
+    choose_learning(model, settings.train)
     items = make_triplets(folder, model.config, triplets)
     return Negatives(settings, model, items, run_folder, ranks_reference=False)
 

@@ -304,7 +304,7 @@ def test_a_training_says_so_before_anything_is_read(tmp_path):
     assert_one_clear_line(stderr, "--bank-positive bank is for --negatives bank or both")
     flags = ("--negatives", "bank", "--train", "call2", "--fusion-lr", 1e-3, "--dataset", "CIRR")
     _, stderr = run("blip_fine_tune_2.py", *flags, code=2)
-    assert_one_clear_line(stderr, "--fusion-lr 0.001: the fusion does not learn with --train call2")
+    assert_one_clear_line(stderr, "--fusion-lr 0.001: the fusion does not learn with --train call2; leave one out")
 
 
 def test_a_run_with_a_bank_is_written_scored_and_goes_on(data, tmp_path):

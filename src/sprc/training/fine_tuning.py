@@ -1,5 +1,6 @@
 """From the settings of ``blip_fine_tune_2.py`` to a trained model: data, model, run folder, loop."""
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -37,8 +38,8 @@ from sprc.scoring.recall import rank_split
 from sprc.training.compilation import require_compiler, told_compile_errors
 from sprc.training.fusion_log import FusionLog
 from sprc.training.loop import Trainer
-from sprc.training.negatives import Negatives
-from sprc.training.recipe import TrainingConfig
+from sprc.training.negatives import Negatives, choose_learning
+from sprc.training.recipe import TrainingConfig, by_prefix
 from sprc.training.resume import (
     OF_THE_MACHINE,
     absolute_paths,
@@ -49,6 +50,8 @@ from sprc.training.resume import (
     resumed_flags,
 )
 from sprc.training.settings import LoopSettings, TrainingSettings
+
+FUSION_PARAMETERS = "gated_fusion."  # their names start so
 
 
 @dataclass(frozen=True)
@@ -132,8 +135,11 @@ def read_settings(defaults: dict[str, Any], given: dict[str, Any]) -> tuple[Trai
     if settings.log_fusion_every < 0:
         raise InputError(f"--log-fusion-every {settings.log_fusion_every} is too small; 0 logs nothing")
     settings.check()
-    if settings.fusion_lr is not None and settings.train == "call2":
-        raise InputError(f"--fusion-lr {settings.fusion_lr}: the fusion does not learn with --train call2")
+    for flag, value in (("--fusion-lr", settings.fusion_lr), ("--warmup-fusion", settings.warmup_fusion)):
+        if value and settings.train == "call2":
+            raise InputError(f"{flag} {value}: the fusion does not learn with --train call2; leave one out")
+    if not 0 < settings.train_share <= 1:
+        raise InputError(f"--train-share {settings.train_share} must be more than 0 and at most 1")
     if strategy := settings.switches.get("fusion_strategy"):
         fusion_class(strategy)  # an unknown one is refused before anything is read
     return settings, resumed
@@ -161,7 +167,9 @@ def read_data(
     if settings.compile:
         require_compiler(device)
     train_splits = benchmark.train_splits(settings.data_path, missing_images=missing)
-    triplets, paths = triplets_of(train_splits)
+    triplets, paths = triplets_of(train_splits, settings.train_share, settings.seed)
+    if settings.train_share < 1:
+        print(f"training on {len(triplets):,} triplets, --train-share {settings.train_share:g}", flush=True)
     left_out = names_left_out([*train_splits, *benchmark.splits])
     if resumed is not None and missing == "skip":
         check_left_out(resumed.folder.missing_images, left_out)
@@ -185,8 +193,15 @@ def make_model(
         switches=settings.switches,
         recorded=None if resumed is None else resumed.flags.get("model_config"),
     )
-    if settings.fusion_lr is not None and model.gated_fusion is None:
-        raise InputError(f"--fusion-lr {settings.fusion_lr}: fusion is off; leave the flag out")
+    if model.gated_fusion is None:
+        for flag, value in (("--fusion-lr", settings.fusion_lr), ("--warmup-fusion", settings.warmup_fusion)):
+            if value:
+                raise InputError(f"{flag} {value}: fusion is off; leave the flag out")
+    choose_learning(model, settings.train)
+    for prefix, parameters in by_prefix(model, config.other_rates).items():
+        if prefix:
+            count = sum(parameter.numel() for parameter in parameters)
+            print(f"{prefix}*, {count:,} weights: learning rate {config.other_rates[prefix]:g}", flush=True)
     digests = {
         "data_path": digest_of_data(data.benchmark.splits, data.triplets),
         "model_path": digest_of_file(settings.model_path),
@@ -338,7 +353,9 @@ def training_config(settings: TrainingSettings, benchmark: Benchmark) -> Trainin
         warm_up=benchmark.warm_up(span),
         start_divisor=benchmark.start_divisor,
         loss_weights=loss_weights(settings),
-        other_rates={} if settings.fusion_lr is None else {"gated_fusion.": settings.fusion_lr},
+        other_rates=other_rates(settings),
+        alone_epochs=settings.warmup_fusion,
+        alone_prefix=FUSION_PARAMETERS,
     )
 
 
@@ -346,6 +363,30 @@ def loss_weights(settings: TrainingSettings) -> dict[str, float]:
     """The weights of the losses by their names; None are those that this run does not have."""
     names = ("loss_itm", "loss_rtc", "loss_align", "loss_mined")
     return {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
+
+
+def other_rates(settings: TrainingSettings) -> dict[str, float]:
+    """The rates of ``--lr-group`` and ``--fusion-lr``, by the beginning of the parameters' names."""
+    rates: dict[str, float] = {}
+    for word in settings.lr_group:
+        prefix, _, rate = word.rpartition("=")
+        try:
+            value = float(rate)
+        except ValueError:
+            value = math.nan
+        if not prefix or not 0 < value < math.inf:
+            raise InputError(f"--lr-group {word!r}: give PREFIX=RATE, such as {FUSION_PARAMETERS}=1e-4")
+        if prefix in rates:
+            raise InputError(f"--lr-group {word!r}: {prefix}* has a rate already; give one")
+        rates[prefix] = value
+    if settings.fusion_lr is not None:
+        if FUSION_PARAMETERS in rates:
+            raise InputError(
+                f"--fusion-lr {settings.fusion_lr} and --lr-group {FUSION_PARAMETERS}= are two rates for the "
+                "same parameters; give one"
+            )
+        rates[FUSION_PARAMETERS] = settings.fusion_lr
+    return rates
 
 
 def describe_run(settings: TrainingSettings, data: Data, model: Blip2QformerCirAlignPrompt) -> dict[str, Any]:

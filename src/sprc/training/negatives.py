@@ -146,7 +146,7 @@ class Negatives:
 
     Args:
         settings: complete, ``kinds`` not empty.
-        model: on its device; what does not learn is told so.
+        model: on its device; :func:`choose_learning` has been told what learns.
         triplets: to be trained on, all with targets.
         run_folder: where bank and draws go.
         ranks_reference: whether the benchmark ranks a query's own reference.
@@ -162,7 +162,6 @@ class Negatives:
         ranks_reference: bool,
     ) -> None:
         self.settings, self.model, self.triplets = settings, model, triplets
-        choose_learning(model, settings.train)
         targets = true_targets(triplets.triplets, triplets.image_paths)
         self.bank = self.miner = None
         if "bank" in settings.kinds:
