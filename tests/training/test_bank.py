@@ -213,35 +213,41 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("stop_at", [(1, 0), (1, 2), (2, 1)])
-def test_a_run_that_stops_anywhere_goes_on_to_the_bit(tmp_path, stop_at):
-    """With dropout; the bank and the draws of epoch 0 serve epoch 1, and both are due again in epoch 2."""
+def six_steps(folder, stop_at=None):
+    """Three epochs with dropout, from the state in the folder on. Bank and draws of epoch 0 serve epoch 1."""
+    folder.mkdir(exist_ok=True)
+    model = make_model(dropout=0.2, fusion_dropout=0.2)
+    torch.manual_seed(5)
     flags = {"negatives": "both", "refresh_bank": 2, "mine_every": 2, "negatives_per_query": 2}
+    trainer = make_trainer(
+        folder, model, make_negatives(folder, model, **flags), batch_size=8, checkpoint_every=1
+    )
+    trainer.load_state()
 
-    def go(folder, stop_at=None):
-        folder.mkdir(exist_ok=True)
-        model = make_model(dropout=0.2, fusion_dropout=0.2)
-        torch.manual_seed(5)
-        negatives = make_negatives(folder, model, **flags)
-        trainer = make_trainer(folder, model, negatives, checkpoint_every=1)
-        trainer.load_state()
+    def after_backward():
+        if (trainer.progress.epoch, trainer.progress.step) == stop_at:
+            raise Stop
 
-        def after_backward():
-            if (trainer.progress.epoch, trainer.progress.step) == stop_at:
-                raise Stop
+    trainer.after_backward = after_backward
+    trainer.train(lambda _: {"recall": 0.0}, lambda *_: None)
+    return model.state_dict()
 
-        trainer.after_backward = after_backward
-        trainer.train(lambda _: {"recall": 0.0}, lambda *_: None)
-        return model
 
-    whole = go(tmp_path / "whole")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, six_steps(folder)
+
+
+@pytest.mark.parametrize("stop_at", [(1, 0), (1, 1), (2, 1)])
+def test_a_run_that_stops_anywhere_goes_on_to_the_bit(tmp_path, whole, stop_at):
+    folder, weights = whole
     with pytest.raises(Stop):
-        go(tmp_path / "stopped", stop_at)
-    ended = go(tmp_path / "stopped")
-    for name, value in whole.state_dict().items():
-        assert torch.equal(ended.state_dict()[name], value), name
-    rows = [(tmp_path / name / "train_metrics.csv").read_bytes() for name in ("whole", "stopped")]
-    assert rows[0] == rows[1]
+        six_steps(tmp_path, stop_at)
+    ended = six_steps(tmp_path)
+    for name, value in weights.items():
+        assert torch.equal(ended[name], value), name
+    assert (tmp_path / "train_metrics.csv").read_bytes() == (folder / "train_metrics.csv").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -304,7 +310,9 @@ def test_a_training_says_so_before_anything_is_read(tmp_path):
     assert_one_clear_line(stderr, "--bank-positive bank is for --negatives bank or both")
     flags = ("--negatives", "bank", "--train", "call2", "--fusion-lr", 1e-3, "--dataset", "CIRR")
     _, stderr = run("blip_fine_tune_2.py", *flags, code=2)
-    assert_one_clear_line(stderr, "--fusion-lr 0.001: the fusion does not learn with --train call2; leave one out")
+    assert_one_clear_line(
+        stderr, "--fusion-lr 0.001: the fusion does not learn with --train call2; leave one out"
+    )
 
 
 def test_a_run_with_a_bank_is_written_scored_and_goes_on(data, tmp_path):
