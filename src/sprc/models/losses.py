@@ -125,11 +125,13 @@ class OverBank(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, queries: Tensor, bank: Tensor, temp: float, excluded: Tensor, chunk: int) -> Tensor:
         """Of the arguments only ``queries`` gets a gradient."""
-        parts = []
-        for images, hidden in zip(bank.split(chunk), excluded.split(chunk, dim=1)):
+        chunks = list(zip(bank.split(chunk), excluded.split(chunk, dim=1)))
+        # Made ahead: a small tensor kept from each round would lie between the large ones that come and go.
+        parts = queries.new_empty(len(queries), len(chunks))
+        for part, (images, hidden) in zip(parts.unbind(dim=1), chunks):
             logits = similarity(queries, images.to(queries.dtype)) / temp
-            parts.append(logits.masked_fill(hidden, -torch.inf).logsumexp(dim=1))
-        total = torch.stack(parts, dim=1).logsumexp(dim=1)
+            part.copy_(logits.masked_fill_(hidden, -torch.inf).logsumexp(dim=1))
+        total = parts.logsumexp(dim=1)
         ctx.save_for_backward(queries, bank, excluded, total)
         ctx.temp, ctx.chunk = temp, chunk
         return total
