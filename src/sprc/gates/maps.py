@@ -112,25 +112,26 @@ def cells_of(view: QueryView) -> list[Cell]:
 def word_cells_of(view: QueryView) -> list[list[Cell]]:
     """The maps of a view's words, a list a definition: each starts with the whole change.
 
-    Those of one list are on one scale, from 0 to their largest value, so that words compare.
+    The words of one list are on one scale, from 0 to their largest value, so that they compare.
     """
     if view.words is None or view.change is None:
         return []
     names = [word if len(word) <= LETTERS else f"{word[: LETTERS - 3]}..." for word in view.words.words]
-    lists = [([f"without: {name}" for name in names], view.words.left_out)]
-    if view.words.attention is not None:
-        lists.append(([*(f"reads: {name}" for name in names), "reads: [CLS], [SEP]"], view.words.attention))
-    image = view.triplet.reference
-    return [
-        [
-            Cell("change", image, view.change, scale_from_zero(view.change)),
-            *(
-                Cell(title, image, values, scale_from_zero(maps))
-                for title, values in zip(titles, maps, strict=True)
-            ),
+
+    def cells(kind: str, names: list[str], maps: Tensor) -> list[Cell]:
+        scale = scale_from_zero(maps)
+        return [
+            Cell(f"{kind}{name}", view.triplet.reference, values, scale)
+            for name, values in zip(names, maps, strict=True)
         ]
-        for titles, maps in lists
-    ]
+
+    change = cells("", ["change"], view.change[None])
+    lists = [[*change, *cells("without: ", names, view.words.left_out)]]
+    attention = view.words.attention
+    if attention is not None:
+        of_words = cells("reads: ", names, attention[:-1])
+        lists.append([*change, *of_words, *cells("reads: ", ["[CLS], [SEP]"], attention[-1:])])
+    return lists
 
 
 def describe(view: QueryView) -> str:

@@ -22,12 +22,23 @@ from sprc.data.captions import process_caption
 from sprc.data.cirr import load_cirr
 from sprc.data.images import own_formats
 from sprc.errors import InputError
-from sprc.figures import FIXED, OPACITY, own_scale
-from sprc.models.fusion_maps import fusion_maps
+from sprc.figures import OPACITY
+from sprc.models.fusion_maps import why_no_word_maps
 from sprc.search.index import Result, printable
 from sprc.search.pictures import as_bytes, on_square, read_picture, thumbnail
 from sprc.search.searcher import Searcher, SharedSearcher
-from sprc.search.shown import SIDE, SMALL, Map, draw_map, shortened, small_bytes
+from sprc.search.shown import (
+    READS,
+    SIDE,
+    SMALL,
+    WITHOUT,
+    Map,
+    draw_map,
+    edit_maps,
+    maps_of_words,
+    shortened,
+    small_bytes,
+)
 
 MOST_BYTES = 10 * 2**20  # of a picture that is sent
 MOST_PIXELS = 40 * 10**6
@@ -287,6 +298,7 @@ def show_query(searcher: Searcher) -> None:
         picture = st.container(width=SIDE, gap="xsmall")
         controls = st.container(width=420)
     strength, compare, opacity = 1.0, False, OPACITY
+    shown, words = None, None
     with controls:
         st.text_input(
             "What should change?",
@@ -305,16 +317,20 @@ def show_query(searcher: Searcher) -> None:
             )
         with st.expander("More"):
             top = st.slider("Results", 4, 40, 8, 4, key="top")
-            maps = edit_maps(searcher, text, strength)
-            chosen = st.selectbox("Map of the edit", list(maps), key="map") if maps else None
+            if text and searcher.has_fusion:
+                maps = edit_maps(searcher.retriever.model, state.reference.tokens, text, strength)
+                shown = maps[st.selectbox("Map of the edit", list(maps), key="map")]
+                words = choose_words(searcher)
     with picture:
-        show_reference(maps[chosen] if chosen else None, opacity)
+        show_reference(shown, opacity)
     if not text:
         st.info("Say what should change: type a sentence and press Enter.")
         return
     with st.container():
         for note in searcher.notes(text):
             st.text(f"Note: {note}.")
+        if words is not None:
+            show_words(searcher, text, strength, words, opacity)
     if not compare:
         show_results(searcher, *search(searcher, text, strength, top), "on")
         return
@@ -328,22 +344,35 @@ def show_query(searcher: Searcher) -> None:
             show_results(searcher, *search(searcher, text, used, top), kind)
 
 
-def edit_maps(searcher: Searcher, text: str, strength: float) -> dict[str, Map]:
-    """The maps of the edit that the text makes of the reference; none without text or fusion."""
-    if not text or not searcher.has_fusion:
-        return {}
+def choose_words(searcher: Searcher) -> str | None:
+    """Which maps of words are asked for, if any; says why where a model can have none."""
     model = searcher.retriever.model
-    gate, changes = fusion_maps(model, st.session_state.reference.tokens, [text])
-    assert changes is not None  # there is a fusion
-    change = strength * changes[0]
-    maps = {"change, own scale": Map(change, own_scale(change))}
-    if gate is not None:
-        maps = {
-            "gate, own scale": Map(gate[0], own_scale(gate[0])),
-            "gate, 0 to 1": Map(gate[0], FIXED),
-            **maps,
-        }
-    return maps
+    if why := why_no_word_maps(model):
+        st.caption(f"There is no map for each word: {why}.")
+        return None
+    kinds = [WITHOUT, READS] if model.config.fusion_strategy == "cross" else [WITHOUT]
+    chosen = st.selectbox("A map for each word", ["none", *kinds], key="words")
+    return None if chosen == "none" else chosen
+
+
+def show_words(searcher: Searcher, text: str, strength: float, kind: str, opacity: float) -> None:
+    """The reference under a map for each word of the text, on one scale."""
+    reference, model = st.session_state.reference, searcher.retriever.model
+    maps, rest = maps_of_words(model, reference.tokens, text, strength, kind)
+    if not maps:  # of invisible letters alone
+        return
+    with st.container(horizontal=True, key="words-maps"):
+        for number, (word, shown) in enumerate(maps):
+            with st.container(width=SMALL, gap="xsmall", key=f"word-{number}"):
+                st.image(draw_map(reference.pixels, shown, opacity), width=SMALL, alt="map of a word")
+                st.text(shortened(word, 20))
+    most = maps[0][1].scale[1]
+    said = {
+        WITHOUT: "How much the edit of a patch changes if the text lacks the word.",
+        READS: "The change of each patch, shared out by its attention to the words. "
+        f"The marks of the text's start and end have {100 * rest:.0f} % of it.",
+    }
+    st.caption(f"maps, dark to bright: 0 to {most:.3g}. {said[kind]}")
 
 
 def show_reference(shown: Map | None, opacity: float) -> None:

@@ -8,11 +8,14 @@ from PIL import Image
 from torch import Tensor
 
 from sprc.data.transforms import denormalise
-from sprc.figures import colored
+from sprc.figures import FIXED, colored, own_scale, scale_from_zero
+from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
+from sprc.models.fusion_maps import fusion_maps, word_maps
 from sprc.search.pictures import as_bytes, on_square, open_thumbnail
 
 SIDE = 224  # of the reference
 SMALL = 150  # of a result
+WITHOUT, READS = "change if it is left out", "attention to it"  # kinds of maps of words
 
 
 class Map(NamedTuple):
@@ -20,6 +23,46 @@ class Map(NamedTuple):
 
     values: Tensor  # (P, P)
     scale: tuple[float, float]
+
+
+def edit_maps(
+    model: Blip2QformerCirAlignPrompt, tokens: Tensor, text: str, strength: float
+) -> dict[str, Map]:
+    """The maps of the edit that a text makes of (1, N, D) tokens, by a model with fusion."""
+    gate, changes = fusion_maps(model, tokens, [text])
+    assert changes is not None  # there is a fusion
+    change = strength * changes[0]
+    maps = {"change, own scale": Map(change, own_scale(change))}
+    if gate is not None:
+        maps = {
+            "gate, own scale": Map(gate[0], own_scale(gate[0])),
+            "gate, 0 to 1": Map(gate[0], FIXED),
+            **maps,
+        }
+    return maps
+
+
+def maps_of_words(
+    model: Blip2QformerCirAlignPrompt, tokens: Tensor, text: str, strength: float, kind: str
+) -> tuple[list[tuple[str, Map]], float]:
+    """The text's words and their maps, on one scale; and the share of the change that is no word's.
+
+    Args:
+        model: one that :func:`word_maps` takes, of the strategy `cross` for ``READS``.
+        tokens: (1, N, D), of the reference.
+        text: with a word.
+        strength: of the edit.
+        kind: ``WITHOUT`` or ``READS``.
+    """
+    words, maps, attention = word_maps(model, tokens, text)
+    rest = 0.0
+    if kind == READS:
+        assert attention is not None  # it is `cross`
+        maps = attention[:-1]
+        rest = (attention[-1].sum() / attention.sum().clamp(min=1e-12)).item()
+    maps = strength * maps
+    scale = scale_from_zero(maps)
+    return [(word, Map(one, scale)) for word, one in zip(words, maps, strict=True)], rest
 
 
 @lru_cache(maxsize=4096)
