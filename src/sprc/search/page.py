@@ -23,20 +23,18 @@ from sprc.data.cirr import load_cirr
 from sprc.data.images import own_formats
 from sprc.errors import InputError
 from sprc.figures import OPACITY
-from sprc.models.fusion_maps import why_no_word_maps
 from sprc.search.index import Result, printable
 from sprc.search.pictures import as_bytes, on_square, read_picture, thumbnail
 from sprc.search.searcher import Searcher, SharedSearcher
 from sprc.search.shown import (
-    READS,
     SIDE,
     SMALL,
-    WITHOUT,
     Map,
+    choose_words,
     draw_map,
     edit_maps,
-    maps_of_words,
     shortened,
+    show_words,
     small_bytes,
 )
 
@@ -320,7 +318,7 @@ def show_query(searcher: Searcher) -> None:
             if text and searcher.has_fusion:
                 maps = edit_maps(searcher.retriever.model, state.reference.tokens, text, strength)
                 shown = maps[st.selectbox("Map of the edit", list(maps), key="map")]
-                words = choose_words(searcher)
+                words = choose_words(searcher.retriever.model)
     with picture:
         show_reference(shown, opacity)
     if not text:
@@ -330,7 +328,8 @@ def show_query(searcher: Searcher) -> None:
         for note in searcher.notes(text):
             st.text(f"Note: {note}.")
         if words is not None:
-            show_words(searcher, text, strength, words, opacity)
+            model, reference = searcher.retriever.model, state.reference
+            show_words(model, reference.tokens, reference.pixels, text, strength, words, opacity)
     if not compare:
         show_results(searcher, *search(searcher, text, strength, top), "on")
         return
@@ -342,37 +341,6 @@ def show_query(searcher: Searcher) -> None:
         with column:
             st.markdown("**With the edit**" if kind == "on" else "**Without the edit**")
             show_results(searcher, *search(searcher, text, used, top), kind)
-
-
-def choose_words(searcher: Searcher) -> str | None:
-    """Which maps of words are asked for, if any; says why where a model can have none."""
-    model = searcher.retriever.model
-    if why := why_no_word_maps(model):
-        st.caption(f"There is no map for each word: {why}.")
-        return None
-    kinds = [WITHOUT, READS] if model.config.fusion_strategy == "cross" else [WITHOUT]
-    chosen = st.selectbox("A map for each word", ["none", *kinds], key="words")
-    return None if chosen == "none" else chosen
-
-
-def show_words(searcher: Searcher, text: str, strength: float, kind: str, opacity: float) -> None:
-    """The reference under a map for each word of the text, on one scale."""
-    reference, model = st.session_state.reference, searcher.retriever.model
-    maps, rest = maps_of_words(model, reference.tokens, text, strength, kind)
-    if not maps:  # of invisible letters alone
-        return
-    with st.container(horizontal=True, key="words-maps"):
-        for number, (word, shown) in enumerate(maps):
-            with st.container(width=SMALL, gap="xsmall", key=f"word-{number}"):
-                st.image(draw_map(reference.pixels, shown, opacity), width=SMALL, alt="map of a word")
-                st.text(shortened(word, 20))
-    most = maps[0][1].scale[1]
-    said = {
-        WITHOUT: "How much the edit of a patch changes if the text lacks the word.",
-        READS: "The change of each patch, shared out by its attention to the words. "
-        f"The marks of the text's start and end have {100 * rest:.0f} % of it.",
-    }
-    st.caption(f"maps, dark to bright: 0 to {most:.3g}. {said[kind]}")
 
 
 def show_reference(shown: Map | None, opacity: float) -> None:

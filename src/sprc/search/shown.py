@@ -1,16 +1,17 @@
-"""What the page shows of a picture: small, or under a map of the edit; and of a text, as much as fits."""
+"""What the page shows of a picture: small, or under maps of the edit; and of a text, as much as fits."""
 
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import streamlit as st
 from PIL import Image
 from torch import Tensor
 
 from sprc.data.transforms import denormalise
 from sprc.figures import FIXED, colored, own_scale, scale_from_zero
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
-from sprc.models.fusion_maps import fusion_maps, word_maps
+from sprc.models.fusion_maps import fusion_maps, why_no_word_maps, word_maps
 from sprc.search.pictures import as_bytes, on_square, open_thumbnail
 
 SIDE = 224  # of the reference
@@ -42,27 +43,45 @@ def edit_maps(
     return maps
 
 
-def maps_of_words(
-    model: Blip2QformerCirAlignPrompt, tokens: Tensor, text: str, strength: float, kind: str
-) -> tuple[list[tuple[str, Map]], float]:
-    """The text's words and their maps, on one scale; and the share of the change that is no word's.
+def choose_words(model: Blip2QformerCirAlignPrompt) -> str | None:
+    """Ask which maps of words to show, if any; say why where a model with fusion can have none."""
+    if why := why_no_word_maps(model):
+        st.caption(f"There is no map for each word: {why}.")
+        return None
+    kinds = [WITHOUT, READS] if model.config.fusion_strategy == "cross" else [WITHOUT]
+    chosen = st.selectbox("A map for each word", ["none", *kinds], key="words")
+    return None if chosen == "none" else chosen
 
-    Args:
-        model: one that :func:`word_maps` takes, of the strategy `cross` for ``READS``.
-        tokens: (1, N, D), of the reference.
-        text: with a word.
-        strength: of the edit.
-        kind: ``WITHOUT`` or ``READS``.
-    """
+
+def show_words(
+    model: Blip2QformerCirAlignPrompt,
+    tokens: Tensor,
+    pixels: Tensor,
+    text: str,
+    strength: float,
+    kind: str,
+    opacity: float,
+) -> None:
+    """The reference, (1, N, D) and (3, S, S), under a map for each word of the text, on one scale."""
     words, maps, attention = word_maps(model, tokens, text)
-    rest = 0.0
+    said = "How much the edit of a patch changes if the text lacks the word."
     if kind == READS:
         assert attention is not None  # it is `cross`
         maps = attention[:-1]
         rest = (attention[-1].sum() / attention.sum().clamp(min=1e-12)).item()
+        said = (
+            "The change of each patch, shared out by its attention to the words. "
+            f"The marks of the text's start and end have {100 * rest:.0f} % of it."
+        )
     maps = strength * maps
     scale = scale_from_zero(maps)
-    return [(word, Map(one, scale)) for word, one in zip(words, maps, strict=True)], rest
+    with st.container(horizontal=True, key="words-maps"):
+        for number, (word, values) in enumerate(zip(words, maps, strict=True)):
+            with st.container(width=SMALL, gap="xsmall", key=f"word-{number}"):
+                picture = draw_map(pixels, Map(values, scale), opacity)
+                st.image(picture, width=SMALL, alt="map of a word")
+                st.text(shortened(word, 20))
+    st.caption(f"maps, dark to bright: {scale[0]:.3g} to {scale[1]:.3g}. {said}")
 
 
 @lru_cache(maxsize=4096)
