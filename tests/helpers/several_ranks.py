@@ -148,6 +148,10 @@ def train_cached(folder, changes, chunk):
     train(folder, changes, grad_cache=chunk, num_epochs=2)
 
 
+def train_alone(folder):
+    train(folder, {}, num_epochs=2, alone_epochs=1, alone_prefix="gated_fusion.")
+
+
 class Signalled(Triplets):
     """Rank 1 is sent SIGTERM while it reads the batch of the sixth step."""
 
@@ -332,6 +336,8 @@ def main(out, data, checkpoint):
             on_ranks(ranks, out / f"plain_{name}_{ranks}", train, changes)
     for ranks, name, chunk in ((1, "on", 3), (2, "off", 3), (4, "on", 1)):
         on_ranks(ranks, out / f"cached_{name}_{ranks}", train_cached, FUSION[name], chunk)
+    for ranks in (1, 2):
+        on_ranks(ranks, out / f"alone_on_{ranks}", train_alone)
     torch.set_default_dtype(torch.float32)
     for ranks in (1, 2, 4):
         on_ranks(ranks, out / f"encode_{ranks}", encode)
