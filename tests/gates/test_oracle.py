@@ -112,7 +112,7 @@ def test_a_right_map_reads_all_and_its_inverse_nothing_in_each_map_and_kind(data
             assert row[column] == pytest.approx(expected, abs=1e-6)
     for row in rows:
         if row["kind"] == "all" and row["caption"] == "own":
-            assert (row["gain"] > 0.5) if right else (row["gain"] < 0)
+            assert (row["gain"] > 0) == right  # how large it is, the other queries' places say
 
 
 def test_on_a_finer_grid_a_right_map_reads_less_by_the_patches_that_cross_a_cell_s_edge():
