@@ -53,7 +53,7 @@ class Miner:
         return drawn
 
     def _draw_from(self, pool: Tensor, seed: str) -> list[int]:
-        if self.rule == "top":  # what is best twice over is no draw
+        if self.rule == "top":  # the best ones, over again where they are too few
             places = [place % len(pool) for place in range(self.per_query)]
         else:
             generator = random.Random(seed)
