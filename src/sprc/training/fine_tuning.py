@@ -105,6 +105,7 @@ def fine_tune(defaults: dict[str, Any], given: dict[str, Any]) -> Path:
     settings = complete(settings, device)
     data, config = read_data(settings, device, resumed)
     model, digests = make_model(settings, data, config, resumed)
+    model.contrast = settings.contrast
     place(model, device)
     load = open_loader(settings, data, config, model)
     folder = make_folder(settings, data, resumed)
@@ -128,6 +129,7 @@ def read_settings(defaults: dict[str, Any], given: dict[str, Any]) -> tuple[Trai
         flags, differing = resumed_flags(defaults, given)
         resumed = Resumed(flags, differing)
     settings = TrainingSettings.of_flags(flags)
+    check_contrast(settings)
     if settings.log_fusion_every < 0:
         raise InputError(f"--log-fusion-every {settings.log_fusion_every} is too small; 0 logs nothing")
     if strategy := settings.switches.get("fusion_strategy"):
@@ -135,10 +137,26 @@ def read_settings(defaults: dict[str, Any], given: dict[str, Any]) -> tuple[Trai
     return settings, resumed
 
 
+def check_contrast(settings: TrainingSettings) -> None:
+    """Raise :class:`InputError` for a weight that cannot be, or that has no loss to weigh."""
+    weight = settings.complementary_weight
+    if weight is None:
+        return
+    if settings.contrast == "infonce":
+        raise InputError(
+            f"--complementary-weight {weight}: the loss is InfoNCE alone; add --contrast complementary, or "
+            "leave the flag out"
+        )
+    if not 0 <= weight <= 1:
+        raise InputError(f"--complementary-weight {weight} must be a number from 0 to 1")
+
+
 def complete(settings: TrainingSettings, device: torch.device) -> TrainingSettings:
     """The settings with what the benchmark and the machine give where the user gives nothing."""
     weights = benchmark_class(settings.dataset).loss_weights
     found: dict[str, Any] = {k: v for k, v in weights.items() if getattr(settings, k) is None}
+    if settings.contrast == "complementary" and settings.complementary_weight is None:
+        found["complementary_weight"] = 1.0
     if settings.num_workers is None:
         found["num_workers"] = default_workers(device)
     return replace(settings, **found)
@@ -319,9 +337,21 @@ def training_config(settings: TrainingSettings, benchmark: Benchmark) -> Trainin
         schedule_epochs=span,
         warm_up=benchmark.warm_up(span),
         start_divisor=benchmark.start_divisor,
-        loss_weights={name: getattr(settings, name) for name in ("loss_itm", "loss_rtc", "loss_align")},
+        loss_weights=loss_weights(settings),
         other_rates={} if settings.fusion_lr is None else {"gated_fusion.": settings.fusion_lr},
     )
+
+
+def loss_weights(settings: TrainingSettings) -> dict[str, float]:
+    """The weight of each loss by its name; :func:`complete` has settled what the user did not give.
+
+    Of both contrastive losses the complementary one has the share ``--complementary-weight``.
+    """
+    weights = {name: getattr(settings, name) for name in ("loss_itm", "loss_rtc", "loss_align")}
+    if (share := settings.complementary_weight) is not None:
+        for name, weight in (("loss_itc", 1.0), ("loss_rtc", weights["loss_rtc"])):
+            weights |= {name: (1 - share) * weight, f"{name}_complementary": share * weight}
+    return weights
 
 
 def describe_run(settings: TrainingSettings, data: Data, model: Blip2QformerCirAlignPrompt) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sprc.config import AMP, FUSION, ModelConfig
+from sprc.config import AMP, CONTRASTS, FUSION, ModelConfig
 from sprc.scoring.settings import (
     CacheSettings,
     DatasetSettings,
@@ -77,6 +77,16 @@ class TrainingSettings(
     loss_align: float | None = setting(None, help="alignment loss's weight; default: CIRR 0.4, FashionIQ 1")
     loss_rtc: float | None = setting(None, help="text-only loss's weight; default: CIRR 0.4, FashionIQ 1")
     loss_itm: float = setting(1.0, help="weight of a matching loss; this model has none")
+    contrast: str = setting(
+        "infonce",
+        choices=CONTRASTS,
+        help="complementary: the robust loss of TME, for training sets in which some triplets are wrong",
+    )
+    complementary_weight: float | None = setting(
+        None,
+        metavar="W",
+        help="of --contrast complementary: W times it and 1 - W times InfoNCE; default: 1, as TME has it",
+    )
     save_training: bool = setting(False, help="save the model after each validation")
     save_best: bool = setting(False, help="with --save-training: keep only the best one")
     save_full: bool = setting(False, help="save the frozen vision transformer, too")
