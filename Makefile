@@ -2,6 +2,8 @@
 # make demo-fashioniq   the same in FashionIQ's format, without the report
 # make ablation     compares fusion off and its strategies on the built-in data, ten seeds each: an hour
 # make ablation-switches   the same for gated fusion's switches, one at a time: about an hour
+# make ablation-tokens     the same for fusion that edits each token in its own way: 104 trainings, two hours
+# make ablation-shares     plain SPRC and three strategies on 10 and 30 % of the training triplets: half an hour
 # make app          a page to search pictures: an index of your own, or the demo's pictures
 # make test         sets up the same and runs all tests (LAVIS's included)
 # make test-quick   the same without the slow tests
@@ -18,7 +20,8 @@ PYTHON ?= python3
 CHECKOUT_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.9.*/bin/python) 3.9)
 UV := $(or $(shell command -v uv),.tools/bin/uv)
 
-.PHONY: setup demo demo-fashioniq ablation ablation-switches app test test-quick test-numeric test-browser test-checkout \
+.PHONY: setup demo demo-fashioniq ablation ablation-switches ablation-tokens ablation-shares \
+	app test test-quick test-numeric test-browser test-checkout \
 	test-modern test-gpu bench
 .DELETE_ON_ERROR:
 
@@ -64,6 +67,15 @@ ablation: .venv/ready
 ablation-switches: .venv/ready
 	.venv/bin/python src/make_demo_data.py --out demo
 	.venv/bin/python src/run_ablation.py --out ablation --config configs/ablation_switches.yaml --devices cpu cpu
+
+ablation-tokens: .venv/ready
+	.venv/bin/python src/make_demo_data.py --out demo
+	.venv/bin/python src/run_ablation.py --out ablation --config configs/ablation_tokens.yaml --devices cpu cpu
+
+ablation-shares: .venv/ready
+	.venv/bin/python src/make_demo_data.py --out demo
+	.venv/bin/python src/run_ablation.py --out ablation_share10 --config configs/ablation_share10.yaml --devices cpu cpu
+	.venv/bin/python src/run_ablation.py --out ablation_share30 --config configs/ablation_share30.yaml --devices cpu cpu
 
 app: .venv/ready
 	.venv/bin/python src/app.py

@@ -125,12 +125,13 @@ def flags_of(
         details["action"] = argparse.BooleanOptionalAction if switches else "store_true"
     else:
         if isinstance(typing.get_origin(kind), type) and issubclass(typing.get_origin(kind), Sequence):
-            details["nargs"] = "+"
+            details |= {"nargs": "+", "action": More}
             kind = typing.get_args(kind)[0]
         details |= {name: told[name] for name in ("choices", "metavar", "nargs") if told[name] is not None}
         if (parse := told["parse"] or without_none(kind)) is not str:
             details["type"] = parse
     if told["positional"]:
+        details.pop("action", None)
         details |= {"default": argparse.SUPPRESS}  # else argparse takes a word that is missing for given
         details["type"] = unless_missing(details.get("type", str))
         details.pop("required", None)
@@ -142,6 +143,15 @@ def flags_of(
             [f"--no-{dashed}"],
             {"dest": one.name, "action": "store_const", "const": None, "help": told["unset"]},
         )
+
+
+class More(argparse.Action):
+    """A flag with several values that is given again adds to them."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Called by argparse where it meets the flag."""
+        earlier = getattr(namespace, self.dest, None)
+        setattr(namespace, self.dest, [*earlier, *values] if isinstance(earlier, list) else values)
 
 
 def unless_missing(parse: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -82,16 +82,20 @@ def test_a_cell_s_name_and_flags_say_what_it_is():
     assert Cell("gmu", None, None, "masked", 0).name == "gmu-masked-seed0"
 
 
-def test_text_and_rate_are_named_where_they_are_not_the_default():
-    cells = config(fusion=["off", "gated"], text=["contextual"], rate=[0.002], pool=["all"], seeds=[0])
+def test_text_rate_and_warm_up_are_named_where_they_are_not_the_default():
+    cells = config(
+        fusion=["off", "gated"], text=["contextual"], rate=[0.002], warmup=[1], pool=["all"], seeds=[0]
+    )
     off, gated = cells.cells()
     assert off.flags() == ["--no-use-gated-fusion", "--seed", "0"]
     # Contextual words have no padding, so that there is no mean over it.
-    assert gated.name == "gated-alpha0.5-random-masked-contextual-lr0.002-seed0"
+    assert gated.name == "gated-alpha0.5-random-masked-contextual-lr0.002-warmup1-seed0"
     assert " ".join(gated.flags()).endswith(
-        "--pool masked --fusion-text contextual --fusion-lr 0.002 --seed 0"
+        "--pool masked --fusion-text contextual --fusion-lr 0.002 --warmup-fusion 1 --seed 0"
     )
-    assert config(text=["embeddings"], rate=[None], seeds=[0]).cells() == config(seeds=[0]).cells()
+    assert (
+        config(text=["embeddings"], rate=[None], warmup=[0], seeds=[0]).cells() == config(seeds=[0]).cells()
+    )
 
 
 def test_a_strategy_starts_in_its_own_way_unless_it_is_told():
@@ -150,6 +154,7 @@ def test_a_yaml_file_gives_the_grid_and_flags_win_over_it(tmp_path):
         ({"seeds": [True]}, "seeds=True must be a whole number"),
         ({"seeds": [-1]}, "seeds=-1 must be a whole number of at least 0"),
         ({"rate": [0]}, "rate=0 must be a positive number"),
+        ({"warmup": [0.5]}, "warmup=0.5 must be a whole number of at least 0"),
         ({"text": ["words"]}, "text='words' is unknown; choose from embeddings, contextual"),
         ({"grids": [{"seeds": [1]}]}, "grids: {'seeds': [1]} is no mapping of fusion, alpha, start"),
         ({"grids": [{"start": ["zero"]}]}, "start='zero' is unknown"),
@@ -172,7 +177,7 @@ def test_a_bad_file_or_device_is_named(tmp_path):
     for text, message in (
         (
             "fusions: [off]\n",
-            "unknown key fusions; its keys are fusion, alpha, start, pool, text, rate, seeds",
+            "unknown key fusions; its keys are fusion, alpha, start, pool, text, rate, warmup, seeds",
         ),
         ("- off\n", "no mapping"),
         ("fusion: [off", "cannot be read"),

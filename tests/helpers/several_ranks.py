@@ -154,6 +154,10 @@ def train_complementary(folder):
     train(folder, FUSION["on"], contrast="complementary", num_epochs=1, loss_weights=weights)
 
 
+def train_alone(folder):
+    train(folder, {}, num_epochs=2, alone_epochs=1, alone_prefix="gated_fusion.")
+
+
 class Signalled(Triplets):
     """Rank 1 is sent SIGTERM while it reads the batch of the sixth step."""
 
@@ -340,6 +344,7 @@ def main(out, data, checkpoint):
         on_ranks(ranks, out / f"cached_{name}_{ranks}", train_cached, FUSION[name], chunk)
     for ranks in (1, 2):
         on_ranks(ranks, out / f"complementary_{ranks}", train_complementary)
+        on_ranks(ranks, out / f"alone_on_{ranks}", train_alone)
     torch.set_default_dtype(torch.float32)
     for ranks in (1, 2, 4):
         on_ranks(ranks, out / f"encode_{ranks}", encode)

@@ -96,6 +96,15 @@ def test_the_complementary_losses_of_two_ranks_are_those_of_one(out):
         torch.testing.assert_close(two["gradients"][name], gradient, rtol=1e-6, atol=1e-10, msg=name)
 
 
+def test_a_part_that_learns_alone_does_so_on_all_ranks(out):
+    one, two = (load(out / f"alone_on_{ranks}" / "found.pt") for ranks in (1, 2))
+    assert len(one["losses"]) == len(two["losses"]) == 8
+    assert list(one["gradients"]) == list(two["gradients"])
+    assert all(name.startswith("gated_fusion.") for name in one["gradients"])
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], weight, rtol=0, atol=1e-9, msg=name)
+
+
 @pytest.mark.parametrize(("fusion", "ranks"), [("on", 1), ("off", 2), ("on", 4)])
 def test_gradient_caching_changes_neither_losses_nor_gradients(out, fusion, ranks):
     one, cached = (load(out / f"{way}/found.pt") for way in (f"plain_{fusion}_1", f"cached_{fusion}_{ranks}"))

@@ -3,6 +3,7 @@
 import pytest
 from helpers.runner import assert_one_clear_line, read_csv, train
 
+
 def test_the_complementary_losses_have_the_share_that_they_are_given(data, tmp_path):
     flags = ("--contrast", "complementary", "--complementary-weight", 0.75, "--loss-rtc", 0.5)
     (row,) = read_csv(train(data, tmp_path, *flags)[0] / "train_metrics.csv")

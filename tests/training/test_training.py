@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -332,6 +333,63 @@ def test_the_optimizer_is_the_published_one_over_what_requires_a_gradient():
     assert settings == {"lr": 1e-5, "betas": (0.9, 0.98), "eps": 1e-7, "weight_decay": 0.05}
 
 
+class Two(Recorder):
+    """A second part, whose parameters' names start with ``new.``."""
+
+    def __init__(self):
+        super().__init__()
+        self.new = nn.Linear(1, 1)
+
+    def forward(self, samples):
+        losses = super().forward(samples)
+        return {**losses, "loss_new": self.new(samples["x"][:, None]).square().mean()}
+
+
+def test_a_parameter_belongs_to_the_longest_prefix_of_its_name():
+    model = Two()
+    first, *others = make_optimizer(model, 1e-5, {"new.": 1e-3, "new.bias": 1e-4}).param_groups
+    found = [(group["lr"], [id(p) for p in group["params"]]) for group in (first, *others)]
+    assert found == [
+        (1e-5, [id(model.weight)]),
+        (1e-3, [id(model.new.weight)]),
+        (1e-4, [id(model.new.bias)]),
+    ]
+    for prefixes in ({"old.": 1.0}, {"new.": 1.0, "new.w": 1.0, "new.b": 1.0}, {"idle": 1.0}):
+        with pytest.raises(InputError, match="no trained parameter's name starts so"):
+            make_optimizer(model, 1e-5, prefixes)
+
+
+def learn_alone(folder, amp, breaks_at=None):
+    """Two epochs in which the new part learns alone, and one of all; what each epoch's validation found."""
+    (folder / "saved_models").mkdir(exist_ok=True, parents=True)
+    torch.manual_seed(0)
+    config = TrainingConfig(**SETTINGS, alone_epochs=2, alone_prefix="new.", learning_rate=0.1, amp=amp)
+    model, found = Two(), []
+    trainer = Trainer(model, Numbers(10), config, folder)
+    trainer.load_state()
+
+    def validate(_stop_if_asked):
+        if trainer.progress.epoch == breaks_at:
+            raise Broken
+        found.append((model.weight.item(), model.new.weight.item(), len(trainer.optimizer.state)))
+        return {"recall": 0.0}
+
+    with nullcontext() if breaks_at is None else pytest.raises(Broken):
+        trainer.train(validate, lambda *_: None)
+    return found
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_what_waits_is_not_touched_in_the_first_epochs_and_learns_as_new_after_them(tmp_path, amp):
+    found = learn_alone(tmp_path / "whole", amp)
+    waiting, new, known = zip(*found, strict=True)
+    assert waiting[0] == waiting[1] == 2.0 != waiting[2]
+    assert len({*new}) == 3
+    assert known == (2, 2, 3)  # decay and moments did not begin either
+    parts = learn_alone(tmp_path / "parts", amp, breaks_at=1) + learn_alone(tmp_path / "parts", amp)
+    assert parts == found
+
+
 @pytest.mark.parametrize(
     ("dataset", "epochs", "span", "peak_share", "first"),
     [
@@ -402,6 +460,7 @@ def test_only_float16_scales_its_gradients(tmp_path, amp, scaled):
         ({"learning_rate": 0.0}, "--learning-rate 0.0"),
         ({"loss_weights": {"loss_align": -0.1}}, "--loss-align -0.1"),
         ({"num_workers": -1}, "--num-workers -1"),
+        ({"alone_epochs": 10, "alone_prefix": "new."}, r"10 epochs in which only new\.\* learns do not fit"),
     ],
 )
 def test_a_setting_that_cannot_work_names_its_flag_and_value(changes, message):

@@ -14,7 +14,7 @@ from sprc.errors import InputError
 from sprc.settings import ROOT, setting, settings_of
 
 OFF = "off"
-SWITCHES = ("fusion", "alpha", "start", "pool", "text", "rate")  # what a cell is, but for its seed
+SWITCHES = ("fusion", "alpha", "start", "pool", "text", "rate", "warmup")  # what a cell is, but for its seed
 # What the grid sets itself. argparse takes a flag's beginning for the flag, so those are refused as well.
 OWN_FLAGS = (
     "--use-gated-fusion",
@@ -25,6 +25,7 @@ OWN_FLAGS = (
     "--pool",
     "--fusion-text",
     "--fusion-lr",
+    "--warmup-fusion",
     "--seed",
     "--save-training",
     "--save-best",
@@ -45,13 +46,15 @@ class Cell:
     seed: int
     text: str | None = None  # None also for "embeddings", the default
     rate: float | None = None  # of the fusion's parameters; None is the training's own
+    warmup: int | None = None  # epochs in which only the fusion learns; None is none
 
     @property
     def variant(self) -> str:
         """The cell's name without its seed: what a row of the table and a line of the plots is."""
         alpha = None if self.alpha is None else f"alpha{self.alpha:g}"
         rate = None if self.rate is None else f"lr{self.rate:g}"
-        parts = (self.fusion, alpha, self.start, self.pool, self.text, rate)
+        warmup = None if self.warmup is None else f"warmup{self.warmup}"
+        parts = (self.fusion, alpha, self.start, self.pool, self.text, rate, warmup)
         return "-".join(part for part in parts if part is not None)
 
     @property
@@ -64,7 +67,7 @@ class Cell:
         if self.fusion == OFF:
             return ["--no-use-gated-fusion", "--seed", str(self.seed)]
         switches = {"--alpha-init": self.alpha, "--fusion-start": self.start, "--pool": self.pool}
-        switches |= {"--fusion-text": self.text, "--fusion-lr": self.rate}
+        switches |= {"--fusion-text": self.text, "--fusion-lr": self.rate, "--warmup-fusion": self.warmup}
         given = [str(item) for pair in switches.items() if pair[1] is not None for item in pair]
         return ["--use-gated-fusion", "--fusion-strategy", self.fusion, *given, "--seed", str(self.seed)]
 
@@ -88,6 +91,7 @@ class AblationConfig:
     rate: Sequence[float | None] = setting(
         (None,), help="the fusion's own learning rates; default: the training's"
     )
+    warmup: Sequence[int] = setting((0,), help="epochs in which only the fusion learns; default: 0")
     seeds: Sequence[int] = setting((0, 1, 2), help="default: 0 1 2")
     training: Sequence[str] = setting(
         (), positional=True, nargs="*", metavar="-- FLAG", help="of src/blip_fine_tune_2.py"
@@ -141,7 +145,7 @@ class AblationConfig:
                 raise InputError(f"rate={value!r} must be a positive number")
             return float(value)
         if type(value) is not int or value < 0:
-            raise InputError(f"seeds={value!r} must be a whole number of at least 0")
+            raise InputError(f"{name}={value!r} must be a whole number of at least 0")
         return value
 
     @classmethod
@@ -169,18 +173,18 @@ class AblationConfig:
         """
         grids = [replace(self, grids=(), **grid) for grid in self.grids] or [self]
         cells = {
-            cell_of(fusion, alpha, start, pool, text, rate, seed): None
+            cell_of(fusion, alpha, start, pool, text, rate, warmup, seed): None
             for seed in self.seeds
             for grid in grids
-            for fusion, alpha, start, pool, text, rate in product(
-                grid.fusion, grid.alpha, grid.start, grid.pool, grid.text, grid.rate
+            for fusion, alpha, start, pool, text, rate, warmup in product(
+                *(getattr(grid, switch) for switch in SWITCHES)
             )
         }
         return list(cells)
 
 
 def cell_of(
-    fusion: str, alpha: float, start: str, pool: str, text: str, rate: float | None, seed: int
+    fusion: str, alpha: float, start: str, pool: str, text: str, rate: float | None, warmup: int, seed: int
 ) -> Cell:
     """The cell of these switches, without those that do not touch its fusion."""
     if fusion == OFF:
@@ -199,6 +203,7 @@ def cell_of(
         seed,
         text if contextual and not strategy.contextual else None,
         rate,
+        warmup or None,
     )
 
 

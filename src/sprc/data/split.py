@@ -1,5 +1,6 @@
 """What a reader makes of a benchmark's files: triplets, and the split that they are in. Imports no torch."""
 
+import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,10 +49,19 @@ class Split:
         return f"{self.name}, {self.dress_type}" if self.dress_type else self.name
 
 
-def triplets_of(splits: Iterable[Split]) -> tuple[list[Triplet], dict[str, Path]]:
-    """The triplets of ``splits`` with targets, chained, and the paths of the images they need."""
+def triplets_of(
+    splits: Iterable[Split], share: float = 1.0, seed: int = 0
+) -> tuple[list[Triplet], dict[str, Path]]:
+    """The triplets of ``splits`` with targets, chained, and the paths of the images they need.
+
+    Of a ``share`` below 1 they are drawn by ``seed`` and stay in their order; a larger share of the same seed
+    has those of a smaller one.
+    """
     splits = list(splits)
     triplets = [triplet for split in splits for triplet in split.triplets]
+    if share < 1:
+        drawn = random.Random(seed).sample(range(len(triplets)), len(triplets))
+        triplets = [triplets[place] for place in sorted(drawn[: max(1, round(share * len(triplets)))])]
     paths = {name: path for split in splits for name, path in split.image_paths.items()}
     needed = dict.fromkeys(name for t in triplets for name in (t.reference, t.target) if name is not None)
     return triplets, {name: paths[name] for name in needed}

@@ -1,5 +1,6 @@
 """From the settings of ``blip_fine_tune_2.py`` to a trained model: data, model, run folder, loop."""
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -35,9 +36,10 @@ from sprc.scoring.encoding import LARGEST_BATCH, encode_split
 from sprc.scoring.feature_cache import open_images
 from sprc.scoring.recall import rank_split
 from sprc.training.compilation import require_compiler, told_compile_errors
+from sprc.training.contrast import check_contrast, loss_weights
 from sprc.training.fusion_log import FusionLog
 from sprc.training.loop import Trainer
-from sprc.training.recipe import TrainingConfig
+from sprc.training.recipe import TrainingConfig, by_prefix
 from sprc.training.resume import (
     OF_THE_MACHINE,
     absolute_paths,
@@ -48,6 +50,8 @@ from sprc.training.resume import (
     resumed_flags,
 )
 from sprc.training.settings import LoopSettings, TrainingSettings
+
+FUSION_PARAMETERS = "gated_fusion."  # their names start so
 
 
 @dataclass(frozen=True)
@@ -132,23 +136,11 @@ def read_settings(defaults: dict[str, Any], given: dict[str, Any]) -> tuple[Trai
     check_contrast(settings)
     if settings.log_fusion_every < 0:
         raise InputError(f"--log-fusion-every {settings.log_fusion_every} is too small; 0 logs nothing")
+    if not 0 < settings.train_share <= 1:
+        raise InputError(f"--train-share {settings.train_share} must be more than 0 and at most 1")
     if strategy := settings.switches.get("fusion_strategy"):
         fusion_class(strategy)  # an unknown one is refused before anything is read
     return settings, resumed
-
-
-def check_contrast(settings: TrainingSettings) -> None:
-    """Raise :class:`InputError` for a weight that cannot be, or that has no loss to weigh."""
-    weight = settings.complementary_weight
-    if weight is None:
-        return
-    if settings.contrast == "infonce":
-        raise InputError(
-            f"--complementary-weight {weight}: the loss is InfoNCE alone; add --contrast complementary, or "
-            "leave the flag out"
-        )
-    if not 0 <= weight <= 1:
-        raise InputError(f"--complementary-weight {weight} must be a number from 0 to 1")
 
 
 def complete(settings: TrainingSettings, device: torch.device) -> TrainingSettings:
@@ -174,7 +166,9 @@ def read_data(
     if settings.compile:
         require_compiler(device)
     train_splits = benchmark.train_splits(settings.data_path, missing_images=missing)
-    triplets, paths = triplets_of(train_splits)
+    triplets, paths = triplets_of(train_splits, settings.train_share, settings.seed)
+    if settings.train_share < 1:
+        print(f"training on {len(triplets):,} triplets, --train-share {settings.train_share:g}", flush=True)
     left_out = names_left_out([*train_splits, *benchmark.splits])
     if resumed is not None and missing == "skip":
         check_left_out(resumed.folder.missing_images, left_out)
@@ -198,8 +192,14 @@ def make_model(
         switches=settings.switches,
         recorded=None if resumed is None else resumed.flags.get("model_config"),
     )
-    if settings.fusion_lr is not None and model.gated_fusion is None:
-        raise InputError(f"--fusion-lr {settings.fusion_lr}: fusion is off; leave the flag out")
+    if model.gated_fusion is None:
+        for flag, value in (("--fusion-lr", settings.fusion_lr), ("--warmup-fusion", settings.warmup_fusion)):
+            if value:
+                raise InputError(f"{flag} {value}: fusion is off; leave the flag out")
+    for prefix, parameters in by_prefix(model, config.other_rates).items():
+        if prefix:
+            count = sum(parameter.numel() for parameter in parameters)
+            print(f"{prefix}*, {count:,} weights: learning rate {config.other_rates[prefix]:g}", flush=True)
     digests = {
         "data_path": digest_of_data(data.benchmark.splits, data.triplets),
         "model_path": digest_of_file(settings.model_path),
@@ -338,20 +338,34 @@ def training_config(settings: TrainingSettings, benchmark: Benchmark) -> Trainin
         warm_up=benchmark.warm_up(span),
         start_divisor=benchmark.start_divisor,
         loss_weights=loss_weights(settings),
-        other_rates={} if settings.fusion_lr is None else {"gated_fusion.": settings.fusion_lr},
+        other_rates=other_rates(settings),
+        alone_epochs=settings.warmup_fusion,
+        alone_prefix=FUSION_PARAMETERS,
     )
 
 
-def loss_weights(settings: TrainingSettings) -> dict[str, float]:
-    """The weight of each loss by its name; :func:`complete` has settled what the user did not give.
-
-    Of both contrastive losses the complementary one has the share ``--complementary-weight``.
-    """
-    weights = {name: getattr(settings, name) for name in ("loss_itm", "loss_rtc", "loss_align")}
-    if (share := settings.complementary_weight) is not None:
-        for name, weight in (("loss_itc", 1.0), ("loss_rtc", weights["loss_rtc"])):
-            weights |= {name: (1 - share) * weight, f"{name}_complementary": share * weight}
-    return weights
+def other_rates(settings: TrainingSettings) -> dict[str, float]:
+    """The rates of ``--lr-group`` and ``--fusion-lr``, by the beginning of the parameters' names."""
+    rates: dict[str, float] = {}
+    for word in settings.lr_group:
+        prefix, _, rate = word.rpartition("=")
+        try:
+            value = float(rate)
+        except ValueError:
+            value = math.nan
+        if not prefix or not 0 < value < math.inf:
+            raise InputError(f"--lr-group {word!r}: give PREFIX=RATE, such as {FUSION_PARAMETERS}=1e-4")
+        if prefix in rates:
+            raise InputError(f"--lr-group {word!r}: {prefix}* has a rate already; give one")
+        rates[prefix] = value
+    if settings.fusion_lr is not None:
+        if FUSION_PARAMETERS in rates:
+            raise InputError(
+                f"--fusion-lr {settings.fusion_lr} and --lr-group {FUSION_PARAMETERS}= are two rates for the "
+                "same parameters; give one"
+            )
+        rates[FUSION_PARAMETERS] = settings.fusion_lr
+    return rates
 
 
 def describe_run(settings: TrainingSettings, data: Data, model: Blip2QformerCirAlignPrompt) -> dict[str, Any]:

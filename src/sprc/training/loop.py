@@ -118,6 +118,8 @@ class Trainer:
         )
         self.optimizer = make_optimizer(model, config.learning_rate, config.other_rates)
         self.schedule = make_schedule(config, self.optimizer, self.steps_per_epoch)
+        named = model.named_parameters()
+        self.waiting = [parameter for name, parameter in named if not name.startswith(config.alone_prefix)]
         self.precision = precision(config.amp, self.device)
         # float16's gradients would vanish without scaling; bfloat16 has float32's range.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision is torch.float16)
@@ -249,6 +251,9 @@ class Trainer:
             if self.cache:
                 self.cache.backward()
             self.scaler.unscale_(self.optimizer)
+            if progress.epoch < config.alone_epochs:
+                for parameter in self.waiting:
+                    parameter.grad = None  # which the optimizer passes over: no step, no decay, no moments
             self.after_backward()
             self.scaler.step(self.optimizer)
             self.scaler.update()

@@ -1,6 +1,7 @@
 """The settings of ``blip_fine_tune_2.py``. Imports no torch, so that `--help` is quick."""
 
 from argparse import ArgumentParser
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,8 +97,22 @@ class TrainingSettings(
     )
     cache_dtype: str = like(CacheSettings, "cache_dtype", group=SPEED)
     compile: bool = setting(False, help="torch.compile what is trained", group=SPEED)
+    lr_group: Sequence[str] = setting(
+        (),
+        metavar="PREFIX=RATE",
+        help="peak rate of the parameters whose names start with PREFIX; the longest PREFIX counts",
+    )
+    train_share: float = setting(
+        1.0, metavar="SHARE", help="train on this share of the triplets, drawn by --seed; default: all"
+    )
     fusion_lr: float | None = setting(
-        None, help="the module's own peak rate; default: --learning-rate", group=FUSION
+        None,
+        metavar="RATE",
+        help="the module's own peak rate, as --lr-group gated_fusion.=RATE; default: --learning-rate",
+        group=FUSION,
+    )
+    warmup_fusion: int = setting(
+        0, metavar="EPOCHS", help="epochs at the start in which only the module learns", group=FUSION
     )
     log_fusion_every: int = setting(
         50,
