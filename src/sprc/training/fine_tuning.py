@@ -14,10 +14,11 @@ from sprc.config import MODEL_SWITCHES
 from sprc.data.datasets import TripletDataset
 from sprc.data.images import Loader
 from sprc.data.missing import names_left_out
+from sprc.data.noise import make_wrong
 from sprc.data.split import Triplet, triplets_of
 from sprc.distributed import from_main, rank, world_size
 from sprc.errors import InputError, Interrupted
-from sprc.files import write_json
+from sprc.files import write_csv, write_json
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.checkpoint import save_checkpoint, start_model
 from sprc.models.device import (
@@ -75,6 +76,7 @@ class Data:
     triplets: list[Triplet]
     paths: dict[str, Path]  # of the images that the triplets need
     left_out: dict[str, dict[str, Any]]  # by split, what --missing-images skip leaves out
+    changes: list[dict[str, Any]]  # what --noise-ratio makes wrong
 
 
 @dataclass(frozen=True)
@@ -169,11 +171,15 @@ def read_data(
     triplets, paths = triplets_of(train_splits, settings.train_share, settings.seed)
     if settings.train_share < 1:
         print(f"training on {len(triplets):,} triplets, --train-share {settings.train_share:g}", flush=True)
+    count = len(triplets)
+    triplets, changes = make_wrong(triplets, settings.noise_ratio, settings.noise_kind, settings.seed)
+    if changes:
+        print(f"made wrong: {len(changes):,} of {count:,} training triplets", flush=True)
     left_out = names_left_out([*train_splits, *benchmark.splits])
     if resumed is not None and missing == "skip":
         check_left_out(resumed.folder.missing_images, left_out)
     config.check_fits(len(triplets))
-    return Data(benchmark, triplets, paths, left_out), config
+    return Data(benchmark, triplets, paths, left_out, changes), config
 
 
 def make_model(
@@ -241,6 +247,8 @@ def make_folder(settings: TrainingSettings, data: Data, resumed: Resumed | None)
     print(f"run folder: {folder}", flush=True)
     if settings.missing_images == "skip":
         write_json(folder.missing_images, data.left_out)
+    if data.changes:
+        write_csv(folder.noisy_triplets, data.changes)
     return folder
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sprc.config import AMP, CONTRASTS, FUSION, ModelConfig
+from sprc.data import NOISE_KINDS
 from sprc.scoring.settings import (
     CacheSettings,
     DatasetSettings,
@@ -104,6 +105,17 @@ class TrainingSettings(
     )
     train_share: float = setting(
         1.0, metavar="SHARE", help="train on this share of the triplets, drawn by --seed; default: all"
+    )
+    noise_ratio: float = setting(
+        0.0,
+        metavar="RATIO",
+        help="make this share of the training triplets wrong, drawn by --seed; default: %(default)s",
+    )
+    noise_kind: str = setting(
+        "target",
+        choices=NOISE_KINDS,
+        help="what a wrong triplet has of another one: its target, or mix, as TME's: in a third each of "
+        "them the reference, the caption, the target; default: %(default)s",
     )
     fusion_lr: float | None = setting(
         None,
