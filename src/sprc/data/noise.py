@@ -38,7 +38,8 @@ def make_wrong(
     """
     if not 0 <= ratio <= 1:
         raise InputError(f"--noise-ratio {ratio} must be a number from 0 to 1")
-    wrong, changes = list(triplets), []
+    wrong = list(triplets)
+    changes: list[dict[str, Any]] = []
     if ratio == 0:
         return wrong, changes
     draw = random.Random(f"{seed} noise")

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from sprc.config import MODEL_SWITCHES
+from sprc.config import MODEL_SWITCHES, ModelConfig, read_backbone
 from sprc.data.datasets import TripletDataset
 from sprc.data.images import Loader
 from sprc.data.missing import names_left_out
@@ -29,6 +29,7 @@ from sprc.models.device import (
     start_device,
     training_helps,
 )
+from sprc.models.factory import model_class
 from sprc.models.gated_fusion import fusion_class
 from sprc.models.switches import vocabulary_digest
 from sprc.run_folder import RunFolder
@@ -126,6 +127,26 @@ def fine_tune(defaults: dict[str, Any], given: dict[str, Any]) -> Path:
     return folder.path
 
 
+def check_flags(defaults: dict[str, Any], given: dict[str, Any]) -> None:
+    """Raise :class:`InputError` for flags that no run can start with; neither data nor weights are read."""
+    settings, _ = read_settings(defaults, given)
+    model_class(settings.blip_model_name)
+    own = read_backbone(settings.backbone)["model"]
+    ModelConfig.from_dict({**own, **settings.switches}, f"backbone {settings.backbone}")
+    training_config(complete(settings, torch.device("cpu")), benchmark_class(settings.dataset))
+    if settings.model_path is not None and not settings.model_path.is_file():
+        raise InputError(f"--model-path {settings.model_path} is missing; give a checkpoint (.pt)")
+    if settings.switches.get("use_gated_fusion") is False:
+        refuse_fusion_flags(settings)
+
+
+def refuse_fusion_flags(settings: TrainingSettings) -> None:
+    """Raise :class:`InputError` for a flag of the fusion's training, where there is no fusion."""
+    for flag, value in (("--fusion-lr", settings.fusion_lr), ("--warmup-fusion", settings.warmup_fusion)):
+        if value:
+            raise InputError(f"{flag} {value}: fusion is off; leave the flag out")
+
+
 def read_settings(defaults: dict[str, Any], given: dict[str, Any]) -> tuple[TrainingSettings, Resumed | None]:
     """The settings of the run, for ``--resume`` those that it was started with."""
     resumed = None
@@ -199,9 +220,7 @@ def make_model(
         recorded=None if resumed is None else resumed.flags.get("model_config"),
     )
     if model.gated_fusion is None:
-        for flag, value in (("--fusion-lr", settings.fusion_lr), ("--warmup-fusion", settings.warmup_fusion)):
-            if value:
-                raise InputError(f"{flag} {value}: fusion is off; leave the flag out")
+        refuse_fusion_flags(settings)
     for prefix, parameters in by_prefix(model, config.other_rates).items():
         if prefix:
             count = sum(parameter.numel() for parameter in parameters)
@@ -337,7 +356,7 @@ def keep(run: Run, epoch: int, metrics: dict[str, Any], earlier: list[dict[str, 
         save_checkpoint(run.folder.checkpoint(name), run.model, epoch, told, full=settings.save_full)
 
 
-def training_config(settings: TrainingSettings, benchmark: Benchmark) -> TrainingConfig:
+def training_config(settings: TrainingSettings, benchmark: Benchmark | type[Benchmark]) -> TrainingConfig:
     """The settings that the loop needs; :class:`InputError` names one that cannot work."""
     span = benchmark.schedule_span(settings.num_epochs)
     return TrainingConfig(

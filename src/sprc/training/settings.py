@@ -138,6 +138,18 @@ class TrainingSettings(
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecipeSettings:
+    """Several runs in place of one."""
+
+    recipe: Path | None = setting(
+        None,
+        metavar="YAML",
+        help="run the stages of this file, or go on with them; other flags are for all of them; "
+        "docs/recipes.md",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PretrainingSettings(DeviceSettings, ReaderSettings):
     """What ``pretrain_tiny.py`` is told."""
 
@@ -155,7 +167,7 @@ class PretrainingSettings(DeviceSettings, ReaderSettings):
 
 def training_parser(description: str | None) -> ArgumentParser:
     """A parser of the settings and of the model's switches; None, for a switch, is the backbone's own."""
-    parser = flag_parser(description, TrainingSettings)
+    parser = flag_parser(description, TrainingSettings, RecipeSettings)
     add_flags(parser, ModelConfig, may_be_unset=True)
     return parser
 
