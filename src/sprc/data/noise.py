@@ -34,10 +34,8 @@ def make_wrong(
         `before`, `after`.
 
     Raises:
-        InputError: the ratio is not from 0 to 1, or too small for two triplets to change places.
+        InputError: the ratio is too small for two triplets to change places.
     """
-    if not 0 <= ratio <= 1:
-        raise InputError(f"--noise-ratio {ratio} must be a number from 0 to 1")
     wrong = list(triplets)
     changes: list[dict[str, Any]] = []
     if ratio == 0:

@@ -11,11 +11,9 @@ import torch
 from torch import nn
 
 from sprc.config import MODEL_SWITCHES, ModelConfig, read_backbone
-from sprc.data.datasets import TripletDataset
+from sprc.data.datasets import TripletDataset, per_epoch
 from sprc.data.images import Loader
 from sprc.data.missing import names_left_out
-from sprc.data.noise import make_wrong
-from sprc.data.split import Triplet, triplets_of
 from sprc.distributed import from_main, rank, world_size
 from sprc.errors import InputError, Interrupted
 from sprc.files import write_csv, write_json
@@ -38,7 +36,6 @@ from sprc.scoring.encoding import LARGEST_BATCH, encode_split
 from sprc.scoring.feature_cache import open_images
 from sprc.scoring.recall import rank_split
 from sprc.training.compilation import require_compiler, told_compile_errors
-from sprc.training.contrast import check_contrast, loss_weights
 from sprc.training.fusion_log import FusionLog
 from sprc.training.loop import Trainer
 from sprc.training.recipe import TrainingConfig, by_prefix
@@ -52,6 +49,7 @@ from sprc.training.resume import (
     resumed_flags,
 )
 from sprc.training.settings import LoopSettings, TrainingSettings
+from sprc.training.triplets import TrainingTriplets, loss_weights, read_triplets
 
 FUSION_PARAMETERS = "gated_fusion."  # their names start so
 
@@ -74,10 +72,8 @@ class Data:
     """What is trained on and what is scored."""
 
     benchmark: Benchmark
-    triplets: list[Triplet]
-    paths: dict[str, Path]  # of the images that the triplets need
+    trained: TrainingTriplets
     left_out: dict[str, dict[str, Any]]  # by split, what --missing-images skip leaves out
-    changes: list[dict[str, Any]]  # what --noise-ratio makes wrong
 
 
 @dataclass(frozen=True)
@@ -136,6 +132,8 @@ def check_flags(defaults: dict[str, Any], given: dict[str, Any]) -> None:
     training_config(complete(settings, torch.device("cpu")), benchmark_class(settings.dataset))
     if settings.model_path is not None and not settings.model_path.is_file():
         raise InputError(f"--model-path {settings.model_path} is missing; give a checkpoint (.pt)")
+    if settings.extra_triplets is not None and not settings.extra_triplets.is_file():
+        raise InputError(f"--extra-triplets {settings.extra_triplets} is missing; give a JSON file")
     if settings.switches.get("use_gated_fusion") is False:
         refuse_fusion_flags(settings)
 
@@ -156,7 +154,7 @@ def read_settings(defaults: dict[str, Any], given: dict[str, Any]) -> tuple[Trai
         flags, differing = resumed_flags(defaults, given)
         resumed = Resumed(flags, differing)
     settings = TrainingSettings.of_flags(flags)
-    check_contrast(settings)
+    settings.check_triplets()
     if settings.log_fusion_every < 0:
         raise InputError(f"--log-fusion-every {settings.log_fusion_every} is too small; 0 logs nothing")
     if not 0 < settings.train_share <= 1:
@@ -170,8 +168,7 @@ def complete(settings: TrainingSettings, device: torch.device) -> TrainingSettin
     """The settings with what the benchmark and the machine give where the user gives nothing."""
     weights = benchmark_class(settings.dataset).loss_weights
     found: dict[str, Any] = {k: v for k, v in weights.items() if getattr(settings, k) is None}
-    if settings.contrast == "complementary" and settings.complementary_weight is None:
-        found["complementary_weight"] = 1.0
+    found |= settings.weights_where_unset()
     if settings.num_workers is None:
         found["num_workers"] = default_workers(device)
     return replace(settings, **found)
@@ -189,18 +186,12 @@ def read_data(
     if settings.compile:
         require_compiler(device)
     train_splits = benchmark.train_splits(settings.data_path, missing_images=missing)
-    triplets, paths = triplets_of(train_splits, settings.train_share, settings.seed)
-    if settings.train_share < 1:
-        print(f"training on {len(triplets):,} triplets, --train-share {settings.train_share:g}", flush=True)
-    count = len(triplets)
-    triplets, changes = make_wrong(triplets, settings.noise_ratio, settings.noise_kind, settings.seed)
-    if changes:
-        print(f"made wrong: {len(changes):,} of {count:,} training triplets", flush=True)
+    trained = read_triplets(settings, train_splits)
     left_out = names_left_out([*train_splits, *benchmark.splits])
     if resumed is not None and missing == "skip":
         check_left_out(resumed.folder.missing_images, left_out)
-    config.check_fits(len(triplets))
-    return Data(benchmark, triplets, paths, left_out, changes), config
+    config.check_fits(len(trained.own) + per_epoch(len(trained.extra), settings.extra_weight))
+    return Data(benchmark, trained, left_out), config
 
 
 def make_model(
@@ -226,8 +217,9 @@ def make_model(
             count = sum(parameter.numel() for parameter in parameters)
             print(f"{prefix}*, {count:,} weights: learning rate {config.other_rates[prefix]:g}", flush=True)
     digests = {
-        "data_path": digest_of_data(data.benchmark.splits, data.triplets),
+        "data_path": digest_of_data(data.benchmark.splits, data.trained.own),
         "model_path": digest_of_file(settings.model_path),
+        "extra_triplets": digest_of_file(settings.extra_triplets),
         "vocab": vocabulary_digest(model.tokenizer),
     }
     if resumed is not None:
@@ -245,7 +237,7 @@ def open_loader(
     load = open_images(
         model,
         {"transform": settings.transform, "target_ratio": settings.target_ratio},
-        [*data.paths.values(), *data.benchmark.image_paths()],
+        [*data.trained.paths.values(), *data.benchmark.image_paths()],
         feature_cache=settings.feature_cache,
         cache_dtype=settings.cache_dtype,
         batch_size=at_once,
@@ -266,8 +258,8 @@ def make_folder(settings: TrainingSettings, data: Data, resumed: Resumed | None)
     print(f"run folder: {folder}", flush=True)
     if settings.missing_images == "skip":
         write_json(folder.missing_images, data.left_out)
-    if data.changes:
-        write_csv(folder.noisy_triplets, data.changes)
+    if data.trained.changes:
+        write_csv(folder.noisy_triplets, data.trained.changes)
     return folder
 
 
@@ -284,7 +276,10 @@ def make_trainer(
     if settings.compile:
         # The method and not the model, so that parameters keep their names.
         model.embed_tokens = torch.compile(model.embed_tokens, dynamic=True)  # type: ignore[method-assign]
-    training_set = TripletDataset(data.triplets, data.paths, load, config.seed)
+    trained = data.trained
+    training_set = TripletDataset(
+        trained.own, trained.paths, load, config.seed, trained.extra, settings.extra_weight
+    )
     return Trainer(model, training_set, config, folder, scalars=scalars)
 
 
