@@ -3,6 +3,7 @@
     python src/visualize_gates.py --dataset CIRR --model-path FILE --queries 16
     python src/visualize_gates.py --dataset CIRR --model-path FILE --pairs 12 57
     python src/visualize_gates.py --dataset CIRR --model-path FILE --same-image NAME --captions TEXT TEXT
+    python src/visualize_gates.py --dataset CIRR --model-path FILE --queries 4 --per-word
     python src/visualize_gates.py --dataset CIRR --model-path FILE --localisation --off-model-path PLAIN
     python src/visualize_gates.py --dataset CIRR --model-path FILE --probe --queries 0
 Writes PNG sheets, one HTML page that needs no network, localisation.csv and probe.csv.

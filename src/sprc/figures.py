@@ -77,6 +77,12 @@ def own_scale(values: Tensor) -> tuple[float, float]:
     return (low, high) if high > low else (low, low + 1.0)
 
 
+def scale_from_zero(values: Tensor) -> tuple[float, float]:
+    """From 0 to the largest value of maps that are 0 or more; to 1 where there is none above 0."""
+    most = values.max().item() if values.numel() else 0.0
+    return 0.0, most or 1.0
+
+
 def colored(values: Tensor, scale: tuple[float, float]) -> np.ndarray:
     """A (P, P) map as (P, P, 3) uint8 colors."""
     low, high = scale
@@ -88,7 +94,7 @@ def draw_cell(axis: plt.Axes, cell: Cell, image: np.ndarray) -> None:
     """Draw the image, the map over it with its color bar, and the mark of a right or wrong candidate."""
     axis.imshow(image)
     axis.set(xticks=[], yticks=[])
-    axis.set_title(cell.title, fontsize=7, pad=3)
+    axis.set_title(cell.title, fontsize=7, pad=3, parse_math=False)  # it may hold the users' words
     if cell.values is not None:
         low, high = cell.scale
         shown = axis.imshow(

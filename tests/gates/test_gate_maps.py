@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.runner import assert_one_clear_line, read_csv, run
+from helpers.searching import save_model
 from helpers.small_models import CAPTIONS, random_images, randomise, small_config
 from PIL import Image
 
@@ -36,7 +37,7 @@ from sprc.gates.localisation import (
 from sprc.gates.probe import changed_edit
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.checkpoint import load_checkpoint, save_checkpoint
-from sprc.models.fusion_maps import fusion_maps
+from sprc.models.fusion_maps import fusion_maps, word_maps
 
 MARKUP = "<script>alert('1')</script> make the \"circle\" $x^2$ & </q> blue"
 
@@ -275,6 +276,69 @@ def test_one_image_under_several_captions(data, checkpoints, monkeypatch, tmp_pa
     assert "gate, 0 to 1" not in page  # `additive` has none
 
 
+@pytest.fixture(scope="module")
+def by_token(data, tmp_path_factory):
+    """Files of models at random of the strategies in which tokens have edits of their own."""
+    folder = tmp_path_factory.mktemp("by_token")
+    return {
+        strategy: save_model(
+            folder / f"{strategy}.pt", data, 0, fusion_strategy=strategy, fusion_start="random"
+        )
+        for strategy in ("cross", "select")
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["cross", "select"])
+def test_each_word_has_its_map_on_a_sheet_and_on_the_page(marked, by_token, tmp_path, strategy):
+    first = load_cirr(marked, "val").triplets[0]
+    stdout, _ = run(
+        "visualize_gates.py",
+        *("--dataset", "CIRR", "--model-path", by_token[strategy], "--data-path", marked, "--device", "cpu"),
+        *("--out", tmp_path, "--pairs", first.pair_id, "--per-word"),
+    )
+    assert f"wrote {tmp_path / 'sheet_words_001.png'}" in stdout
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == {"sheet_001.png", "sheet_words_001.png", "gate_maps.html"}
+    page = (tmp_path / "gate_maps.html").read_text()
+    assert MARKUP not in page
+    model = load_checkpoint(by_token[strategy]).model
+    image = load_image(
+        load_cirr(marked, "val").image_paths[first.reference], make_transform("targetpad", 96, 1.25)
+    )
+    with torch.no_grad():
+        embeds = model.encode_image(image[None])
+    words, left_out, attention = word_maps(model, embeds, first.caption)
+    assert {"<", "script"} <= set(words)
+    cells = re.findall(r'<div class="bar">([^<]*)<i></i>([^<]*)</div><figcaption>([^<]*)</figcaption>', page)
+    lists = [("without: ", left_out, words)]
+    if strategy == "cross":
+        lists += [("reads: ", attention[:-1], words), ("reads: ", attention[-1:], ["[CLS], [SEP]"])]
+    expected = [
+        ("0", f"{maps.max().item():.3g}", html.escape(prefix + word))
+        for prefix, maps, names in lists
+        for word in names
+    ]
+    found = [cell for cell in cells if cell[2].startswith(("without", "reads"))]
+    assert [name for *_, name in found] == [name for *_, name in expected]
+    for (low, high, _), (_, most, _) in zip(found, expected, strict=True):
+        assert float(low) == 0
+        assert float(high) == pytest.approx(float(most), rel=0.01)
+
+
+def test_words_of_captions_side_by_side(data, by_token, monkeypatch, tmp_path):
+    captions = ("remove the star", "add a circle " * 6)  # of which the second takes two rows
+    flags = ("--same-image", "dev-0-0-img0", "--captions", *captions, "--per-word", "--out", tmp_path)
+    visualize(monkeypatch, by_token["select"], data, *flags)
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == {"same_image_001.png", "same_image_words_001.png", "same_image.html"}
+    page = (tmp_path / "same_image.html").read_text()
+    assert page.count("without: ") == 3 + 18
+    with Image.open(tmp_path / "same_image_words_001.png") as sheet:
+        assert sheet.width > 10 * 1.4 * 120
+        assert 3 < sheet.height / (1.4 * 120) < 5  # three rows and their gaps
+
+
 def test_a_hidden_test_split_is_drawn_without_marks_and_measured(data, checkpoints, monkeypatch, tmp_path):
     flags = ("--split", "test1", "--queries", 2, "--localisation", "--out", tmp_path)
     visualize(monkeypatch, checkpoints["additive"], data, *flags)
@@ -341,6 +405,11 @@ def test_a_probe_needs_targets(data, checkpoints, monkeypatch, tmp_path, capsys)
             ("--off-model-path", "gated", "--localisation"),
             "gated.pt holds a fusion; give a",
         ),
+        (("--queries", 0, "--probe", "--per-word"), "--queries 0 draws nothing, and --per-word draws"),
+        (
+            ("--model-path", "additive", "--per-word"),
+            "additive.pt: additive moves all tokens by the same step",
+        ),
         (("--model-path", "off"), "off.pt holds plain SPRC: without fusion there is no gate"),
         (("--out", "file"), "cannot write there"),
     ],
@@ -348,8 +417,9 @@ def test_a_probe_needs_targets(data, checkpoints, monkeypatch, tmp_path, capsys)
 def test_wrong_input_is_one_clear_line(data, checkpoints, monkeypatch, tmp_path, capsys, flags, message):
     shutil.copy(checkpoints["gated"], tmp_path / "gated.pt")
     shutil.copy(checkpoints["off"], tmp_path / "off.pt")
+    shutil.copy(checkpoints["additive"], tmp_path / "additive.pt")
     (tmp_path / "file").touch()
-    files = {"gated": "gated.pt", "off": "off.pt", "file": "file"}
+    files = {"gated": "gated.pt", "off": "off.pt", "additive": "additive.pt", "file": "file"}
     flags = [tmp_path / files[flag] if flag in files else flag for flag in flags]
     visualize(monkeypatch, checkpoints["gated"], data, *flags, code=2)
     assert_one_clear_line(capsys.readouterr().err, message)

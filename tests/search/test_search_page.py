@@ -16,6 +16,7 @@ from PIL import Image
 import app
 from sprc.data.cirr import load_cirr
 from sprc.errors import InputError, Interrupted
+from sprc.models.fusion_maps import word_maps
 from sprc.search import app as search_app
 from sprc.search import searcher as searcher_module
 from sprc.search.index import open_index
@@ -23,6 +24,7 @@ from sprc.search.searcher import Searcher
 
 st_testing = pytest.importorskip("streamlit.testing.v1", reason="Streamlit is not installed")
 from sprc.search import page as page_module  # noqa: E402
+from sprc.search import shown as shown_module  # noqa: E402
 
 MARKUP = "<img src=x onerror=alert(1)> **bold** [link](https://example.org) :red[make] $x^2$ it blue"
 NAME = "a/dev-0-0-img0.png"
@@ -146,6 +148,48 @@ def test_a_model_without_fusion_or_gate_has_no_such_controls(data, pictures, tmp
     assert [box.options for box in page.selectbox] == ([maps] if maps else [])
     controls = {element.key for element in (*page.toggle, *page.slider)}
     assert controls == ({"top", "compare", "strength", "opacity"} if maps else {"top"})
+    said = [caption.value for caption in page.caption if "no map for each word" in caption.value]
+    assert len(said) == len(maps)
+    assert all("additive moves all tokens by the same step" in line for line in said)
+
+
+def test_each_word_has_its_map(data, pictures, tmp_path, monkeypatch):
+    drawn, draw_map = [], shown_module.draw_map
+
+    def draw(pixels, shown, opacity):
+        drawn.append((shown, opacity))
+        return draw_map(pixels, shown, opacity)
+
+    monkeypatch.setattr(shown_module, "draw_map", draw)
+    model = save_model(tmp_path / "model.pt", data, 0, fusion_strategy="cross", fusion_start="random")
+    make_index(tmp_path / "index", pictures / "a", model)
+    searcher = Searcher.open(tmp_path / "index")
+    name, text = "dev-0-0-img0.png", "make **it** xylophoneless, \N{CJK UNIFIED IDEOGRAPH-6F22} red"
+    page = open_page(tmp_path / "index", reference=name, text=text)
+    assert page.selectbox(key="words").options == ["none", "change if it is left out", "attention to it"]
+    tokens = searcher.encode(searcher.pixels(Image.open(searcher.index.folder / name)))
+    expected = word_maps(searcher.retriever.model, tokens, text)
+    assert expected.words == ["make", "it", "xylophoneless", ",", "[UNK]", "red"]
+    page.slider(key="strength").set_value(0.5)
+    page.slider(key="opacity").set_value(0.4)
+    for kind, maps in (
+        ("change if it is left out", expected.left_out),
+        ("attention to it", expected.attention[:-1]),
+    ):
+        drawn.clear()
+        page.selectbox(key="words").set_value(kind)
+        run(page)
+        assert [value for value in texts(page) if value in expected.words] == expected.words
+        for (shown, opacity), values in zip(drawn, maps, strict=True):
+            torch.testing.assert_close(shown.values, values / 2, rtol=1e-4, atol=1e-6)
+            assert shown.scale == pytest.approx((0, maps.max().item() / 2), rel=1e-4)
+            assert opacity == 0.4
+        assert sum("maps, dark to bright: 0 to" in caption.value for caption in page.caption) == 1
+    rest = (expected.attention[-1].sum() / expected.attention.sum()).item()
+    assert any(f"end have {100 * rest:.0f} % of it" in caption.value for caption in page.caption)
+    ask(page, "\u200b")  # a text without a word for the model
+    ask(page, "")
+    assert [box.key for box in page.selectbox] == []
 
 
 def test_ready_queries_are_those_of_the_data(data, checkpoint, tmp_path):

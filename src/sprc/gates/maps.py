@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,13 +16,15 @@ from torch import Tensor
 from sprc.data.images import Transform, load_image
 from sprc.data.split import Split, Triplet
 from sprc.data.transforms import denormalise
-from sprc.figures import Cell, draw_cell, make_grid, own_scale, save_figure
+from sprc.figures import Cell, draw_cell, make_grid, own_scale, plt, save_figure, scale_from_zero
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
-from sprc.models.fusion_maps import fusion_maps
+from sprc.models.fusion_maps import WordMaps, fusion_maps, word_maps
 from sprc.scoring.encoding import EncodedSplit
 from sprc.scoring.ranking import block_scores, target_ranks, top_k
 
 TOP = 5
+WIDE = 10  # cells in a row of a sheet of words
+LETTERS = 15  # of a word over its cell
 
 
 class QueryView(NamedTuple):
@@ -34,6 +36,7 @@ class QueryView(NamedTuple):
     change: Tensor | None  # (P, P), 0 or more; None without fusion
     rank: int | None  # of the target in the gallery, from 1; None where it is secret
     top: list[str]  # the best candidates' names, best first
+    words: WordMaps | None = None  # where they were asked for
 
 
 def view_queries(
@@ -43,6 +46,8 @@ def view_queries(
     rows: list[int],
     transform: Transform,
     batch_size: int,
+    *,
+    per_word: bool = False,
 ) -> list[QueryView]:
     """The queries of the triplets ``rows`` of ``split``, in that order.
 
@@ -53,6 +58,7 @@ def view_queries(
         rows: indices of triplets.
         transform: the preprocessing the model was trained with.
         batch_size: references through the model at once.
+        per_word: maps of each word as well, see :func:`word_maps`.
     """
     triplets = [split.triplets[row] for row in rows]
     ranks, best = rank_gallery(split, encoded, rows)
@@ -67,7 +73,8 @@ def view_queries(
         for i, triplet in enumerate(batch):
             gate, change = (None if maps is None else maps[i] for maps in (gates, changes))
             top = [names[candidate] for candidate in best[start + i]]
-            views.append(QueryView(triplet, gate, change, ranks[start + i], top))
+            words = word_maps(model, embeds[i : i + 1], triplet.caption) if per_word else None
+            views.append(QueryView(triplet, gate, change, ranks[start + i], top, words))
     return views
 
 
@@ -100,6 +107,31 @@ def cells_of(view: QueryView) -> list[Cell]:
         right = None if triplet.target is None else name == triplet.target
         cells.append(Cell(f"top {place}", name, right=right))
     return cells
+
+
+def word_cells_of(view: QueryView) -> list[list[Cell]]:
+    """The maps of a view's words, a list a definition: each starts with the whole change.
+
+    The words of one list are on one scale, from 0 to their largest value, so that they compare.
+    """
+    if view.words is None or view.change is None:
+        return []
+    names = [word if len(word) <= LETTERS else f"{word[: LETTERS - 3]}..." for word in view.words.words]
+
+    def cells(kind: str, names: list[str], maps: Tensor) -> list[Cell]:
+        scale = scale_from_zero(maps)
+        return [
+            Cell(f"{kind}{name}", view.triplet.reference, values, scale)
+            for name, values in zip(names, maps, strict=True)
+        ]
+
+    change = cells("", ["change"], view.change[None])
+    lists = [[*change, *cells("without: ", names, view.words.left_out)]]
+    attention = view.words.attention
+    if attention is not None:
+        of_words = cells("reads: ", names, attention[:-1])
+        lists.append([*change, *of_words, *cells("reads: ", ["[CLS], [SEP]"], attention[-1:])])
+    return lists
 
 
 def describe(view: QueryView) -> str:
@@ -139,10 +171,36 @@ def draw_sheet(
     for view, cells, row in zip(views, rows, axes.T if down else axes, strict=True):
         for cell, axis in zip(cells, row, strict=True):
             draw_cell(axis, cell, picture(cell.image))
-        # Captions are the users' words: never read them as math markup. One may be wider than its cell.
-        lines = textwrap.wrap(
-            describe(view), 26 if down else 30 * wide, max_lines=4 if down else 1, placeholder=" ..."
-        )
         at = {"x": 0, "y": 1.2, "va": "bottom"} if down else {"x": 0, "y": -0.05, "va": "top"}
-        row[0].text(**at, s="\n".join(lines), fontsize=7.5, parse_math=False, transform=row[0].transAxes)
+        write_caption(row[0], view, width=26 if down else 30 * wide, lines=4 if down else 1, **at)
     save_figure(figure, path)
+
+
+def draw_word_sheet(path: Path, views: list[QueryView], picture: Callable[[str], np.ndarray]) -> None:
+    """Write one PNG of the maps of words: some rows a query, under each other.
+
+    ``views`` have ``words``; ``picture`` is from :func:`picture_of`.
+    """
+    rows = [
+        (view, cells[start : start + WIDE], number == start == 0)
+        for view in views
+        for number, cells in enumerate(word_cells_of(view))
+        for start in range(0, len(cells), WIDE)
+    ]
+    across = 0.5
+    figure, axes = make_grid(len(rows), WIDE, side=1.4, gaps=(across, 0.45), margins=(0.1, across, 0.1, 0.45))
+    for (view, cells, first), row in zip(rows, axes, strict=True):
+        for cell, axis in zip(cells, row, strict=False):
+            draw_cell(axis, cell, picture(cell.image))
+        for axis in row[len(cells) :]:
+            axis.axis("off")
+        if first:
+            write_caption(row[0], view, width=30 * WIDE, lines=1, x=0, y=1.18, va="bottom")
+    save_figure(figure, path)
+
+
+def write_caption(axis: plt.Axes, view: QueryView, *, width: int, lines: int, **at: Any) -> None:
+    """Write what a view is of beside its first cell, in lines of ``width`` letters, which leave it."""
+    # Captions are the users' words: never read them as math markup. One may be wider than its cell.
+    text = "\n".join(textwrap.wrap(describe(view), width, max_lines=lines, placeholder=" ..."))
+    axis.text(**at, s=text, fontsize=7.5, parse_math=False, transform=axis.transAxes)

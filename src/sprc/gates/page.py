@@ -13,7 +13,7 @@ from PIL import Image
 
 from sprc.figures import COLORS, OPACITY, RIGHT, WRONG, Cell, colored
 from sprc.files import write_atomically
-from sprc.gates.maps import QueryView, cells_of
+from sprc.gates.maps import QueryView, cells_of, word_cells_of
 
 PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
@@ -111,11 +111,15 @@ def _section(order: int, views: list[QueryView], picture: Callable[[str], np.nda
     kind = "group several" if len(views) > 1 else "group"
     queries = []
     for view in views:
-        figures = "".join(_figure(cell, picture(cell.image)) for cell in cells_of(view))
+        lists = [cells_of(view), *word_cells_of(view)]
+        figures = "".join(
+            f'<div class="cells">{"".join(_figure(cell, picture(cell.image)) for cell in cells)}</div>'
+            for cells in lists
+        )
         rank = "" if view.rank is None else f" &middot; <b>rank {view.rank}</b>"
         queries.append(
             f'<article class="query"><h2>pair {view.triplet.pair_id}{rank} &middot; '
-            f'<q>{html.escape(view.triplet.caption)}</q></h2><div class="cells">{figures}</div></article>'
+            f"<q>{html.escape(view.triplet.caption)}</q></h2>{figures}</article>"
         )
     return (
         f'<section class="{kind}" data-order="{order}" data-rank="{min(ranks, default="")}">'
@@ -134,7 +138,7 @@ def _figure(cell: Cell, image: np.ndarray) -> str:
         bar = f'<div class="bar">{low:.3g}<i></i>{high:.3g}</div>'
     return (
         f'<figure class="{kind}" title="{html.escape(cell.image)}"><div class="frame">{layers}</div>'
-        f"{bar}<figcaption>{cell.title}{mark}</figcaption></figure>"
+        f"{bar}<figcaption>{html.escape(cell.title)}{mark}</figcaption></figure>"
     )
 
 

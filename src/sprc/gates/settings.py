@@ -31,6 +31,9 @@ class GateSettings(ScoringSettings, ProtocolSettings, DatasetSettings):
     captions: Sequence[str] | None = setting(
         None, parse=text, metavar="TEXT", help="with --same-image NAME: under these captions"
     )
+    per_word: bool = setting(
+        False, help="also which word edits which patch: a sheet of maps a word, and the same on the page"
+    )
     localisation: bool = setting(
         False, help="built-in data only: the share of gate, change and gradients on the edited place"
     )

@@ -17,11 +17,12 @@ from sprc.data.split import Split, Triplet
 from sprc.errors import InputError
 from sprc.files import write_csv
 from sprc.gates.localisation import as_text, localise, require_squares
-from sprc.gates.maps import draw_sheet, picture_of, view_queries
+from sprc.gates.maps import draw_sheet, draw_word_sheet, picture_of, view_queries
 from sprc.gates.page import write_page
 from sprc.gates.probe import probe
 from sprc.gates.settings import GateSettings
 from sprc.models.device import start_device
+from sprc.models.fusion_maps import why_no_word_maps
 from sprc.scoring.benchmarks import benchmark_class
 from sprc.scoring.scorer import Scorer
 
@@ -32,6 +33,11 @@ NOTE = (
     "layer-normalised, so 1 is about their own spread. Each is drawn on the scale from 0 to 1 and on one "
     "from its own least value to its largest, which makes small differences look large: read its numbers. "
     "A map says where tokens are edited, not where the model looks."
+)
+NOTE_ON_WORDS = (
+    "Without a word: the mean of |fused - fused by the caption without it|. Reads (cross alone): the change, "
+    "shared out by the attention of each patch to the words; with [CLS] and [SEP] these sum to the change. "
+    "Maps of words in one row have one scale, from 0."
 )
 
 
@@ -64,6 +70,8 @@ def run_visualisation(settings: GateSettings) -> None:
             f"{settings.model_path} holds plain SPRC: without fusion there is no gate and no change to "
             "draw; give a checkpoint with fusion (plain SPRC goes to --off-model-path, with --localisation)"
         )
+    if settings.per_word and (why := why_no_word_maps(scorer.checkpoint.model)):
+        raise InputError(f"--per-word: {settings.model_path}: {why}; leave the flag out")
     off = load_off(settings, device)
     check_images(split.image_paths, split.image_paths)
     if edits is not None:
@@ -75,7 +83,7 @@ def run_visualisation(settings: GateSettings) -> None:
         raise InputError(f"--out {out}: cannot write there ({error}); choose another folder") from error
     if groups:
         side_by_side = settings.same_image is not None
-        draw(split, groups, scorer, out, side_by_side=side_by_side)
+        draw(split, groups, scorer, out, side_by_side=side_by_side, per_word=settings.per_word)
     if edits is not None:
         rows = []
         for label, one in (("fused", scorer), ("off", off)):
@@ -131,6 +139,8 @@ def choose(split: Split, settings: GateSettings) -> list[list[Triplet]]:
         raise InputError(f"--queries {settings.queries}: give a whole number of at least 0")
     if settings.queries == 0 and not (settings.localisation or settings.probe):
         raise InputError("--queries 0 draws nothing; give at least 1, or add --localisation or --probe")
+    if settings.queries == 0 and settings.per_word:
+        raise InputError("--queries 0 draws nothing, and --per-word draws; give --queries at least 1")
     if settings.off_model_path is not None and not settings.localisation:
         raise InputError(f"--off-model-path {settings.off_model_path}: only --localisation uses it; add it")
     if settings.captions is not None and len(settings.same_image or ()) != 1:
@@ -197,11 +207,13 @@ def draw(
     out: Path,
     *,
     side_by_side: bool,
+    per_word: bool,
 ) -> None:
     """Write the PNG sheets and the HTML page of ``groups`` into ``out``.
 
     Sheets are `sheet_001.png` and so on with a row a query, or ``side_by_side`` `same_image_001.png` with a
-    column a caption; the page is `gate_maps.html` or `same_image.html`.
+    column a caption; with ``per_word`` `sheet_words_001.png` or `same_image_words_001.png` beside each. The
+    page is `gate_maps.html` or `same_image.html`.
     """
     checkpoint = scorer.checkpoint
     model = checkpoint.model
@@ -209,7 +221,7 @@ def draw(
     (encoded,) = scorer.encode([chosen])
     rows = list(range(len(chosen.triplets)))
     batch_size = scorer.settings["batch_size"]
-    views = iter(view_queries(model, chosen, encoded, rows, scorer.transform, batch_size))
+    views = iter(view_queries(model, chosen, encoded, rows, scorer.transform, batch_size, per_word=per_word))
     grouped = [[next(views) for _ in group] for group in groups]
     picture = picture_of(split, scorer.transform)
 
@@ -219,13 +231,17 @@ def draw(
     stem = "same_image" if side_by_side else "sheet"
     for number, sheet in enumerate(tqdm(sheets, desc="sheets", unit="sheet"), start=1):
         draw_sheet(out / f"{stem}_{number:03d}.png", sheet, picture, down=side_by_side)
+        if per_word:
+            draw_word_sheet(out / f"{stem}_words_{number:03d}.png", sheet, picture)
     more = f" to {len(sheets):03d}" if len(sheets) > 1 else ""
-    print(f"wrote {out / f'{stem}_001.png'}{more}")
+    for kind in (stem, f"{stem}_words") if per_word else (stem,):
+        print(f"wrote {out / f'{kind}_001.png'}{more}")
     page = out / ("same_image.html" if side_by_side else "gate_maps.html")
     config = model.config
     title = (
         f"Gate maps: {config.fusion_strategy} fusion, epoch {checkpoint.epoch}, "
         f"{len(rows)} queries of the split {split.name}{left_out_text([split])}"
     )
-    write_page(page, title, NOTE, tqdm(grouped, desc="page", unit="group"), picture)
+    note = f"{NOTE} {NOTE_ON_WORDS}" if per_word else NOTE
+    write_page(page, title, note, tqdm(grouped, desc="page", unit="group"), picture)
     print(f"wrote {page}")

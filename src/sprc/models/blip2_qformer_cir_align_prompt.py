@@ -246,8 +246,11 @@ class Blip2QformerCirAlignPrompt(nn.Module):
         What is masked is not computed, so padding further would change nothing; only the mean over all
         positions (``pool="all"``) sees it, and gets all ``max_txt_len``.
         """
+        return self.look_up([self.caption_ids[caption] for caption in text])
+
+    def look_up(self, rows: list[list[int]]) -> Text:
+        """The same of the token ids of B captions, each at most ``max_txt_len`` of them."""
         to_the_full = getattr(self.gated_fusion, "pool", None) == "all"
-        rows = [self.caption_ids[caption] for caption in text]
         length = self.config.max_txt_len if to_the_full else max(map(len, rows))
         padding = self.tokenizer.pad_token_id
         ids = torch.tensor([row + [padding] * (length - len(row)) for row in rows])
@@ -316,18 +319,20 @@ class Blip2QformerCirAlignPrompt(nn.Module):
         )
 
     def fuse(self, reference_embeds: Tensor, text: Text) -> FusionOutput | None:
-        """What the fusion makes of (B, N, D) reference tokens; None when fusion is off.
-
-        It reads the word embeddings, each by itself; with ``fusion_text="contextual"`` the words have been
-        through the Q-Former's layers, without queries and image.
-        """
+        """What the fusion makes of (B, N, D) reference tokens; None when fusion is off."""
         if self.gated_fusion is None:
             return None
+        return self.gated_fusion(reference_embeds, self.words_for_fusion(text), text.mask)
+
+    def words_for_fusion(self, text: Text) -> Tensor:
+        """The words that the fusion reads, (B, M, C): word embeddings, each by itself.
+
+        With ``fusion_text="contextual"`` they have been through the Q-Former's layers, without queries and
+        image.
+        """
         if self.config.fusion_text == "contextual":
-            text_embeds = self.words_in_context(text)
-        else:
-            text_embeds = self.Qformer.bert.embeddings(text.words, 0)  # (B, M, C)
-        return self.gated_fusion(reference_embeds, text_embeds, text.mask)
+            return self.words_in_context(text)
+        return self.Qformer.bert.embeddings(text.words, 0)
 
     def words_in_context(self, text: Text) -> Tensor:
         """The words after the Q-Former's layers, without queries and image: (B, M, C), zeros at padding."""

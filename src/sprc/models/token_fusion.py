@@ -85,6 +85,18 @@ class CrossFusion(FusionModule):
         # With an axis alpha promotes the product; a scalar would be rounded to the product's type.
         return FusionOutput(image_embeds + self.alpha[None] * (gate * delta), gate, delta)
 
+    def attention(self, image_embeds: Tensor, text_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+        """How much of each word a token reads, (B, N, M), of what :meth:`forward` is given.
+
+        The mean over the heads: 0 at padding, and a token's words sum to 1.
+        """
+        count = text_embeds.shape[1]
+        # Where word m's value is the m-th unit vector, what a head reads is its weights.
+        words = torch.eye(count, dtype=text_embeds.dtype, device=text_embeds.device).repeat(1, HEADS)
+        value = words.expand(len(text_embeds), -1, -1)
+        read = attend(self.query(image_embeds), self.key(text_embeds), value, attention_mask)
+        return read.unflatten(-1, (HEADS, count)).mean(dim=2)
+
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     """(B, N, W) queries, (B, M, W) keys and values, and the words' (B, M) mask to what is read, (B, N, W)."""

@@ -22,12 +22,21 @@ from sprc.data.captions import process_caption
 from sprc.data.cirr import load_cirr
 from sprc.data.images import own_formats
 from sprc.errors import InputError
-from sprc.figures import FIXED, OPACITY, own_scale
-from sprc.models.fusion_maps import fusion_maps
+from sprc.figures import OPACITY
 from sprc.search.index import Result, printable
 from sprc.search.pictures import as_bytes, on_square, read_picture, thumbnail
 from sprc.search.searcher import Searcher, SharedSearcher
-from sprc.search.shown import SIDE, SMALL, Map, draw_map, shortened, small_bytes
+from sprc.search.shown import (
+    SIDE,
+    SMALL,
+    Map,
+    choose_words,
+    draw_map,
+    edit_maps,
+    shortened,
+    show_words,
+    small_bytes,
+)
 
 MOST_BYTES = 10 * 2**20  # of a picture that is sent
 MOST_PIXELS = 40 * 10**6
@@ -287,6 +296,7 @@ def show_query(searcher: Searcher) -> None:
         picture = st.container(width=SIDE, gap="xsmall")
         controls = st.container(width=420)
     strength, compare, opacity = 1.0, False, OPACITY
+    shown, words = None, None
     with controls:
         st.text_input(
             "What should change?",
@@ -305,16 +315,21 @@ def show_query(searcher: Searcher) -> None:
             )
         with st.expander("More"):
             top = st.slider("Results", 4, 40, 8, 4, key="top")
-            maps = edit_maps(searcher, text, strength)
-            chosen = st.selectbox("Map of the edit", list(maps), key="map") if maps else None
+            if text and searcher.has_fusion:
+                maps = edit_maps(searcher.retriever.model, state.reference.tokens, text, strength)
+                shown = maps[st.selectbox("Map of the edit", list(maps), key="map")]
+                words = choose_words(searcher.retriever.model)
     with picture:
-        show_reference(maps[chosen] if chosen else None, opacity)
+        show_reference(shown, opacity)
     if not text:
         st.info("Say what should change: type a sentence and press Enter.")
         return
     with st.container():
         for note in searcher.notes(text):
             st.text(f"Note: {note}.")
+        if words is not None:
+            model, reference = searcher.retriever.model, state.reference
+            show_words(model, reference.tokens, reference.pixels, text, strength, words, opacity)
     if not compare:
         show_results(searcher, *search(searcher, text, strength, top), "on")
         return
@@ -326,24 +341,6 @@ def show_query(searcher: Searcher) -> None:
         with column:
             st.markdown("**With the edit**" if kind == "on" else "**Without the edit**")
             show_results(searcher, *search(searcher, text, used, top), kind)
-
-
-def edit_maps(searcher: Searcher, text: str, strength: float) -> dict[str, Map]:
-    """The maps of the edit that the text makes of the reference; none without text or fusion."""
-    if not text or not searcher.has_fusion:
-        return {}
-    model = searcher.retriever.model
-    gate, changes = fusion_maps(model, st.session_state.reference.tokens, [text])
-    assert changes is not None  # there is a fusion
-    change = strength * changes[0]
-    maps = {"change, own scale": Map(change, own_scale(change))}
-    if gate is not None:
-        maps = {
-            "gate, own scale": Map(gate[0], own_scale(gate[0])),
-            "gate, 0 to 1": Map(gate[0], FIXED),
-            **maps,
-        }
-    return maps
 
 
 def show_reference(shown: Map | None, opacity: float) -> None:

@@ -1,18 +1,22 @@
-"""What the page shows of a picture: small, or under a map of the edit; and of a text, as much as fits."""
+"""What the page shows of a picture: small, or under maps of the edit; and of a text, as much as fits."""
 
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import streamlit as st
 from PIL import Image
 from torch import Tensor
 
 from sprc.data.transforms import denormalise
-from sprc.figures import colored
+from sprc.figures import FIXED, colored, own_scale, scale_from_zero
+from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
+from sprc.models.fusion_maps import fusion_maps, why_no_word_maps, word_maps
 from sprc.search.pictures import as_bytes, on_square, open_thumbnail
 
 SIDE = 224  # of the reference
 SMALL = 150  # of a result
+WITHOUT, READS = "change if it is left out", "attention to it"  # kinds of maps of words
 
 
 class Map(NamedTuple):
@@ -20,6 +24,64 @@ class Map(NamedTuple):
 
     values: Tensor  # (P, P)
     scale: tuple[float, float]
+
+
+def edit_maps(
+    model: Blip2QformerCirAlignPrompt, tokens: Tensor, text: str, strength: float
+) -> dict[str, Map]:
+    """The maps of the edit that a text makes of (1, N, D) tokens, by a model with fusion."""
+    gate, changes = fusion_maps(model, tokens, [text])
+    assert changes is not None  # there is a fusion
+    change = strength * changes[0]
+    maps = {"change, own scale": Map(change, own_scale(change))}
+    if gate is not None:
+        maps = {
+            "gate, own scale": Map(gate[0], own_scale(gate[0])),
+            "gate, 0 to 1": Map(gate[0], FIXED),
+            **maps,
+        }
+    return maps
+
+
+def choose_words(model: Blip2QformerCirAlignPrompt) -> str | None:
+    """Ask which maps of words to show, if any; say why where a model with fusion can have none."""
+    if why := why_no_word_maps(model):
+        st.caption(f"There is no map for each word: {why}.")
+        return None
+    kinds = [WITHOUT, READS] if model.config.fusion_strategy == "cross" else [WITHOUT]
+    chosen = st.selectbox("A map for each word", ["none", *kinds], key="words")
+    return None if chosen == "none" else chosen
+
+
+def show_words(
+    model: Blip2QformerCirAlignPrompt,
+    tokens: Tensor,
+    pixels: Tensor,
+    text: str,
+    strength: float,
+    kind: str,
+    opacity: float,
+) -> None:
+    """The reference, (1, N, D) and (3, S, S), under a map for each word of the text, on one scale."""
+    words, maps, attention = word_maps(model, tokens, text)
+    said = "How much the edit of a patch changes if the text lacks the word."
+    if kind == READS:
+        assert attention is not None  # it is `cross`
+        maps = attention[:-1]
+        rest = (attention[-1].sum() / attention.sum().clamp(min=1e-12)).item()
+        said = (
+            "The change of each patch, shared out by its attention to the words. "
+            f"The marks of the text's start and end have {100 * rest:.0f} % of it."
+        )
+    maps = strength * maps
+    scale = scale_from_zero(maps)
+    with st.container(horizontal=True, key="words-maps"):
+        for number, (word, values) in enumerate(zip(words, maps, strict=True)):
+            with st.container(width=SMALL, gap="xsmall", key=f"word-{number}"):
+                picture = draw_map(pixels, Map(values, scale), opacity)
+                st.image(picture, width=SMALL, alt="map of a word")
+                st.text(shortened(word, 20))
+    st.caption(f"maps, dark to bright: {scale[0]:.3g} to {scale[1]:.3g}. {said}")
 
 
 @lru_cache(maxsize=4096)
