@@ -18,7 +18,18 @@ sys.path.insert(0, str(HERE.parent / "src"))
 
 from measure import Row, Settings, in_fresh_process, machine, not_measured  # noqa: E402
 
-NAMES = ("epoch", "fusion", "qformer", "ranking", "overhead", "startup", "growth", "search", "grad-cache")
+NAMES = (
+    "epoch",
+    "fusion",
+    "qformer",
+    "ranking",
+    "overhead",
+    "startup",
+    "growth",
+    "search",
+    "grad-cache",
+    "bank",
+)
 
 
 class Case(NamedTuple):
@@ -45,6 +56,7 @@ def cases_of(name: str, quick: bool) -> list[Case]:
         "overhead": [Case("fusion on against off", "steps", "overhead")],
         "startup": [Case("start-up", "startup", "run")],
         "grad-cache": [Case("gradient caching", "grad_cache", "run")],
+        "bank": [Case("a bank of negatives", "bank", "growing_bank")],
         "growth": [
             Case("growth with the batch", "steps", "growing_batch"),
             Case("growth with the gallery", "rank", "growing_gallery"),

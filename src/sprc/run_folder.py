@@ -133,6 +133,16 @@ class RunFolder(os.PathLike[str]):
         """
         return self.checkpoints / "training_state_of_epoch.pt"
 
+    @property
+    def bank(self) -> Path:
+        """The training images' features that queries are contrasted with, and of which epoch."""
+        return self.checkpoints / "bank.safetensors"
+
+    @property
+    def mined(self) -> Path:
+        """The negatives that were drawn for each query, and for which epochs."""
+        return self.checkpoints / "mined.safetensors"
+
     def checkpoint(self, name: str) -> Path:
         """The checkpoint of that name: the benchmark's for the best epoch, ``tuned_clip_N`` for epoch N."""
         return self.checkpoints / f"{name}.pt"

@@ -94,6 +94,22 @@ def test_load_cirr_reads_triplets_in_file_order(tree, split):
     ]
 
 
+def test_load_cirr_knows_the_other_targets_of_a_query(tree):
+    """Those that `target_soft` gives more than 0; a file without it, or one of numbers alone, is fine."""
+    names = list(tree.images["train"])
+    first, second = tree.captions["train"]
+    first["target_soft"] |= {names[7]: 0.5, names[8]: -1.0, names[9]: 1, "elsewhere": 0}
+    del second["target_soft"]
+    tree.write()
+    triplets = load_cirr(tree.data_path, "train").triplets
+    assert [triplet.also_targets for triplet in triplets] == [(names[7], names[9]), ()]
+    first["target_soft"] = {names[7]: "half"}
+    tree.write()
+    message = message_of(load_cirr, tree.data_path, "train")
+    assert "entry 0 (pairid 40): 'target_soft' gives " in message
+    assert "'half', which is not a number; correct the entry" in message
+
+
 def test_load_cirr_leaves_the_secret_targets_of_test1_out(tree):
     tree.captions["test1"][0]["target_hard"] = tree.captions["test1"][0]["img_set"]["members"][0]
     tree.write()

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from helpers.small_models import VOCABULARY, random_images, randomise, small_config
 from helpers.small_split import NAMES, REFERENCES, TRIPLETS
+from helpers.wider import make_model, make_negatives, make_trainer
 from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
@@ -152,6 +153,32 @@ def train_cached(folder, changes, chunk):
 def train_complementary(folder):
     weights = {"loss_itc": 0.25, "loss_itc_complementary": 0.75, "loss_rtc": 0.1}
     train(folder, FUSION["on"], contrast="complementary", num_epochs=1, loss_weights=weights)
+
+
+def train_wider(folder, cached):
+    """Eight steps with a bank and mined images: losses, the first gradients, weights, and what was drawn."""
+    model = make_model(dropout=0.0, fusion_dropout=0.0)
+    flags = {"negatives": "both", "refresh_bank": 1, "negatives_per_query": 2}
+    negatives = make_negatives(folder, model, **flags)
+    trainer = make_trainer(folder, model, negatives, num_epochs=2, grad_cache=1 if cached else None)
+    losses, gradients, agree = [], {}, trainer.agree
+
+    def agree_and_note(*arguments):
+        values, signum = agree(*arguments)
+        losses.append(values)
+        return values, signum
+
+    def after_backward():
+        if not gradients:
+            named = model.named_parameters()
+            gradients.update({name: p.grad.clone() for name, p in named if p.grad is not None})
+
+    trainer.agree, trainer.after_backward = agree_and_note, after_backward
+    trainer.train(no_validation, lambda *_: None)
+    if rank() == 0:
+        bank, drawn = negatives.bank.features, negatives.drawn
+        found = {"losses": losses, "gradients": gradients, "bank": bank, "drawn": drawn}
+        torch.save(found, folder / "found.pt")
 
 
 def train_alone(folder):
@@ -342,6 +369,8 @@ def main(out, data, checkpoint):
             on_ranks(ranks, out / f"plain_{name}_{ranks}", train, changes)
     for ranks, name, chunk in ((1, "on", 3), (2, "off", 3), (4, "on", 1)):
         on_ranks(ranks, out / f"cached_{name}_{ranks}", train_cached, FUSION[name], chunk)
+    for ranks, cached in ((1, False), (2, False), (2, True)):
+        on_ranks(ranks, out / f"wider_{ranks}{'_cached' if cached else ''}", train_wider, cached)
     for ranks in (1, 2):
         on_ranks(ranks, out / f"complementary_{ranks}", train_complementary)
         on_ranks(ranks, out / f"alone_on_{ranks}", train_alone)

@@ -118,6 +118,22 @@ def test_gradient_caching_changes_neither_losses_nor_gradients(out, fusion, rank
         torch.testing.assert_close(cached["gradients"][name], gradient, rtol=1e-6, atol=1e-10, msg=name)
 
 
+@pytest.mark.parametrize("several", ["wider_2", "wider_2_cached"])
+def test_a_bank_and_mined_images_of_two_ranks_are_those_of_one(out, several):
+    one, two = (load(out / name / "found.pt") for name in ("wider_1", several))
+    assert torch.equal(two["drawn"], one["drawn"])
+    torch.testing.assert_close(two["bank"], one["bank"])  # of the second epoch, after four steps
+    assert len(one["losses"]) == len(two["losses"]) == 8
+    for mine, theirs in zip(two["losses"], one["losses"], strict=True):
+        assert set(mine) == set(theirs) >= {"loss_bank", "loss_mined", "loss_rtc", "loss_align"}
+        for name in mine:
+            slack = 1e-3 if name == "gate_std" else 1e-5  # a part's spread is a little smaller
+            assert mine[name] == pytest.approx(theirs[name], abs=slack), name
+    assert set(two["gradients"]) == set(one["gradients"])
+    for name, gradient in one["gradients"].items():
+        torch.testing.assert_close(two["gradients"][name], gradient, rtol=1e-6, atol=1e-9, msg=name)
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_the_log_of_the_fusion_is_that_of_the_whole_batch(out, ranks):
     one, several = (read_csv(out / f"plain_on_{number}" / "fusion_metrics.csv") for number in (1, ranks))

@@ -3,16 +3,22 @@
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.runner import assert_one_clear_line, read_csv, run, train
+from helpers.wider import TRIPLETS, batch_of, make_model, make_triplets
 
 from sprc.data.datasets import TripletDataset
 from sprc.data.extra import load_extra
 from sprc.data.split import Triplet
 from sprc.errors import InputError
+from sprc.run_folder import RunFolder
 from sprc.scoring.benchmarks import benchmark_class
+from sprc.training.negatives import Negatives
+from sprc.training.settings import TrainingSettings
 
 IMAGES = {name: Path(name) for name in "abcd"}
 KEYS = benchmark_class("cirr").extra_keys
@@ -113,6 +119,30 @@ def test_an_extra_triplet_is_seen_as_often_as_it_weighs(weight, each_epoch):
     items.set_epoch(1)
     assert [items.text(index) for index in range(4, len(items))] == epochs[1]  # whatever was read before
     assert (items[4]["image"], items[4]["target"]) == ("c", "d")
+
+
+def test_a_bank_and_mined_images_know_them(tmp_path):
+    model, folder = make_model(), RunFolder(tmp_path)
+    folder.checkpoints.mkdir()
+    made = make_triplets(tmp_path, model.config)
+    items = TripletDataset(TRIPLETS[:12], made.image_paths, made.load, 0, TRIPLETS[12:], 0.5)
+    settings = TrainingSettings(dataset="cirr", num_workers=0, batch_size=4, negatives="both")
+    settings = replace(settings, **settings.where_unset())
+    negatives = Negatives(settings, model, items, folder, ranks_reference=False)
+    seen = set()
+    for epoch in range(2):
+        negatives.before_epoch(epoch, 0, lambda: None)
+        negatives.items.set_epoch(epoch)
+        batch = batch_of(negatives, [0, 11, 12, 13])
+        numbers = batch["triplet"].tolist()
+        assert numbers[:2] == [0, 11]
+        seen.update(numbers[2:])
+        for number, target in zip(numbers, batch["target"], strict=True):
+            name = items.triplets[number].target
+            assert torch.equal(target, items.load(items.image_paths[name]))
+            assert negatives.items.paths[negatives.bank.targets.own[number]].name == name
+        assert all(torch.isfinite(loss) for loss in negatives.objective(batch).values())
+    assert seen == {12, 13, 14, 15}
 
 
 def test_a_run_trains_on_them_too_and_goes_on_with_their_file_elsewhere(data, tmp_path):

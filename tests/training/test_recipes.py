@@ -195,11 +195,8 @@ def test_a_shipped_recipe_has_flags_that_a_run_can_be_started_with(path):
 
 
 def test_recipes_are_shipped():
-    assert {path.stem for path in SHIPPED} >= {
-        "recipe_sprc_cirr",
-        "recipe_sprc_fashioniq",
-        "recipe_gated_fusion",
-    }
+    names = ("gated_fusion", "sprc_bank", "sprc_cirr", "sprc_fashioniq", "sprc_mined")
+    assert {path.stem for path in SHIPPED} >= {f"recipe_{name}" for name in names}
 
 
 @pytest.mark.parametrize(
@@ -209,6 +206,10 @@ def test_recipes_are_shipped():
         ({"use_gated_fusion": False, "fusion_lr": 0.1}, "--fusion-lr 0.1: fusion is off"),
         ({"model_path": os.devnull}, "--model-path /dev/null is missing"),
         ({"complementary_weight": 0.5}, "add --contrast complementary"),
+        (
+            {"contrast": "complementary", "negatives": "bank"},
+            "over the batch, and --negatives bank has",
+        ),
     ],
 )
 def test_flags_are_checked_before_anything_is_read(flags, message):

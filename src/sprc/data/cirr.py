@@ -182,4 +182,16 @@ def _read_triplet(entry: Any, images: dict[str, Any], has_target: bool) -> Tripl
     if target == reference:
         raise InputError(f"{quote(target)} is both reference and target")
     # A member that is there twice would beat the target twice.
-    return Triplet(pair_id, reference, target, caption, tuple(dict.fromkeys(members)))
+    members = list(dict.fromkeys(members))
+    return Triplet(pair_id, reference, target, caption, tuple(members), also_targets=_also(entry, target))
+
+
+def _also(entry: Any, target: str | None) -> tuple[str, ...]:
+    """The images beside ``target`` that an entry's `target_soft`, if it has one, gives more than 0."""
+    if target is None or "target_soft" not in entry:
+        return ()
+    soft = read_field(entry, "target_soft", dict)
+    for name, share in soft.items():
+        if type(share) not in (int, float):
+            raise InputError(f"'target_soft' gives {quote(name)} {quote(share)}, which is not a number")
+    return tuple(name for name, share in soft.items() if share > 0 and name != target)

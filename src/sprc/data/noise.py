@@ -12,7 +12,7 @@ from sprc.errors import InputError
 PARTS: dict[str, tuple[Callable[[Triplet], Hashable], tuple[str, ...]]] = {
     "reference": (lambda triplet: triplet.reference, ("reference",)),
     "caption": (lambda triplet: triplet.caption, ("caption", "training_captions")),
-    "target": (lambda triplet: triplet.target, ("target",)),
+    "target": (lambda triplet: triplet.target, ("target", "also_targets")),
 }
 
 

@@ -13,6 +13,7 @@ class Triplet:
     ``caption`` is raw. ``target`` is None where the benchmark keeps it secret. ``members`` are the names of
     CIRR's image set, reference and target among them; empty for FashionIQ. ``training_captions`` are the
     texts of which training takes one at random, raw; empty where it takes ``caption`` (CIRR).
+    ``also_targets`` are the names of other images that CIRR's `target_soft` counts as a target.
     """
 
     pair_id: int
@@ -21,6 +22,7 @@ class Triplet:
     caption: str
     members: tuple[str, ...] = ()
     training_captions: tuple[str, ...] = ()
+    also_targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The losses of SPRC (ICLR 2024): two contrastive ones over the batch, and the prompt alignment.
 
-Beside InfoNCE there is the complementary loss, for triplets of which some are wrong.
+Further the complementary loss, for triplets of which some are wrong, and those that see more negatives than
+the batch has: over a bank of fixed features, and in pairs.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sprc.distributed import of_all_ranks, rank, world_size
+from sprc.models.fusion_parts import at_least_float32
 
 
 class GatherRows(torch.autograd.Function):
@@ -110,7 +112,7 @@ def logits_of(queries: Tensor, targets: Tensor, temp: Tensor) -> Tensor:
     """(B, C) and (G, Q, C) to (B, G): similarity / temp, in float32 at least."""
     # Mixed precision would round similarities to steps that 1 / temp makes large.
     with torch.autocast(queries.device.type, enabled=False):
-        queries, targets = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (queries, targets))
+        queries, targets = (at_least_float32(x) for x in (queries, targets))
         return similarity(queries, targets) / temp
 
 
@@ -126,3 +128,85 @@ def align_loss(fusion_outputs: Tensor, prompt_tokens: Tensor) -> Tensor:
     """
     target = prompt_tokens.detach().mean(dim=1).expand(len(fusion_outputs), -1)
     return F.mse_loss(fusion_outputs.mean(dim=1), target)
+
+
+def bank_loss(
+    queries: Tensor, bank: Tensor, positives: Tensor, temp: float, excluded: Tensor, chunk: int
+) -> Tensor:
+    """InfoNCE over a bank of features, which are fixed: the gradient flows through queries and positives.
+
+    Args:
+        queries: (B, E), normalised.
+        bank: (K, Q, E), normalised, of any floating type; the products are made in float32 at least.
+        positives: (B, Q, E), normalised: what each query asks for.
+        temp: the temperature.
+        excluded: (B, K), True for what is no negative of the query; its own target is.
+        chunk: images of the bank at once.
+
+    Returns:
+        Scalar: the mean of -log of the positive's share in the softmax of similarity / temp over it and the
+        bank's images that are not excluded.
+    """
+    with torch.autocast(queries.device.type, enabled=False):
+        queries, positives = (at_least_float32(x) for x in (queries, positives))
+        own = pair_similarity(queries, positives) / temp
+        others = OverBank.apply(queries, bank, temp, excluded, chunk)
+        return F.softplus(others - own).mean()
+
+
+class OverBank(torch.autograd.Function):
+    """The log of the sum of exp(similarity / temp) over a bank, (B,), see :func:`bank_loss`.
+
+    The bank is walked in chunks, whose products are made again in the backward pass: of the (B, K, Q)
+    products only a chunk's (B, chunk, Q) stand in memory at once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, bank: Tensor, temp: float, excluded: Tensor, chunk: int) -> Tensor:
+        """Of the arguments only ``queries`` gets a gradient."""
+        parts = []
+        for images, hidden in zip(bank.split(chunk), excluded.split(chunk, dim=1)):
+            logits = similarity(queries, images.to(queries.dtype)) / temp
+            parts.append(logits.masked_fill(hidden, -torch.inf).logsumexp(dim=1))
+        total = torch.stack(parts, dim=1).logsumexp(dim=1)
+        ctx.save_for_backward(queries, bank, excluded, total)
+        ctx.temp, ctx.chunk = temp, chunk
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        """A query's gradient: the token that is its maximum in each image, weighted by the image's share."""
+        queries, bank, excluded, total = ctx.saved_tensors
+        result = torch.zeros_like(queries)
+        for images, hidden in zip(bank.split(ctx.chunk), excluded.split(ctx.chunk, dim=1)):
+            tokens = images.to(queries.dtype).flatten(0, 1)  # (chunk * Q, E)
+            products = (queries @ tokens.T).unflatten(1, images.shape[:2])
+            best, place = products.max(dim=2, keepdim=True)
+            share = (best[..., 0] / ctx.temp - total[:, None]).exp().masked_fill(hidden, 0)
+            weight = grad[:, None] / ctx.temp * share
+            spread = products.zero_().scatter_(2, place, weight[..., None])
+            result += spread.flatten(1) @ tokens
+        return result, None, None, None, None
+
+
+def pairwise_loss(queries: Tensor, positives: Tensor, negatives: Tensor, temp: Tensor) -> Tensor:
+    """QuRe's loss (ICML 2025): -log sigmoid((s+ - s-) / temp), the mean over queries and their negatives.
+
+    Args:
+        queries: (B, E), normalised.
+        positives: (B, Q, E), normalised: what each query asks for.
+        negatives: (B, P, Q, E), normalised: P images a query that it should score lower.
+        temp: scalar, the temperature.
+
+    Returns:
+        Scalar.
+    """
+    with torch.autocast(queries.device.type, enabled=False):
+        queries, positives, negatives = (at_least_float32(x) for x in (queries, positives, negatives))
+        better, worse = pair_similarity(queries, positives), pair_similarity(queries, negatives)
+        return -F.logsigmoid((better[:, None] - worse) / temp).mean()
+
+
+def pair_similarity(queries: Tensor, targets: Tensor) -> Tensor:
+    """As :func:`similarity`, of each query to its own targets alone: (B, E), (B, ..., Q, E) to (B, ...)."""
+    return torch.einsum("be,b...qe->b...q", queries, targets).max(dim=-1).values

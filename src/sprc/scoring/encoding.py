@@ -64,7 +64,7 @@ def encode_split(
 
     Args:
         model: on its device.
-        split: of CIRR or FashionIQ.
+        split: of CIRR or FashionIQ; without triplets there are no queries, and the gallery alone is encoded.
         load: reads an image by its path, see :func:`sprc.scoring.feature_cache.open_images`.
         batch_size: images, and queries, at once.
         num_workers: processes that read images.
@@ -97,7 +97,7 @@ def encode_split(
         sum_over_ranks(rows)
     return EncodedSplit(
         *vectors,
-        references=torch.tensor([index[t.reference] for t in split.triplets]),
+        references=torch.tensor([index[t.reference] for t in split.triplets], dtype=torch.int64),
         targets=target_indices(split, index),
         members=member_indices(split, index),
     )
@@ -182,7 +182,7 @@ def target_indices(split: Split, index: dict[str, int]) -> Tensor | None:
     """Gallery indices of the targets, (T,); None where the benchmark keeps them secret."""
     targets = [triplet.target for triplet in split.triplets]
     known = [index[target] for target in targets if target is not None]
-    return torch.tensor(known) if len(known) == len(targets) else None
+    return torch.tensor(known, dtype=torch.int64) if len(known) == len(targets) else None
 
 
 def member_indices(split: Split, index: dict[str, int]) -> Tensor:
@@ -190,7 +190,7 @@ def member_indices(split: Split, index: dict[str, int]) -> Tensor:
 
     A set of fewer than K images is filled up with its reference, which is left out of the ranking anyway.
     """
-    longest = max(len(triplet.members) for triplet in split.triplets)
+    longest = max((len(triplet.members) for triplet in split.triplets), default=0)
     return torch.tensor(
         [
             [index[name] for name in (*t.members, *[t.reference] * (longest - len(t.members)))]

@@ -38,6 +38,7 @@ from sprc.scoring.recall import rank_split
 from sprc.training.compilation import require_compiler, told_compile_errors
 from sprc.training.fusion_log import FusionLog
 from sprc.training.loop import Trainer
+from sprc.training.negatives import Negatives, choose_learning
 from sprc.training.recipe import TrainingConfig, by_prefix
 from sprc.training.resume import (
     OF_THE_MACHINE,
@@ -155,8 +156,17 @@ def read_settings(defaults: dict[str, Any], given: dict[str, Any]) -> tuple[Trai
         resumed = Resumed(flags, differing)
     settings = TrainingSettings.of_flags(flags)
     settings.check_triplets()
+    settings.check()
+    if settings.contrast == "complementary" and "bank" in settings.kinds:
+        raise InputError(
+            f"--contrast complementary is over the batch, and --negatives {settings.negatives} has InfoNCE "
+            "over a bank; leave one of the flags out"
+        )
     if settings.log_fusion_every < 0:
         raise InputError(f"--log-fusion-every {settings.log_fusion_every} is too small; 0 logs nothing")
+    for flag, value in (("--fusion-lr", settings.fusion_lr), ("--warmup-fusion", settings.warmup_fusion)):
+        if value and settings.train == "call2":
+            raise InputError(f"{flag} {value}: the fusion does not learn with --train call2; leave one out")
     if not 0 < settings.train_share <= 1:
         raise InputError(f"--train-share {settings.train_share} must be more than 0 and at most 1")
     if strategy := settings.switches.get("fusion_strategy"):
@@ -171,6 +181,7 @@ def complete(settings: TrainingSettings, device: torch.device) -> TrainingSettin
     found |= settings.weights_where_unset()
     if settings.num_workers is None:
         found["num_workers"] = default_workers(device)
+    found |= settings.where_unset()
     return replace(settings, **found)
 
 
@@ -212,6 +223,7 @@ def make_model(
     )
     if model.gated_fusion is None:
         refuse_fusion_flags(settings)
+    choose_learning(model, settings.train)
     for prefix, parameters in by_prefix(model, config.other_rates).items():
         if prefix:
             count = sum(parameter.numel() for parameter in parameters)
@@ -234,6 +246,7 @@ def open_loader(
 ) -> Loader:
     """What reads the images of training and validation: pixels, or tokens from the feature cache."""
     at_once = min(config.batch_size, LARGEST_BATCH)
+    images = 2 + (settings.negatives_per_query or 0)  # of a triplet
     load = open_images(
         model,
         {"transform": settings.transform, "target_ratio": settings.target_ratio},
@@ -242,7 +255,7 @@ def open_loader(
         cache_dtype=settings.cache_dtype,
         batch_size=at_once,
         num_workers=workers_of(settings),
-        read_at_once=max(2 * config.batch_size // world_size(), at_once),
+        read_at_once=max(images * config.batch_size // world_size(), at_once),
     )
     if settings.feature_cache is not None:
         rest_vit(model)
@@ -280,13 +293,25 @@ def make_trainer(
     training_set = TripletDataset(
         trained.own, trained.paths, load, config.seed, trained.extra, settings.extra_weight
     )
-    return Trainer(model, training_set, config, folder, scalars=scalars)
+    if not settings.kinds:
+        return Trainer(model, training_set, config, folder, scalars=scalars)
+    ranks_reference = data.benchmark.splits[0].ranks_reference
+    negatives = Negatives(settings, model, training_set, folder, ranks_reference=ranks_reference)
+    trainer = Trainer(model, negatives.items, config, folder, objective=negatives.objective, scalars=scalars)
+
+    def before_epoch(epoch: int, step: int) -> None:
+        negatives.before_epoch(epoch, step, trainer.stop_if_asked)
+
+    trainer.before_epoch = before_epoch
+    return trainer
 
 
 def log_fusion(settings: TrainingSettings, trainer: Trainer, scalars: Any) -> None:
     """Have the loop write what the fusion does, if there is one and the user wants it."""
     progress, module = trainer.progress, cast(nn.Module | None, trainer.model.gated_fusion)
-    if module is not None and settings.log_fusion_every:
+    if module is None or not any(one.requires_grad for one in module.parameters()):
+        return
+    if settings.log_fusion_every:
         step = progress.epoch * trainer.steps_per_epoch + progress.step
         log = FusionLog(module, trainer.run_folder, settings.log_fusion_every, step, scalars)
         trainer.after_backward = log.after_backward

@@ -73,9 +73,11 @@ class GradCache:
             shares.append(rows_of(chunk) / rows_of(samples))
             diagnostics.append(self.model.diagnostics)
         self.embeddings = {
-            name: (torch.cat([part[name] for part in parts]) if value.dim() else value).requires_grad_()
+            name: (torch.cat([part[name] for part in parts]) if value.dim() else value)
             for name, value in parts[0].items()
         }
+        for value in self.embeddings.values():
+            value.requires_grad_(value.is_floating_point())
         self.model.diagnostics = {
             name: sum(share * part[name] for share, part in zip(shares, diagnostics, strict=True))
             for name in diagnostics[0]
@@ -96,7 +98,9 @@ class GradCache:
                 pairs = []
                 for name, value in embeddings.items():
                     grad = self.embeddings[name].grad
-                    if grad is None or not (value.dim() or is_last):
+                    if grad is None or not value.requires_grad:
+                        continue  # a number that is no feature, or what does not learn
+                    if not (value.dim() or is_last):
                         continue  # a scalar is the same in all chunks, and its gradient is passed on once
                     pairs.append((value, grad[start:end] if value.dim() else grad))
                 values, grads = zip(*pairs, strict=True)

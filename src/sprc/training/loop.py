@@ -81,6 +81,10 @@ class Trainer:
         dataset: items that the default collate makes into ``batch``; ``set_epoch`` tells it the epoch.
         config: see :class:`TrainingConfig`.
         run_folder: where the CSV files and the state go.
+        objective: a module around the model that gives the losses in its place, as ``model(batch)`` would,
+            and likewise what gradient caching asks of a model.
+        before_epoch: is called when an epoch begins or goes on, with its number and the steps of it that are
+            done; what it draws of random numbers has to be its own.
         after_backward: is called once a step, when the gradients are there and not scaled.
         scalars: a TensorBoard ``SummaryWriter`` that is given what the CSV files are given.
 
@@ -95,6 +99,8 @@ class Trainer:
         config: TrainingConfig,
         run_folder: RunFolder | Path,
         *,
+        objective: nn.Module | None = None,
+        before_epoch: Callable[[int, int], None] = lambda epoch, step: None,
         after_backward: Callable[[], None] = lambda: None,
         scalars: "SummaryWriter | None" = None,
     ) -> None:
@@ -102,7 +108,7 @@ class Trainer:
         self.model, self.dataset, self.config = model, dataset, config
         self.device = cast(torch.device, model.device)
         self.run_folder = RunFolder(run_folder)
-        self.after_backward, self.scalars = after_backward, scalars
+        self.before_epoch, self.after_backward, self.scalars = before_epoch, after_backward, scalars
         self.steps_per_epoch = len(dataset) // config.batch_size
         self.order = EpochOrder(len(dataset), config.seed, config.batch_size)
         workers = default_workers(self.device) if config.num_workers is None else config.num_workers
@@ -125,10 +131,11 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision is torch.float16)
         if rank():  # rank 0 goes on with what the weights were drawn from, as a single process does
             seed_rank(config.seed, epoch=0)
-        forward = in_parallel(Embedder(model) if config.grad_cache else model)
+        objective = model if objective is None else objective
+        forward = in_parallel(Embedder(objective) if config.grad_cache else objective)
         self.cache = None
         if config.grad_cache:
-            self.cache = GradCache(model, forward, config.grad_cache, self.mixed_precision)
+            self.cache = GradCache(objective, forward, config.grad_cache, self.mixed_precision)
         self.losses = self.cache.losses if self.cache else forward
         self.state = RunState(
             self.run_folder,
@@ -223,6 +230,7 @@ class Trainer:
         Returns each step's seconds, and how many of them in all went by until the batches were there.
         """
         model, progress, config = self.model, self.progress, self.config
+        self.before_epoch(progress.epoch, progress.step)
         model.train()
         self.dataset.set_epoch(progress.epoch)
         self.order.epoch = progress.epoch

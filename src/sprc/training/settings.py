@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sprc.config import AMP, CONTRASTS, FUSION, ModelConfig
+from sprc.config import AMP, CONTRASTS, FUSION, GALLERY_DTYPES, ModelConfig
 from sprc.data import NOISE_KINDS
 from sprc.errors import InputError
 from sprc.scoring.settings import (
@@ -24,6 +24,7 @@ from sprc.scoring.settings import (
 from sprc.settings import ROOT, add_flags, flag_parser, like, setting
 
 SPEED = "speed and memory"  # the flags' group
+NEGATIVES = "what a query is contrasted with"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +120,105 @@ class TripletSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NegativeSettings:
+    """What a query is contrasted with. What is None and acts is as in :data:`WHERE_UNSET`."""
+
+    negatives: str = setting(
+        "batch",
+        choices=("batch", "bank", "mined", "both"),
+        help="the batch's other targets (default), a bank of all training images' in place of these, mined "
+        "images beside these, or both; docs/negatives.md",
+        group=NEGATIVES,
+    )
+    train: str = setting(
+        "all",
+        choices=("all", "query", "call2"),
+        help="with a bank: what learns; query: not the targets, call2: the text's half of call 2; default: "
+        "%(default)s",
+        group=NEGATIVES,
+    )
+    refresh_bank: int | None = setting(
+        None,
+        metavar="EPOCHS",
+        help="compute the bank again that often; default: once",
+        group=NEGATIVES,
+    )
+    bank_temperature: float | None = setting(None, help="default: 0.05", group=NEGATIVES)
+    bank_positive: str | None = setting(
+        None,
+        choices=("current", "bank"),
+        help="the target's features: as the step computes them (current, default), or the bank's",
+        group=NEGATIVES,
+    )
+    bank_dtype: str | None = setting(
+        None, choices=GALLERY_DTYPES, help="of the bank's features; default: float16", group=NEGATIVES
+    )
+    mining_rule: str | None = setting(
+        None,
+        choices=("qure", "top", "random"),
+        help="between the two largest drops of the score after the target (qure, default), the best, or any",
+        group=NEGATIVES,
+    )
+    mine_every: int | None = setting(
+        None,
+        metavar="EPOCHS",
+        help="how often the training set is ranked; default: 1",
+        group=NEGATIVES,
+    )
+    negatives_per_query: int | None = setting(
+        None, metavar="N", help="images mined for each; default: 1", group=NEGATIVES
+    )
+    loss_mined: float | None = setting(None, help="the mined negatives' weight; default: 1", group=NEGATIVES)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What is there beside the batch: of "bank" and "mined" those that act."""
+        return {"batch": (), "both": ("bank", "mined")}.get(self.negatives, (self.negatives,))
+
+    def check(self) -> None:
+        """Raise :class:`InputError` for a flag that has nothing to act on, or a value that cannot work."""
+        for kind, names in OF_KIND.items():
+            for name in names:
+                value = getattr(self, name)
+                if kind not in self.kinds and value is not None:
+                    raise InputError(
+                        f"--{name.replace('_', '-')} {value} is for --negatives {kind} or both, and this is "
+                        f"--negatives {self.negatives}; leave one of the flags out"
+                    )
+        if self.train != "all" and "bank" not in self.kinds:
+            raise InputError(
+                f"--train {self.train} leaves the targets as they are, which only a bank allows; give "
+                "--negatives bank or both, or leave the flag out"
+            )
+        for name in ("refresh_bank", "mine_every", "negatives_per_query"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name.replace('_', '-')} {value} is too small; the least is 1")
+        if self.bank_temperature is not None and not 0 < self.bank_temperature < float("inf"):
+            raise InputError(f"--bank-temperature {self.bank_temperature} must be a positive number")
+
+    def where_unset(self) -> dict[str, Any]:
+        """The values of those that act and are None."""
+        acting = [name for kind in self.kinds for name in OF_KIND[kind] if getattr(self, name) is None]
+        return {name: WHERE_UNSET[name] for name in acting if name in WHERE_UNSET}
+
+
+OF_KIND = {
+    "bank": ("refresh_bank", "bank_temperature", "bank_positive", "bank_dtype"),
+    "mined": ("mining_rule", "mine_every", "negatives_per_query", "loss_mined"),
+}
+WHERE_UNSET = {
+    "bank_temperature": 0.05,  # SPN4CIR's
+    "bank_positive": "current",
+    "bank_dtype": "float16",
+    "mining_rule": "qure",
+    "mine_every": 1,
+    "negatives_per_query": 1,
+    "loss_mined": 1.0,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingSettings(
     TimeoutSettings,
     DeviceSettings,
@@ -126,6 +226,7 @@ class TrainingSettings(
     CacheSettings,
     ImageSettings,
     TripletSettings,
+    NegativeSettings,
     LoopSettings,
     StartSettings,
     DataSettings,

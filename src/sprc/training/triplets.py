@@ -58,7 +58,8 @@ def loss_weights(settings: TrainingSettings) -> dict[str, float]:
     Of both contrastive losses the complementary one has the share ``--complementary-weight``, and InfoNCE the
     rest.
     """
-    weights = {name: getattr(settings, name) for name in ("loss_itm", "loss_rtc", "loss_align")}
+    names = ("loss_itm", "loss_rtc", "loss_align", "loss_mined")
+    weights = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
     if (share := settings.complementary_weight) is not None:
         for name, weight in (("loss_itc", 1.0), ("loss_rtc", weights["loss_rtc"])):
             weights |= {name: (1 - share) * weight, f"{name}_complementary": share * weight}
