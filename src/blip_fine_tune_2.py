@@ -11,6 +11,8 @@ Plain SPRC: the same with --no-use-gated-fusion. As published it trains longer, 
         --batch-size 128 --learning-rate 1e-5 --save-training --save-best
 After a crash or Ctrl-C:
     python src/blip_fine_tune_2.py --resume RUN_FOLDER
+Several trainings, each from the one before, as a file says:
+    python src/blip_fine_tune_2.py --recipe configs/recipe_sprc_cirr.yaml
 On N GPUs: torchrun --nproc-per-node N in place of python.
 """
 
@@ -26,8 +28,10 @@ def parse_arguments() -> tuple[dict[str, Any], dict[str, Any]]:
     """The defaults of all flags, and the flags that are given: a resumed run has flags of its own."""
     parser = training_parser(__doc__)
     given = given_flags(parser)
-    if "dataset" not in given and "resume" not in given:
-        parser.error("give --dataset to start a run, or --resume to go on with one")
+    if not given.keys() & {"dataset", "resume", "recipe"}:
+        parser.error("give --dataset or --recipe to start a run, or --resume to go on with one")
+    if given.keys() >= {"resume", "recipe"}:
+        parser.error("--recipe goes on by itself with the same command; leave --resume out")
     return default_flags(), given
 
 
@@ -37,13 +41,14 @@ def main() -> None:
     with no_collection():
         from sprc.distributed import process_group
         from sprc.training.fine_tuning import fine_tune
+        from sprc.training.recipe_run import run_recipe
         from sprc.training.resume import own_timeout
 
     timeout = given.get("timeout", defaults["timeout"])
     if "resume" in given and "timeout" not in given:
         timeout = own_timeout(given["resume"], timeout)
     with process_group(timeout):
-        fine_tune(defaults, given)
+        (run_recipe if "recipe" in given else fine_tune)(defaults, given)
 
 
 if __name__ == "__main__":

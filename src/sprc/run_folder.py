@@ -66,6 +66,11 @@ class RunFolder(os.PathLike[str]):
         return self.path / "missing_images.json"
 
     @property
+    def noisy_triplets(self) -> Path:
+        """CSV: which training triplets ``--noise-ratio`` made wrong, a row each."""
+        return self.path / "noisy_triplets.csv"
+
+    @property
     def train_metrics(self) -> Path:
         """CSV: losses, a row an epoch."""
         return self.path / "train_metrics.csv"

@@ -365,6 +365,17 @@ def contrastive_loss(queries: Tensor, targets: Tensor, temp: Tensor) -> Tensor:
     return total / len(queries)
 
 
+def complementary_loss(queries: Tensor, targets: Tensor, temp: Tensor) -> Tensor:
+    """Minus the log of one less each wrong target's share of the softmax, over the queries' mean."""
+    total = torch.zeros((), dtype=queries.dtype)
+    for i, query in enumerate(queries):
+        shares = torch.stack([torch.exp(similarity(query, target) / temp) for target in targets])
+        for j, share in enumerate(shares / shares.sum()):
+            if j != i:
+                total = total - torch.log(1 - share)
+    return total / len(queries)
+
+
 def align_loss(fusion_outputs: Tensor, prompt_tokens: Tensor) -> Tensor:
     """Mean square difference of two means over tokens; no gradient to the prompts."""
     batch, count, width = fusion_outputs.shape

@@ -112,12 +112,13 @@ def no_validation(_stop_if_asked):
     return {"recall": 0.0}
 
 
-def train(folder, changes, triplets=Triplets, validate=no_validation, **settings):
+def train(folder, changes, triplets=Triplets, validate=no_validation, contrast="infonce", **settings):
     """Twenty steps of `tiny`; the losses of each, the first step's gradients and the last weights."""
     folder.mkdir(exist_ok=True)
     (folder / "saved_models").mkdir(exist_ok=True)
     torch.manual_seed(0)
     model = create_model(Blip2QformerCirAlignPrompt, "tiny", **{"freeze_vit": False, **changes})
+    model.contrast = contrast
     config = TrainingConfig(**{**STEPS, "loss_weights": {"loss_rtc": 0.4, "loss_align": 0.4}, **settings})
     trainer = Trainer(model, triplets(model.config.image_size), config, folder)
     note = trainer.load_state()
@@ -147,6 +148,11 @@ def train(folder, changes, triplets=Triplets, validate=no_validation, **settings
 
 def train_cached(folder, changes, chunk):
     train(folder, changes, grad_cache=chunk, num_epochs=2)
+
+
+def train_complementary(folder):
+    weights = {"loss_itc": 0.25, "loss_itc_complementary": 0.75, "loss_rtc": 0.1}
+    train(folder, FUSION["on"], contrast="complementary", num_epochs=1, loss_weights=weights)
 
 
 def train_wider(folder, cached):
@@ -366,6 +372,7 @@ def main(out, data, checkpoint):
     for ranks, cached in ((1, False), (2, False), (2, True)):
         on_ranks(ranks, out / f"wider_{ranks}{'_cached' if cached else ''}", train_wider, cached)
     for ranks in (1, 2):
+        on_ranks(ranks, out / f"complementary_{ranks}", train_complementary)
         on_ranks(ranks, out / f"alone_on_{ranks}", train_alone)
     torch.set_default_dtype(torch.float32)
     for ranks in (1, 2, 4):

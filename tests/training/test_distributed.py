@@ -85,6 +85,17 @@ def test_twenty_steps_of_several_ranks_are_those_of_one(out, ranks, fusion):
         torch.testing.assert_close(several["weights"][name], weight, rtol=0, atol=1e-9, msg=name)
 
 
+def test_the_complementary_losses_of_two_ranks_are_those_of_one(out):
+    one, two = (load(out / f"complementary_{number}" / "found.pt") for number in (1, 2))
+    assert len(one["losses"]) == 4
+    for mine, theirs in zip(two["losses"], one["losses"], strict=True):
+        assert mine.keys() >= {"loss_itc_complementary", "loss_rtc_complementary"}
+        for name in theirs:
+            assert mine[name] == pytest.approx(theirs[name], abs=1e-3 if name == "gate_std" else 1e-6), name
+    for name, gradient in one["gradients"].items():
+        torch.testing.assert_close(two["gradients"][name], gradient, rtol=1e-6, atol=1e-10, msg=name)
+
+
 def test_a_part_that_learns_alone_does_so_on_all_ranks(out):
     one, two = (load(out / f"alone_on_{ranks}" / "found.pt") for ranks in (1, 2))
     assert len(one["losses"]) == len(two["losses"]) == 8

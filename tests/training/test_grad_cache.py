@@ -36,6 +36,11 @@ def batch(model):
     return {"image": image, "target": target, "text_input": TEXTS}
 
 
+def total_of(losses):
+    weights = {"loss_rtc": 0.4, "loss_align": 0.3, "loss_rtc_complementary": 0.5}
+    return sum(weights.get(name, 1.0) * loss for name, loss in losses.items())
+
+
 def full_precision():
     return torch.autocast("cpu", enabled=False)
 
@@ -45,7 +50,7 @@ def cached(model, samples, chunk, precision=full_precision, scale=1.0):
     cache = GradCache(model, Embedder(model), chunk, precision)
     with precision():
         losses = cache.losses(samples)
-        total = losses["loss_itc"] + 0.4 * losses["loss_rtc"] + 0.3 * losses["loss_align"]
+        total = total_of(losses)
     (scale * total).backward()
     cache.backward()
     return losses, gradients(model)
@@ -57,7 +62,7 @@ def whole_graph(model, samples, chunk, precision=full_precision):
         parts = [model.embed(part) for part in split(samples, chunk)]
         rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "temp"}
         losses = model.losses_of({**rows, "temp": model.temp})
-        total = losses["loss_itc"] + 0.4 * losses["loss_rtc"] + 0.3 * losses["loss_align"]
+        total = total_of(losses)
     total.backward()
     return losses, gradients(model)
 
@@ -91,6 +96,17 @@ def test_it_is_exact_with_dropout(tokenizer, changes):
     assert torch.equal(torch.get_rng_state(), after)  # so a cached step goes on as the other would
     torch.manual_seed(5)
     assert whole_graph(model, samples, 2)[0]["loss_itc"] != theirs[0]["loss_itc"]
+
+
+def test_the_complementary_losses_pass_through(tokenizer):
+    model = build(tokenizer, dropout=0.0, fusion_dropout=0.0)
+    model.contrast = "complementary"
+    samples = batch(model)
+    mine, theirs = cached(model, samples, 2), whole_graph(model, samples, 5)
+    assert len(mine[0]) == 5
+    assert_same(mine, theirs)
+    model.contrast = "infonce"
+    assert len(whole_graph(model, samples, 5)[0]) == 3
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 4])

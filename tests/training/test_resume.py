@@ -74,7 +74,7 @@ def test_a_finished_run_that_was_moved_goes_on_with_more_epochs_and_moved_data(
 def test_an_earlier_version_s_run_goes_on_with_gradient_caching(finished, three_epochs):
     later = ("digests", "grad_cache", "fusion_text", "fusion_lr", "log_fusion_every", "tensorboard")
     later += ("timeout", "ranks", "feature_cache", "cache_dtype", "amp", "compile", "model_config")
-    later += ("fusion_width", "fusion_top_k")
+    later += ("fusion_width", "fusion_top_k", "extra_triplets", "extra_weight")
     known = {name: value for name, value in written(finished).items() if name not in later}
     (finished / HYPERPARAMETERS).write_text(json.dumps(known))
     stdout, _ = run(

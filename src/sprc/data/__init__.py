@@ -10,3 +10,5 @@ TYPES = ("dress", "toptee", "shirt")
 PROTOCOLS = ("original", "val-split")
 # What is done about an image that has no file; see sprc.data.missing.
 MISSING_IMAGES = ("error", "skip")
+# What --noise-ratio changes of a triplet; see sprc.data.noise.
+NOISE_KINDS = ("target", "mix")

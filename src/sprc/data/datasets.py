@@ -3,9 +3,10 @@
 import os
 import random
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,16 +26,27 @@ class TripletDataset(Dataset):
     makes ``text_input`` a list of B strings.
     Of a triplet's ``training_captions`` each is as likely; which one it is depends on ``seed``, the epoch and
     the index alone, not on the worker or on what was read before.
+
+    Behind the triplets come some of ``extra``: ``extra_weight`` times their number, each epoch the next ones
+    in an order drawn by ``seed``, over and over. So an extra triplet is trained on ``extra_weight`` times for
+    each time that one of ``triplets`` is, and what weighs little takes little time.
     Raises :class:`InputError` for an image that cannot be read.
     """
 
     def __init__(
-        self, triplets: list[Triplet], image_paths: dict[str, Path], load: Loader, seed: int = 0
+        self,
+        triplets: list[Triplet],
+        image_paths: dict[str, Path],
+        load: Loader,
+        seed: int = 0,
+        extra: Sequence[Triplet] = (),
+        extra_weight: float | None = None,
     ) -> None:
-        self.targets = [triplet.target for triplet in triplets if triplet.target is not None]
-        if len(self.targets) < len(triplets):
+        if any(triplet.target is None for triplet in triplets):
             raise ValueError("triplets without a target cannot be trained on; use ImageDataset to score them")
-        self.triplets = triplets
+        self.own = len(triplets)
+        self.triplets = [*triplets, *random.Random(f"{seed} extra").sample(list(extra), len(extra))]
+        self.extra_per_epoch = per_epoch(len(extra), extra_weight)
         self.image_paths = image_paths
         self.load = load
         self.seed = seed
@@ -46,23 +58,35 @@ class TripletDataset(Dataset):
         """Draw the texts of ``epoch`` from now on. Call it before the epoch's iteration starts."""
         self._epoch.fill_(epoch)
 
+    def number(self, index: int) -> int:
+        """Which of ``triplets`` item ``index`` is in the present epoch."""
+        if index < self.own:
+            return index
+        place = int(self._epoch.item()) * self.extra_per_epoch + index - self.own
+        return self.own + place % (len(self.triplets) - self.own)
+
     def text(self, index: int) -> str:
-        """The text of triplet ``index`` in the present epoch, raw."""
-        triplet = self.triplets[index]
+        """The text of item ``index`` in the present epoch, raw."""
+        triplet = self.triplets[self.number(index)]
         if not triplet.training_captions:
             return triplet.caption
         return random.Random(f"{self.seed} {self._epoch.item()} {index}").choice(triplet.training_captions)
 
     def __len__(self) -> int:
-        return len(self.triplets)
+        return self.own + self.extra_per_epoch
 
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
-        triplet = self.triplets[index]
+        triplet = self.triplets[self.number(index)]
         return {
             "image": self.load(self.image_paths[triplet.reference]),
-            "target": self.load(self.image_paths[self.targets[index]]),
+            "target": self.load(self.image_paths[cast(str, triplet.target)]),
             "text_input": process_caption(self.text(index)),
         }
+
+
+def per_epoch(count: int, weight: float | None) -> int:
+    """How many of ``count`` extra triplets of this weight an epoch has; None is 1."""
+    return count if weight is None else round(weight * count)
 
 
 class ImageDataset(Dataset):

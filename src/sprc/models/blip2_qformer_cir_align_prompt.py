@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sprc.config import ModelConfig
+from sprc.config import CONTRASTS, ModelConfig
 from sprc.distributed import rank
 from sprc.errors import InputError
 from sprc.models.gated_fusion import FusionOutput, at_least_float32, fusion_class
-from sprc.models.losses import align_loss, contrastive_loss, gather_rows, similarity
+from sprc.models.losses import align_loss, complementary_loss, contrastive_loss, gather_rows, similarity
 from sprc.models.qformer import ImageKeys, Layout, QFormer, ScaledImage, batch_of
 from sprc.models.switches import Switches
 from sprc.models.tokenizer import CaptionIds, WordPiece
@@ -109,6 +109,7 @@ class Blip2QformerCirAlignPrompt(nn.Module):
             )
             self.gated_fusion.switches = Switches(config, tokenizer)  # into the state dict, no parameter
         self.diagnostics: dict[str, Tensor] = {}
+        self.contrast = CONTRASTS[0]  # of training; no part of the model
 
         # No loss of this model reaches BLIP-2's matching and language heads; they stay for the
         # checkpoint format. (The language head's word matrix is tied to the embeddings and is trained.)
@@ -156,7 +157,8 @@ class Blip2QformerCirAlignPrompt(nn.Module):
                 frozen vision transformer; `text_input` B captions.
 
         Returns:
-            `loss_itc`, `loss_rtc`, `loss_align`: unweighted scalars.
+            `loss_itc`, `loss_rtc`, `loss_align`: unweighted scalars. With ``contrast`` "complementary" also
+            `loss_itc_complementary` and `loss_rtc_complementary`.
         """
         return self.losses_of(self.embed(samples))
 
@@ -206,13 +208,17 @@ class Blip2QformerCirAlignPrompt(nn.Module):
 
     def losses_of(self, embeddings: dict[str, Tensor]) -> dict[str, Tensor]:
         """The losses, from what :meth:`embed` gives. The negatives are those of all ranks."""
-        queries, temp = embeddings["query"], embeddings["temp"]
+        queries, text, temp = embeddings["query"], embeddings["text"], embeddings["temp"]
         targets, first = gather_rows(embeddings["target"]), rank() * len(queries)
-        return {
+        losses = {
             "loss_itc": contrastive_loss(queries, targets, temp, first),
-            "loss_rtc": contrastive_loss(embeddings["text"], targets, temp, first),
+            "loss_rtc": contrastive_loss(text, targets, temp, first),
             "loss_align": align_loss(embeddings["prompts"], self.prompt_tokens),
         }
+        if self.contrast == "complementary":
+            losses["loss_itc_complementary"] = complementary_loss(queries, targets, temp, first)
+            losses["loss_rtc_complementary"] = complementary_loss(text, targets, temp, first)
+        return losses
 
     @torch.no_grad()
     def inference(self, reference_embeds: Tensor, target_feats: Tensor, text: list[str]) -> Tensor:

@@ -1,6 +1,7 @@
 """The losses of SPRC (ICLR 2024): two contrastive ones over the batch, and the prompt alignment.
 
-Further those that see more negatives than the batch has: over a bank of fixed features, and in pairs.
+Further the complementary loss, for triplets of which some are wrong, and those that see more negatives than
+the batch has: over a bank of fixed features, and in pairs.
 """
 
 from __future__ import annotations
@@ -70,11 +71,49 @@ def contrastive_loss(queries: Tensor, targets: Tensor, temp: Tensor, first: int 
     Returns:
         Scalar; SPRC's `loss_itc` for the sentence-prompt queries, `loss_rtc` for the text-only ones.
     """
+    logits = logits_of(queries, targets, temp)
+    return F.cross_entropy(logits, first + torch.arange(len(logits), device=logits.device))
+
+
+def complementary_loss(queries: Tensor, targets: Tensor, temp: Tensor, first: int = 0) -> Tensor:
+    """The robust loss for triplets of which some are wrong: -sum over a query's negatives of log(1 - p).
+
+    p is the softmax of the logits that :func:`contrastive_loss` takes. InfoNCE's pull towards a target is the
+    stronger the less the model believes in it, and so goes to wrong targets first. Here the pull is that of
+    the negatives which the model believes in, times p of the target: from a target that it does not believe
+    in there is hardly any.
+
+    TME (Learning with Noisy Triplet Correspondence for Composed Image Retrieval, CVPR 2025) trains with it in
+    place of InfoNCE, on the query's and on the text-only contrast alike.
+
+    Args:
+        queries: (B, C), normalised.
+        targets: (G, Q, C), normalised; row first + i belongs to query i, the others are its negatives.
+        temp: scalar, the learned temperature.
+        first: above 0 where queries are a rank's and targets those of all ranks.
+
+    Returns:
+        Scalar, the mean over the queries; 0 without negatives.
+    """
+    logp = logits_of(queries, targets, temp).log_softmax(dim=1)
+    rows = torch.arange(len(logp), device=logp.device)
+    own = first + rows[:, None] == torch.arange(logp.shape[1], device=logp.device)
+    p = logp.exp()
+    # One negative at most has more than half of a row. 1 - p would have no digits left there where p comes
+    # near 1, so it is added up from what the others have.
+    steep = ~own & (p > 0.5)
+    rest = logp.masked_fill(steep, -torch.inf).logsumexp(dim=1)
+    rest = torch.where(steep.any(dim=1), rest, torch.zeros_like(rest))
+    gentle = torch.log1p(-p.masked_fill(own | steep, 0.0)).sum(dim=1)
+    return -(gentle + rest).mean()
+
+
+def logits_of(queries: Tensor, targets: Tensor, temp: Tensor) -> Tensor:
+    """(B, C) and (G, Q, C) to (B, G): similarity / temp, in float32 at least."""
     # Mixed precision would round similarities to steps that 1 / temp makes large.
     with torch.autocast(queries.device.type, enabled=False):
         queries, targets = (at_least_float32(x) for x in (queries, targets))
-        logits = similarity(queries, targets) / temp
-    return F.cross_entropy(logits, first + torch.arange(len(logits), device=logits.device))
+        return similarity(queries, targets) / temp
 
 
 def align_loss(fusion_outputs: Tensor, prompt_tokens: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from sprc.data import PROTOCOLS, TYPES
 from sprc.data.check import Findings, examine_cirr, examine_fashioniq
 from sprc.data.cirr import canonical_split, edits_of_test1, load_cirr, load_cirr_test
+from sprc.data.extra import Keys
 from sprc.data.fashioniq import load_fashioniq
 from sprc.data.missing import left_out_columns, left_out_text, tell_left_out
 from sprc.data.split import Split, Triplet
@@ -64,6 +65,7 @@ class Benchmark(ABC):
     edits: ClassVar[str]  # where the built-in data in this format tell the edits of a split
     protocols: ClassVar[tuple[str, ...]] = ()
     training_protocol: ClassVar[str | None] = None
+    extra_keys: ClassVar[Keys]  # of --extra-triplets, those of its own captions files
     scored: ClassVar[tuple[str, ...]] = ("val",)  # splits whose targets can be known
 
     criterion: ClassVar[str]  # the metric whose best epoch is kept
@@ -248,6 +250,7 @@ class CIRR(Benchmark):
     id_column = "pairid"
     examine = staticmethod(examine_cirr)
     edits = "cirr_dataset/edits.{split}.json"
+    extra_keys = Keys("reference", "target_hard", "caption")
     scored = ("val", "test1")
     criterion = "arithmetic_mean"
     checkpoint = "tuned_clip_arithmetic"
@@ -336,6 +339,7 @@ class FashionIQ(Benchmark):
     id_column = "number"
     examine = staticmethod(examine_fashioniq)
     edits = "fashionIQ_dataset/edits.{part}.{split}.json"
+    extra_keys = Keys("candidate", "target", "captions")
     protocols = PROTOCOLS
     training_protocol = "val-split"  # the gallery of the triplets' images alone
     criterion = "average_recall"

@@ -10,14 +10,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from sprc.config import MODEL_SWITCHES
-from sprc.data.datasets import TripletDataset
+from sprc.config import MODEL_SWITCHES, ModelConfig, read_backbone
+from sprc.data.datasets import TripletDataset, per_epoch
 from sprc.data.images import Loader
 from sprc.data.missing import names_left_out
-from sprc.data.split import Triplet, triplets_of
 from sprc.distributed import from_main, rank, world_size
 from sprc.errors import InputError, Interrupted
-from sprc.files import write_json
+from sprc.files import write_csv, write_json
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.checkpoint import save_checkpoint, start_model
 from sprc.models.device import (
@@ -28,6 +27,7 @@ from sprc.models.device import (
     start_device,
     training_helps,
 )
+from sprc.models.factory import model_class
 from sprc.models.gated_fusion import fusion_class
 from sprc.models.switches import vocabulary_digest
 from sprc.run_folder import RunFolder
@@ -50,6 +50,7 @@ from sprc.training.resume import (
     resumed_flags,
 )
 from sprc.training.settings import LoopSettings, TrainingSettings
+from sprc.training.triplets import TrainingTriplets, loss_weights, read_triplets
 
 FUSION_PARAMETERS = "gated_fusion."  # their names start so
 
@@ -72,8 +73,7 @@ class Data:
     """What is trained on and what is scored."""
 
     benchmark: Benchmark
-    triplets: list[Triplet]
-    paths: dict[str, Path]  # of the images that the triplets need
+    trained: TrainingTriplets
     left_out: dict[str, dict[str, Any]]  # by split, what --missing-images skip leaves out
 
 
@@ -109,6 +109,7 @@ def fine_tune(defaults: dict[str, Any], given: dict[str, Any]) -> Path:
     settings = complete(settings, device)
     data, config = read_data(settings, device, resumed)
     model, digests = make_model(settings, data, config, resumed)
+    model.contrast = settings.contrast
     place(model, device)
     load = open_loader(settings, data, config, model)
     folder = make_folder(settings, data, resumed)
@@ -123,6 +124,28 @@ def fine_tune(defaults: dict[str, Any], given: dict[str, Any]) -> Path:
     return folder.path
 
 
+def check_flags(defaults: dict[str, Any], given: dict[str, Any]) -> None:
+    """Raise :class:`InputError` for flags that no run can start with; neither data nor weights are read."""
+    settings, _ = read_settings(defaults, given)
+    model_class(settings.blip_model_name)
+    own = read_backbone(settings.backbone)["model"]
+    ModelConfig.from_dict({**own, **settings.switches}, f"backbone {settings.backbone}")
+    training_config(complete(settings, torch.device("cpu")), benchmark_class(settings.dataset))
+    if settings.model_path is not None and not settings.model_path.is_file():
+        raise InputError(f"--model-path {settings.model_path} is missing; give a checkpoint (.pt)")
+    if settings.extra_triplets is not None and not settings.extra_triplets.is_file():
+        raise InputError(f"--extra-triplets {settings.extra_triplets} is missing; give a JSON file")
+    if settings.switches.get("use_gated_fusion") is False:
+        refuse_fusion_flags(settings)
+
+
+def refuse_fusion_flags(settings: TrainingSettings) -> None:
+    """Raise :class:`InputError` for a flag of the fusion's training, where there is no fusion."""
+    for flag, value in (("--fusion-lr", settings.fusion_lr), ("--warmup-fusion", settings.warmup_fusion)):
+        if value:
+            raise InputError(f"{flag} {value}: fusion is off; leave the flag out")
+
+
 def read_settings(defaults: dict[str, Any], given: dict[str, Any]) -> tuple[TrainingSettings, Resumed | None]:
     """The settings of the run, for ``--resume`` those that it was started with."""
     resumed = None
@@ -132,9 +155,15 @@ def read_settings(defaults: dict[str, Any], given: dict[str, Any]) -> tuple[Trai
         flags, differing = resumed_flags(defaults, given)
         resumed = Resumed(flags, differing)
     settings = TrainingSettings.of_flags(flags)
+    settings.check_triplets()
+    settings.check()
+    if settings.contrast == "complementary" and "bank" in settings.kinds:
+        raise InputError(
+            f"--contrast complementary is over the batch, and --negatives {settings.negatives} has InfoNCE "
+            "over a bank; leave one of the flags out"
+        )
     if settings.log_fusion_every < 0:
         raise InputError(f"--log-fusion-every {settings.log_fusion_every} is too small; 0 logs nothing")
-    settings.check()
     for flag, value in (("--fusion-lr", settings.fusion_lr), ("--warmup-fusion", settings.warmup_fusion)):
         if value and settings.train == "call2":
             raise InputError(f"{flag} {value}: the fusion does not learn with --train call2; leave one out")
@@ -149,6 +178,7 @@ def complete(settings: TrainingSettings, device: torch.device) -> TrainingSettin
     """The settings with what the benchmark and the machine give where the user gives nothing."""
     weights = benchmark_class(settings.dataset).loss_weights
     found: dict[str, Any] = {k: v for k, v in weights.items() if getattr(settings, k) is None}
+    found |= settings.weights_where_unset()
     if settings.num_workers is None:
         found["num_workers"] = default_workers(device)
     found |= settings.where_unset()
@@ -167,14 +197,12 @@ def read_data(
     if settings.compile:
         require_compiler(device)
     train_splits = benchmark.train_splits(settings.data_path, missing_images=missing)
-    triplets, paths = triplets_of(train_splits, settings.train_share, settings.seed)
-    if settings.train_share < 1:
-        print(f"training on {len(triplets):,} triplets, --train-share {settings.train_share:g}", flush=True)
+    trained = read_triplets(settings, train_splits)
     left_out = names_left_out([*train_splits, *benchmark.splits])
     if resumed is not None and missing == "skip":
         check_left_out(resumed.folder.missing_images, left_out)
-    config.check_fits(len(triplets))
-    return Data(benchmark, triplets, paths, left_out), config
+    config.check_fits(len(trained.own) + per_epoch(len(trained.extra), settings.extra_weight))
+    return Data(benchmark, trained, left_out), config
 
 
 def make_model(
@@ -194,17 +222,16 @@ def make_model(
         recorded=None if resumed is None else resumed.flags.get("model_config"),
     )
     if model.gated_fusion is None:
-        for flag, value in (("--fusion-lr", settings.fusion_lr), ("--warmup-fusion", settings.warmup_fusion)):
-            if value:
-                raise InputError(f"{flag} {value}: fusion is off; leave the flag out")
+        refuse_fusion_flags(settings)
     choose_learning(model, settings.train)
     for prefix, parameters in by_prefix(model, config.other_rates).items():
         if prefix:
             count = sum(parameter.numel() for parameter in parameters)
             print(f"{prefix}*, {count:,} weights: learning rate {config.other_rates[prefix]:g}", flush=True)
     digests = {
-        "data_path": digest_of_data(data.benchmark.splits, data.triplets),
+        "data_path": digest_of_data(data.benchmark.splits, data.trained.own),
         "model_path": digest_of_file(settings.model_path),
+        "extra_triplets": digest_of_file(settings.extra_triplets),
         "vocab": vocabulary_digest(model.tokenizer),
     }
     if resumed is not None:
@@ -223,7 +250,7 @@ def open_loader(
     load = open_images(
         model,
         {"transform": settings.transform, "target_ratio": settings.target_ratio},
-        [*data.paths.values(), *data.benchmark.image_paths()],
+        [*data.trained.paths.values(), *data.benchmark.image_paths()],
         feature_cache=settings.feature_cache,
         cache_dtype=settings.cache_dtype,
         batch_size=at_once,
@@ -244,6 +271,8 @@ def make_folder(settings: TrainingSettings, data: Data, resumed: Resumed | None)
     print(f"run folder: {folder}", flush=True)
     if settings.missing_images == "skip":
         write_json(folder.missing_images, data.left_out)
+    if data.trained.changes:
+        write_csv(folder.noisy_triplets, data.trained.changes)
     return folder
 
 
@@ -260,7 +289,10 @@ def make_trainer(
     if settings.compile:
         # The method and not the model, so that parameters keep their names.
         model.embed_tokens = torch.compile(model.embed_tokens, dynamic=True)  # type: ignore[method-assign]
-    training_set = TripletDataset(data.triplets, data.paths, load, config.seed)
+    trained = data.trained
+    training_set = TripletDataset(
+        trained.own, trained.paths, load, config.seed, trained.extra, settings.extra_weight
+    )
     if not settings.kinds:
         return Trainer(model, training_set, config, folder, scalars=scalars)
     ranks_reference = data.benchmark.splits[0].ranks_reference
@@ -344,7 +376,7 @@ def keep(run: Run, epoch: int, metrics: dict[str, Any], earlier: list[dict[str, 
         save_checkpoint(run.folder.checkpoint(name), run.model, epoch, told, full=settings.save_full)
 
 
-def training_config(settings: TrainingSettings, benchmark: Benchmark) -> TrainingConfig:
+def training_config(settings: TrainingSettings, benchmark: Benchmark | type[Benchmark]) -> TrainingConfig:
     """The settings that the loop needs; :class:`InputError` names one that cannot work."""
     span = benchmark.schedule_span(settings.num_epochs)
     return TrainingConfig(
@@ -357,12 +389,6 @@ def training_config(settings: TrainingSettings, benchmark: Benchmark) -> Trainin
         alone_epochs=settings.warmup_fusion,
         alone_prefix=FUSION_PARAMETERS,
     )
-
-
-def loss_weights(settings: TrainingSettings) -> dict[str, float]:
-    """The weights of the losses by their names; None are those that this run does not have."""
-    names = ("loss_itm", "loss_rtc", "loss_align", "loss_mined")
-    return {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
 
 
 def other_rates(settings: TrainingSettings) -> dict[str, float]:

@@ -124,7 +124,7 @@ class NegativeItems(Dataset):
         self.triplets = triplets
         self.paths: list[Path] = list(triplets.image_paths.values())
         # Persistent workers keep the copy of this object that they were started with, see TripletDataset.
-        self.mined = torch.zeros(len(triplets), per_query, dtype=torch.int32).share_memory_()
+        self.mined = torch.zeros(len(triplets.triplets), per_query, dtype=torch.int32).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the triplets the epoch."""
@@ -134,9 +134,10 @@ class NegativeItems(Dataset):
         return len(self.triplets)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        item = {**self.triplets[index], "triplet": index}
+        number = self.triplets.number(index)
+        item = {**self.triplets[index], "triplet": number}
         if self.mined.shape[1]:
-            images = [self.triplets.load(self.paths[row]) for row in self.mined[index].tolist()]
+            images = [self.triplets.load(self.paths[row]) for row in self.mined[number].tolist()]
             item["negative"] = torch.stack(images)
         return item
 
@@ -212,7 +213,7 @@ class Negatives:
             self.drawn = miner.draw(encoded, epoch)
             self.mined_file.write(epoch, self.drawn)
         elif self.drawn_for != due:
-            shape = (miner.every, len(self.items), miner.per_query)
+            shape = (miner.every, len(self.triplets.triplets), miner.per_query)
             self.drawn = self.mined_file.read(due, shape, torch.int32)
         self.drawn_for = due
         self.items.mined.copy_(self.drawn[epoch - due])

@@ -16,7 +16,7 @@ from sprc.run_folder import RunFolder
 from sprc.scoring.benchmarks import benchmark_class
 from sprc.training.state import saved_progress
 
-PATHS = ("data_path", "models_path", "model_path", "feature_cache", "vocab")
+PATHS = ("data_path", "models_path", "model_path", "extra_triplets", "feature_cache", "vocab")
 # Of the machine that trained and not of the model: a checkpoint, which travels, does not tell it.
 OF_THE_MACHINE = (*PATHS, "num_workers")
 
@@ -26,6 +26,7 @@ MAY_DIFFER = frozenset(
     {
         "data_path",  # the same data at another place: digests are compared
         "model_path",  # the same file at another place, likewise
+        "extra_triplets",  # likewise
         "vocab",  # the same words from another file, likewise
         "feature_cache",  # the same tokens; turned on or off where the stored type rounds nothing
         "num_epochs",  # while the schedule stays, and not fewer than are trained
@@ -129,7 +130,7 @@ def may_differ(name: str, own: dict[str, Any]) -> bool:
     """Whether the flag ``name`` may be given anew to a run with the flags ``own``."""
     if name == "cache_dtype":  # without a cache it had no effect
         return own["feature_cache"] is None
-    if name == "model_path":  # an earlier version did not write what was in the file
+    if name in ("model_path", "extra_triplets"):  # an earlier version did not write what was in the file
         return own.get("digests", {}).get(name) is not None
     return name in MAY_DIFFER
 
@@ -190,7 +191,7 @@ def digest_of_data(scored: list[Split], triplets: list[Triplet]) -> str:
 
 
 def digest_of_file(path: Path | None) -> str | None:
-    """A digest of a checkpoint's bytes; None without one."""
+    """A digest of a file's bytes; None without one."""
     return None if path is None else file_digest(path)
 
 

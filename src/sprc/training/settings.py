@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sprc.config import AMP, FUSION, GALLERY_DTYPES, ModelConfig
+from sprc.config import AMP, CONTRASTS, FUSION, GALLERY_DTYPES, ModelConfig
+from sprc.data import NOISE_KINDS
 from sprc.errors import InputError
 from sprc.scoring.settings import (
     CacheSettings,
@@ -53,6 +54,69 @@ class LoopSettings(ReaderSettings):
         unset="with --resume: embed whole batches again",
         group=SPEED,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TripletSettings:
+    """Triplets beside the training set's own, or made wrong, and the loss for those that may be wrong."""
+
+    contrast: str = setting(
+        "infonce",
+        choices=CONTRASTS,
+        help="complementary: the robust loss of TME, for training sets in which some triplets are wrong",
+    )
+    complementary_weight: float | None = setting(
+        None,
+        metavar="W",
+        help="of --contrast complementary: W times it and 1 - W times InfoNCE; default: 1, as TME has it",
+    )
+    noise_ratio: float = setting(
+        0.0,
+        metavar="RATIO",
+        help="make this share of the training triplets wrong, drawn by --seed; default: %(default)s",
+    )
+    noise_kind: str = setting(
+        "target",
+        choices=NOISE_KINDS,
+        help="what a wrong triplet has of another one: its target, or mix, as TME's: in a third each of "
+        "them the reference, the caption, the target; default: %(default)s",
+    )
+    extra_triplets: Path | None = setting(
+        None,
+        metavar="FILE",
+        help="train on these, too: JSON as the data set's captions files, of its training images",
+    )
+    extra_weight: float | None = setting(
+        None,
+        metavar="W",
+        help="of --extra-triplets: the share of them that each epoch takes in turn, at most 1; default: 1",
+    )
+
+    def check_triplets(self) -> None:
+        """Raise :class:`InputError` for a flag that has nothing to act on, or a value that cannot work."""
+        weight = self.complementary_weight
+        if weight is not None and self.contrast == "infonce":
+            raise InputError(
+                f"--complementary-weight {weight}: the loss is InfoNCE alone; add --contrast complementary, "
+                "or leave the flag out"
+            )
+        if weight is not None and not 0 <= weight <= 1:
+            raise InputError(f"--complementary-weight {weight} must be a number from 0 to 1")
+        if not 0 <= self.noise_ratio <= 1:
+            raise InputError(f"--noise-ratio {self.noise_ratio} must be a number from 0 to 1")
+        if self.extra_weight is not None and self.extra_triplets is None:
+            raise InputError(f"--extra-weight {self.extra_weight} weighs nothing; give --extra-triplets")
+        if self.extra_weight is not None and not 0 < self.extra_weight <= 1:
+            raise InputError(f"--extra-weight {self.extra_weight} must be more than 0 and at most 1")
+
+    def weights_where_unset(self) -> dict[str, float]:
+        """The weights that act and are None."""
+        found = {}
+        if self.contrast == "complementary" and self.complementary_weight is None:
+            found["complementary_weight"] = 1.0
+        if self.extra_triplets is not None and self.extra_weight is None:
+            found["extra_weight"] = 1.0
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +225,7 @@ class TrainingSettings(
     GallerySettings,
     CacheSettings,
     ImageSettings,
+    TripletSettings,
     NegativeSettings,
     LoopSettings,
     StartSettings,
@@ -218,6 +283,18 @@ class TrainingSettings(
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecipeSettings:
+    """Several runs in place of one."""
+
+    recipe: Path | None = setting(
+        None,
+        metavar="YAML",
+        help="run the stages of this file, or go on with them; other flags are for all of them; "
+        "docs/recipes.md",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PretrainingSettings(DeviceSettings, ReaderSettings):
     """What ``pretrain_tiny.py`` is told."""
 
@@ -235,7 +312,7 @@ class PretrainingSettings(DeviceSettings, ReaderSettings):
 
 def training_parser(description: str | None) -> ArgumentParser:
     """A parser of the settings and of the model's switches; None, for a switch, is the backbone's own."""
-    parser = flag_parser(description, TrainingSettings)
+    parser = flag_parser(description, TrainingSettings, RecipeSettings)
     add_flags(parser, ModelConfig, may_be_unset=True)
     return parser
 

@@ -1,0 +1,66 @@
+"""Which triplets a run trains on, and how it weighs the losses of triplets that may be wrong."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sprc.data.datasets import per_epoch
+from sprc.data.extra import load_extra
+from sprc.data.noise import make_wrong
+from sprc.data.split import Split, Triplet, triplets_of
+from sprc.errors import InputError
+from sprc.scoring.benchmarks import benchmark_class
+from sprc.training.settings import TrainingSettings
+
+
+@dataclass(frozen=True)
+class TrainingTriplets:
+    """What is trained on."""
+
+    own: list[Triplet]  # the training set's, or a share of them, some of them made wrong
+    extra: list[Triplet]  # of --extra-triplets
+    paths: dict[str, Path]  # of the images that both need
+    changes: list[dict[str, Any]]  # what --noise-ratio made wrong
+
+
+def read_triplets(settings: TrainingSettings, splits: Iterable[Split]) -> TrainingTriplets:
+    """The triplets of the training ``splits``, and of ``--extra-triplets``; what is unusual is printed.
+
+    Raises :class:`InputError` for a file of extra triplets that is wrong, and where too few are left to be
+    made wrong, or to be trained on.
+    """
+    splits = list(splits)
+    own, paths = triplets_of(splits, settings.train_share, settings.seed)
+    if settings.train_share < 1:
+        print(f"training on {len(own):,} triplets, --train-share {settings.train_share:g}", flush=True)
+    own, changes = make_wrong(own, settings.noise_ratio, settings.noise_kind, settings.seed)
+    if changes:
+        print(f"made wrong: {len(changes):,} of {len(own):,} training triplets", flush=True)
+    extra: list[Triplet] = []
+    if settings.extra_triplets is not None:
+        known = {name: path for split in splits for name, path in split.image_paths.items()}
+        missing = {name for split in splits for name in split.left_out.images}
+        keys = benchmark_class(settings.dataset).extra_keys
+        extra = load_extra(settings.extra_triplets, keys, known, missing)
+        if not (count := per_epoch(len(extra), settings.extra_weight)):
+            raise InputError(
+                f"--extra-weight {settings.extra_weight} of {len(extra):,} triplets is none; give more"
+            )
+        print(f"extra triplets: {len(extra):,}, {count:,} of them each epoch", flush=True)
+        paths |= {name: known[name] for t in extra for name in (t.reference, t.target) if name is not None}
+    return TrainingTriplets(own, extra, paths, changes)
+
+
+def loss_weights(settings: TrainingSettings) -> dict[str, float]:
+    """The weight of each loss by its name, of settings in which nothing is left to the benchmark.
+
+    Of both contrastive losses the complementary one has the share ``--complementary-weight``, and InfoNCE the
+    rest.
+    """
+    names = ("loss_itm", "loss_rtc", "loss_align", "loss_mined")
+    weights = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
+    if (share := settings.complementary_weight) is not None:
+        for name, weight in (("loss_itc", 1.0), ("loss_rtc", weights["loss_rtc"])):
+            weights |= {name: (1 - share) * weight, f"{name}_complementary": share * weight}
+    return weights
