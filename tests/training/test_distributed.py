@@ -333,7 +333,7 @@ def test_the_ranks_share_each_batch_of_the_single_process(monkeypatch):
     ],
 )
 def test_a_batch_that_the_ranks_cannot_share_is_refused(monkeypatch, changes, ranks, message):
-    monkeypatch.setattr("sprc.training.recipe.world_size", lambda: ranks)
+    monkeypatch.setattr("sprc.training.optimisation.world_size", lambda: ranks)
     with pytest.raises(InputError, match=message):
         TrainingConfig(**changes).check_fits(1000)
 

@@ -39,7 +39,7 @@ from sprc.training.compilation import require_compiler, told_compile_errors
 from sprc.training.fusion_log import FusionLog
 from sprc.training.loop import Trainer
 from sprc.training.negatives import Negatives, choose_learning
-from sprc.training.recipe import TrainingConfig, by_prefix
+from sprc.training.optimisation import TrainingConfig, by_prefix
 from sprc.training.resume import (
     OF_THE_MACHINE,
     absolute_paths,

@@ -30,7 +30,7 @@ from sprc.models.device import default_workers, precision
 from sprc.processes import stop_signals
 from sprc.run_folder import RunFolder
 from sprc.training.grad_cache import Embedder, GradCache
-from sprc.training.recipe import TrainingConfig, make_optimizer, make_schedule
+from sprc.training.optimisation import TrainingConfig, make_optimizer, make_schedule
 from sprc.training.state import Progress, RunState
 
 if TYPE_CHECKING:

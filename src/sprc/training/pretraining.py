@@ -26,7 +26,7 @@ from sprc.run_folder import RunFolder
 from sprc.scoring.encoding import eval_mode
 from sprc.training.first_stage import FirstStage
 from sprc.training.loop import Trainer
-from sprc.training.recipe import TrainingConfig
+from sprc.training.optimisation import TrainingConfig
 from sprc.training.settings import LoopSettings, PretrainingSettings
 
 BACKBONE = "tiny"
