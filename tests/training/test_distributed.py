@@ -127,7 +127,7 @@ def test_a_bank_and_mined_images_of_two_ranks_are_those_of_one(out, several):
     for mine, theirs in zip(two["losses"], one["losses"], strict=True):
         assert set(mine) == set(theirs) >= {"loss_bank", "loss_mined", "loss_rtc", "loss_align"}
         for name in mine:
-            slack = 1e-3 if name == "gate_std" else 1e-5  # a part's spread is a little smaller
+            slack = 5e-3 if name == "gate_std" else 1e-5  # the spread of four rows is smaller than of eight
             assert mine[name] == pytest.approx(theirs[name], abs=slack), name
     assert set(two["gradients"]) == set(one["gradients"])
     for name, gradient in one["gradients"].items():

@@ -425,6 +425,7 @@ def describe_run(settings: TrainingSettings, data: Data, model: Blip2QformerCirA
             title: {"images": len(found["images"]), "triplets": found["triplets"]}
             for title, found in data.left_out.items()
         }
+    flags = {name: list(value) if isinstance(value, tuple) else value for name, value in flags.items()}
     return {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
 
 
