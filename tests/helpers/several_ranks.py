@@ -112,6 +112,26 @@ def no_validation(_stop_if_asked):
     return {"recall": 0.0}
 
 
+def note_steps(trainer):
+    """The losses of each step and the first step's gradients, which fill as the trainer trains."""
+    losses, gradients = [], {}
+    agree, after_backward = trainer.agree, trainer.after_backward
+
+    def agree_and_note(*arguments):
+        values, signum = agree(*arguments)
+        losses.append(values)
+        return values, signum
+
+    def note_and_go_on():
+        if not gradients:
+            named = trainer.model.named_parameters()
+            gradients.update({name: p.grad.clone() for name, p in named if p.grad is not None})
+        after_backward()
+
+    trainer.agree, trainer.after_backward = agree_and_note, note_and_go_on
+    return losses, gradients
+
+
 def train(folder, changes, triplets=Triplets, validate=no_validation, contrast="infonce", **settings):
     """Twenty steps of `tiny`; the losses of each, the first step's gradients and the last weights."""
     folder.mkdir(exist_ok=True)
@@ -122,23 +142,9 @@ def train(folder, changes, triplets=Triplets, validate=no_validation, contrast="
     config = TrainingConfig(**{**STEPS, "loss_weights": {"loss_rtc": 0.4, "loss_align": 0.4}, **settings})
     trainer = Trainer(model, triplets(model.config.image_size), config, folder)
     note = trainer.load_state()
-    log = FusionLog(model.gated_fusion, folder, every=2) if model.gated_fusion is not None else None
-    losses, gradients = [], {}
-    agree = trainer.agree
-
-    def agree_and_note(*arguments):
-        values, signum = agree(*arguments)
-        losses.append(values)
-        return values, signum
-
-    def after_backward():
-        if not gradients:
-            named = model.named_parameters()
-            gradients.update({name: p.grad.clone() for name, p in named if p.grad is not None})
-        if log:
-            log.after_backward()
-
-    trainer.agree, trainer.after_backward = agree_and_note, after_backward
+    if model.gated_fusion is not None:
+        trainer.after_backward = FusionLog(model.gated_fusion, folder, every=2).after_backward
+    losses, gradients = note_steps(trainer)
     trainer.train(validate, lambda *_: None)
     if rank() == 0:
         found = {"losses": losses, "gradients": gradients, "weights": model.state_dict(), "note": note}
@@ -161,19 +167,7 @@ def train_wider(folder, cached):
     flags = {"negatives": "both", "refresh_bank": 1, "negatives_per_query": 2}
     negatives = make_negatives(folder, model, **flags)
     trainer = make_trainer(folder, model, negatives, num_epochs=2, grad_cache=1 if cached else None)
-    losses, gradients, agree = [], {}, trainer.agree
-
-    def agree_and_note(*arguments):
-        values, signum = agree(*arguments)
-        losses.append(values)
-        return values, signum
-
-    def after_backward():
-        if not gradients:
-            named = model.named_parameters()
-            gradients.update({name: p.grad.clone() for name, p in named if p.grad is not None})
-
-    trainer.agree, trainer.after_backward = agree_and_note, after_backward
+    losses, gradients = note_steps(trainer)
     trainer.train(no_validation, lambda *_: None)
     if rank() == 0:
         bank, drawn = negatives.bank.features, negatives.drawn

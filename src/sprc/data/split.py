@@ -65,5 +65,9 @@ def triplets_of(
         drawn = random.Random(seed).sample(range(len(triplets)), len(triplets))
         triplets = [triplets[place] for place in sorted(drawn[: max(1, round(share * len(triplets)))])]
     paths = {name: path for split in splits for name, path in split.image_paths.items()}
-    needed = dict.fromkeys(name for t in triplets for name in (t.reference, t.target) if name is not None)
-    return triplets, {name: paths[name] for name in needed}
+    return triplets, {name: paths[name] for name in images_of(triplets)}
+
+
+def images_of(triplets: Iterable[Triplet]) -> list[str]:
+    """The names of the triplets' references and known targets, each once, in their order."""
+    return list(dict.fromkeys(name for t in triplets for name in (t.reference, t.target) if name is not None))

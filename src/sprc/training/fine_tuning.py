@@ -53,6 +53,7 @@ from sprc.training.settings import LoopSettings, TrainingSettings
 from sprc.training.triplets import TrainingTriplets, loss_weights, read_triplets
 
 FUSION_PARAMETERS = "gated_fusion."  # their names start so
+FUSION_IS_OFF = "fusion is off; leave the flag out"
 
 
 @dataclass(frozen=True)
@@ -136,14 +137,14 @@ def check_flags(defaults: dict[str, Any], given: dict[str, Any]) -> None:
     if settings.extra_triplets is not None and not settings.extra_triplets.is_file():
         raise InputError(f"--extra-triplets {settings.extra_triplets} is missing; give a JSON file")
     if settings.switches.get("use_gated_fusion") is False:
-        refuse_fusion_flags(settings)
+        refuse_fusion_flags(settings, FUSION_IS_OFF)
 
 
-def refuse_fusion_flags(settings: TrainingSettings) -> None:
-    """Raise :class:`InputError` for a flag of the fusion's training, where there is no fusion."""
+def refuse_fusion_flags(settings: TrainingSettings, why: str) -> None:
+    """Raise :class:`InputError` for a flag of the fusion's training, where no fusion learns."""
     for flag, value in (("--fusion-lr", settings.fusion_lr), ("--warmup-fusion", settings.warmup_fusion)):
         if value:
-            raise InputError(f"{flag} {value}: fusion is off; leave the flag out")
+            raise InputError(f"{flag} {value}: {why}")
 
 
 def read_settings(defaults: dict[str, Any], given: dict[str, Any]) -> tuple[TrainingSettings, Resumed | None]:
@@ -164,9 +165,8 @@ def read_settings(defaults: dict[str, Any], given: dict[str, Any]) -> tuple[Trai
         )
     if settings.log_fusion_every < 0:
         raise InputError(f"--log-fusion-every {settings.log_fusion_every} is too small; 0 logs nothing")
-    for flag, value in (("--fusion-lr", settings.fusion_lr), ("--warmup-fusion", settings.warmup_fusion)):
-        if value and settings.train == "call2":
-            raise InputError(f"{flag} {value}: the fusion does not learn with --train call2; leave one out")
+    if settings.train == "call2":
+        refuse_fusion_flags(settings, "the fusion does not learn with --train call2; leave one out")
     if not 0 < settings.train_share <= 1:
         raise InputError(f"--train-share {settings.train_share} must be more than 0 and at most 1")
     if strategy := settings.switches.get("fusion_strategy"):
@@ -222,7 +222,7 @@ def make_model(
         recorded=None if resumed is None else resumed.flags.get("model_config"),
     )
     if model.gated_fusion is None:
-        refuse_fusion_flags(settings)
+        refuse_fusion_flags(settings, FUSION_IS_OFF)
     choose_learning(model, settings.train)
     for prefix, parameters in by_prefix(model, config.other_rates).items():
         if prefix:

@@ -8,7 +8,7 @@ from typing import Any
 from sprc.data.datasets import per_epoch
 from sprc.data.extra import load_extra
 from sprc.data.noise import make_wrong
-from sprc.data.split import Split, Triplet, triplets_of
+from sprc.data.split import Split, Triplet, images_of, triplets_of
 from sprc.errors import InputError
 from sprc.scoring.benchmarks import benchmark_class
 from sprc.training.settings import TrainingSettings
@@ -48,7 +48,7 @@ def read_triplets(settings: TrainingSettings, splits: Iterable[Split]) -> Traini
                 f"--extra-weight {settings.extra_weight} of {len(extra):,} triplets is none; give more"
             )
         print(f"extra triplets: {len(extra):,}, {count:,} of them each epoch", flush=True)
-        paths |= {name: known[name] for t in extra for name in (t.reference, t.target) if name is not None}
+        paths |= {name: known[name] for name in images_of(extra)}
     return TrainingTriplets(own, extra, paths, changes)
 
 
