@@ -3,6 +3,8 @@
 # make ablation     compares fusion off and its strategies on the built-in data, ten seeds each: an hour
 # make ablation-switches   the same for gated fusion's switches, one at a time: about an hour
 # make ablation-tokens     the same for fusion that edits each token in its own way: 104 trainings, two hours
+# make ablation-negatives  SPRC with and without fusion against its batch, a bank, mined images, both: half an hour
+# make ablation-noise      the same with 0, 20 and 50 % of wrong targets under two losses: 45 minutes
 # make ablation-shares     plain SPRC and three strategies on 10 and 30 % of the training triplets: half an hour
 # make app          a page to search pictures: an index of your own, or the demo's pictures
 # make test         sets up the same and runs all tests (LAVIS's included)
@@ -20,8 +22,8 @@ PYTHON ?= python3
 CHECKOUT_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.9.*/bin/python) 3.9)
 UV := $(or $(shell command -v uv),.tools/bin/uv)
 
-.PHONY: setup demo demo-fashioniq ablation ablation-switches ablation-tokens ablation-shares \
-	app test test-quick test-numeric test-browser test-checkout \
+.PHONY: setup demo demo-fashioniq ablation ablation-switches ablation-tokens ablation-negatives \
+	ablation-noise ablation-shares app test test-quick test-numeric test-browser test-checkout \
 	test-modern test-gpu bench
 .DELETE_ON_ERROR:
 
@@ -71,6 +73,14 @@ ablation-switches: .venv/ready
 ablation-tokens: .venv/ready
 	.venv/bin/python src/make_demo_data.py --out demo
 	.venv/bin/python src/run_ablation.py --out ablation --config configs/ablation_tokens.yaml --devices cpu cpu
+
+ablation-negatives: .venv/ready
+	.venv/bin/python src/make_demo_data.py --out demo
+	.venv/bin/python src/run_ablation.py --out ablation --config configs/ablation_negatives.yaml --devices cpu cpu
+
+ablation-noise: .venv/ready
+	.venv/bin/python src/make_demo_data.py --out demo
+	.venv/bin/python src/run_ablation.py --out ablation --config configs/ablation_noise.yaml --devices cpu cpu
 
 ablation-shares: .venv/ready
 	.venv/bin/python src/make_demo_data.py --out demo

@@ -28,7 +28,7 @@ def main() -> None:
     failures = run_cells(config, settings.out, check_devices(settings.devices))
     from sprc.ablation.report import report_ablation
 
-    print(f"\n{report_ablation(settings.out, config.cells(), failures)}")
+    print(f"\n{report_ablation(settings.out, config.cells(), config.baseline, failures)}")
     if failures:
         sys.exit(
             f"error: {len(failures)} of {len(config.cells())} cells failed; the same command tries them again"

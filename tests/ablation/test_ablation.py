@@ -72,10 +72,10 @@ def test_a_switch_that_does_not_touch_a_fusion_does_not_repeat_it():
 
 def test_a_cell_s_name_and_flags_say_what_it_is():
     assert Cell("off", None, None, None, 1).name == "off-seed1"
-    assert Cell("off", None, None, None, 1).flags() == ["--no-use-gated-fusion", "--seed", "1"]
+    assert Cell("off", None, None, None, 1).arguments() == ["--no-use-gated-fusion", "--seed", "1"]
     cell = Cell("gated", 0.1, "identity", "all", 2)
     assert cell.name == "gated-alpha0.1-identity-all-seed2"
-    assert " ".join(cell.flags()) == (
+    assert " ".join(cell.arguments()) == (
         "--use-gated-fusion --fusion-strategy gated --alpha-init 0.1 --fusion-start identity --pool all "
         "--seed 2"
     )
@@ -87,15 +87,47 @@ def test_text_rate_and_warm_up_are_named_where_they_are_not_the_default():
         fusion=["off", "gated"], text=["contextual"], rate=[0.002], warmup=[1], pool=["all"], seeds=[0]
     )
     off, gated = cells.cells()
-    assert off.flags() == ["--no-use-gated-fusion", "--seed", "0"]
+    assert off.arguments() == ["--no-use-gated-fusion", "--seed", "0"]
     # Contextual words have no padding, so that there is no mean over it.
     assert gated.name == "gated-alpha0.5-random-masked-contextual-lr0.002-warmup1-seed0"
-    assert " ".join(gated.flags()).endswith(
+    assert " ".join(gated.arguments()).endswith(
         "--pool masked --fusion-text contextual --fusion-lr 0.002 --warmup-fusion 1 --seed 0"
     )
     assert (
         config(text=["embeddings"], rate=[None], warmup=[0], seeds=[0]).cells() == config(seeds=[0]).cells()
     )
+
+
+def test_further_flags_of_the_training_are_a_switch_of_the_grid():
+    flags = ["", "--negatives bank --train query", "--models-dir 'a b/c'"]
+    cells = config(fusion=["off", "gmu"], flags=flags, seeds=[3]).cells()
+    assert [cell.name for cell in cells] == [
+        "off-seed3",
+        "off-negatives_bank_train_query-seed3",
+        "off-models-dir_a_b_c-seed3",
+        "gmu-masked-seed3",
+        "gmu-masked-negatives_bank_train_query-seed3",
+        "gmu-masked-models-dir_a_b_c-seed3",
+    ]
+    assert cells[0] == config(fusion=["off"], seeds=[3]).cells()[0]
+    fusion = ["--no-use-gated-fusion", "--seed", "3"]
+    assert cells[1].arguments() == ["--negatives", "bank", "--train", "query", *fusion]
+    assert cells[2].arguments() == ["--models-dir", "a b/c", *fusion]
+    assert cells[4].arguments()[:5] == ["--negatives", "bank", "--train", "query", "--use-gated-fusion"]
+
+
+def test_any_variant_may_be_the_baseline(tmp_path):
+    cells = config(fusion=["off", "gated", "film"]).cells()
+    results = results_of(tmp_path, "cirr", "arithmetic_mean")
+    off, gated, film = table(cells, results, cells[2].variant, {})
+    assert cells[2].variant == "film-random-masked"
+    assert film["difference"] is None
+    assert film["step_time_ratio"] == 1.0
+    of_off = table(cells, results, "off", {})
+    assert off["difference"] == pytest.approx(-of_off[2]["difference"])
+    assert gated["seeds"] == 2
+    nothing = table(cells, results, "gmu", {})
+    assert [row["difference"] for row in nothing] == [row["step_time_ratio"] for row in nothing] == [None] * 3
 
 
 def test_a_strategy_starts_in_its_own_way_unless_it_is_told():
@@ -116,7 +148,7 @@ def test_a_strategy_starts_in_its_own_way_unless_it_is_told():
     ]
     assert config(start=["auto", "random"], seeds=[0]).cells() == config(start=["random"], seeds=[0]).cells()
     (cell,) = config(fusion=["cross"], start=["random"], seeds=[0]).cells()
-    assert " ".join(cell.flags()) == (
+    assert " ".join(cell.arguments()) == (
         "--use-gated-fusion --fusion-strategy cross --alpha-init 0.5 --fusion-start random --seed 0"
     )
 
@@ -165,6 +197,16 @@ def test_a_yaml_file_gives_the_grid_and_flags_win_over_it(tmp_path):
         ({"training": [*FLAGS, "--seed=3"]}, "--seed: the ablation sets --seed itself"),
         ({"training": [*FLAGS, "--fusion-st", "gated"]}, "--fusion-st: the ablation sets --fusion-strategy"),
         ({"training": [*FLAGS, "--models-path", "x"]}, "--models-path: the ablation sets"),
+        ({"flags": [["--train", "query"]]}, "flags=['--train', 'query'] must be text"),
+        ({"flags": ["--negatives 'bank"]}, "cannot be read (No closing quotation); close its quotes"),
+        (
+            {"flags": ["--negatives bank --seed 3"]},
+            "--seed: the ablation sets --seed itself; leave it out of",
+        ),
+        ({"flags": ["--a b", "--a_b"]}, "two values of the list give a cell the name off-a_b-seed0"),
+        ({"flags": ["--extra-triplets " + "x" * 255]}, "is too long for a folder's name"),
+        ({"grids": [{"flags": [3]}]}, "flags=3 must be text"),
+        ({"baseline": "gated"}, "baseline='gated' is no variant; choose from off, gated-alpha0.5-random-mas"),
     ],
 )
 def test_a_grid_that_cannot_work_is_refused(values, message):
@@ -177,7 +219,7 @@ def test_a_bad_file_or_device_is_named(tmp_path):
     for text, message in (
         (
             "fusions: [off]\n",
-            "unknown key fusions; its keys are fusion, alpha, start, pool, text, rate, warmup, seeds",
+            "unknown key fusions; its keys are fusion, alpha, start, pool, text, rate, warmup, flags, seeds",
         ),
         ("- off\n", "no mapping"),
         ("fusion: [off", "cannot be read"),
@@ -260,7 +302,7 @@ def test_cells_run_one_at_a_time_on_each_device_and_once(fake_scripts, monkeypat
     for call in made:
         cell = next(cell for cell in grid.cells() if cell.name == call["folder"])
         given = " ".join(call["argv"])
-        assert given.startswith(f"--dataset CIRR {' '.join(cell.flags())}")
+        assert given.startswith(f"--dataset CIRR {' '.join(cell.arguments())}")
         assert given.endswith(f"--save-training --save-best --device {call['device']}")
         assert call["switches"] is None
         assert call["threads"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
@@ -413,17 +455,17 @@ def test_the_table_equals_a_plain_recomputation(tmp_path, dataset, criterion):
     failures = {cells[-2]: "error: no luck"}
     assert cells[-2].name == "gated-alpha0.5-random-masked-seed2"
     results = results_of(tmp_path, dataset, criterion)
-    off, gated, film = table(cells, results, failures)
+    off, gated, film = table(cells, results, "off", failures)
     assert [row["seeds"] for row in (off, gated, film)] == [3, 2, 3]
     assert [row["failed"] for row in (off, gated, film)] == [0, 1, 0]
     assert gated["error"] == "error: no luck"
     assert [row["parameters_added"] for row in (off, gated, film)] == [0, 12, 5]
-    assert off["step_time_vs_off"] == 1.0
-    assert gated["step_time_vs_off"] == pytest.approx(statistics.median([0.3, 0.6]) / 0.4)
+    assert off["step_time_ratio"] == 1.0
+    assert gated["step_time_ratio"] == pytest.approx(statistics.median([0.3, 0.6]) / 0.4)
     # Epochs 1, 3, 5 were validated, from 0: off's best of 30 came after four epochs, film's 40 after two.
-    assert (off["epochs_to_off_best"], off["off_best_reached"]) == (4, 3)
-    assert (gated["epochs_to_off_best"], gated["off_best_reached"]) == (4, 2)
-    assert (film["epochs_to_off_best"], film["off_best_reached"]) == (2, 2)
+    assert (off["epochs_to_baseline_best"], off["baseline_best_reached"]) == (4, 3)
+    assert (gated["epochs_to_baseline_best"], gated["baseline_best_reached"]) == (4, 2)
+    assert (film["epochs_to_baseline_best"], film["baseline_best_reached"]) == (2, 2)
 
     def share(rows, column, k):
         return 100 * sum(row[column] < k for row in rows) / len(rows)
@@ -472,7 +514,7 @@ def test_cells_scored_on_other_queries_are_not_compared(tmp_path):
     results = results_of(tmp_path, "cirr", "arithmetic_mean")
     results[1].ranks.loc[3, "pairid"] = 7
     with pytest.raises(InputError, match=r"gated-.*-seed0 was scored on other queries"):
-        table([one.cell for one in results], results, {})
+        table([one.cell for one in results], results, "off", {})
 
 
 def write_cells(out, results):
@@ -527,7 +569,7 @@ def test_the_report_says_what_was_left_out(tmp_path):
     for path in tmp_path.glob("cells/*/*/training_hyperparameters.json"):
         path.write_text(json.dumps({**json.loads(path.read_text()), "left_out": left_out}))
     (absent,) = set(cells) - {one.cell for one in results}
-    text = report_ablation(tmp_path, cells, {absent: "error: it failed"})
+    text = report_ablation(tmp_path, cells, "off", {absent: "error: it failed"})
     for written in (text, (tmp_path / "ablation.tex").read_text()):
         assert " Left out, because image files are missing: 3 images, 5 triplets of val. " in written
     for row in read_csv(tmp_path / "ablation.csv"):
@@ -538,7 +580,7 @@ def test_the_report_s_files_agree_and_name_what_failed(tmp_path):
     cells = config(fusion=["off", "gated", "film"]).cells()
     failures = {cells[-2]: "error: 100 % of a_b & {c} failed"}
     write_cells(tmp_path, results_of(tmp_path, "cirr", "arithmetic_mean"))
-    text = report_ablation(tmp_path, cells, failures)
+    text = report_ablation(tmp_path, cells, "off", failures)
     assert (tmp_path / "ablation.md").read_text() == text
     assert "validation split, on which each run's epoch was chosen as well" in text
     assert "- gated-alpha0.5-random-masked-seed2: `error: 100 % of a_b & {c} failed`" in text
@@ -555,9 +597,9 @@ def test_the_report_s_files_agree_and_name_what_failed(tmp_path):
             ]
             assert len(lines) == 2  # one in each table
             assert shown.format(plus_minus) in lines[0]
-            assert f"{float(row['step_time_vs_off']):.2f}" in lines[1]
+            assert f"{float(row['step_time_ratio']):.2f}" in lines[1]
     assert rows[1]["error"] == "error: 100 % of a_b & {c} failed"
-    assert float(rows[1]["step_time_vs_off"]) == pytest.approx(0.45 / 0.4)
+    assert float(rows[1]["step_time_ratio"]) == pytest.approx(0.45 / 0.4)
     for name in ("recall.png", "losses.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     if shutil.which("pdflatex"):
@@ -568,9 +610,30 @@ def test_the_report_s_files_agree_and_name_what_failed(tmp_path):
         )
 
 
+def test_losses_that_only_some_variants_have_are_drawn_for_these(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(
+        sprc.ablation.report, "save_figure", lambda figure, path: drawn.update({path.name: figure})
+    )
+    cells = config(fusion=["off", "gated", "film"]).cells()
+    results = results_of(tmp_path, "cirr", "arithmetic_mean")
+    write_cells(tmp_path, results)
+    for one in results:
+        if one.cell.fusion == "film":
+            path = next((tmp_path / "cells" / one.cell.name).rglob("train_metrics.csv"))
+            path.write_text(path.read_text().replace("loss_itc", "loss_bank"))
+    report_ablation(tmp_path, cells, "off", {})
+    panels = {axis.get_title(): axis for axis in drawn["losses.png"].axes}
+    variants = list(dict.fromkeys(cell.variant for cell in cells))
+    assert [line.get_label() for line in panels["loss_itc"].lines] == variants[:2]
+    assert [line.get_label() for line in panels["loss_bank"].lines] == variants[2:]
+    (legend,) = drawn["losses.png"].legends
+    assert [text.get_text() for text in legend.get_texts()] == variants
+
+
 def test_a_report_without_a_finished_cell_says_so(tmp_path):
     cells = config(fusion=["off"], seeds=[0]).cells()
-    text = report_ablation(tmp_path, cells, {cells[0]: "error: no luck"})
+    text = report_ablation(tmp_path, cells, "off", {cells[0]: "error: no luck"})
     assert text.startswith("No cell has finished.")
     assert "- off-seed0: `error: no luck`" in text
     assert_latex_in_form((tmp_path / "ablation.tex").read_text())
@@ -607,7 +670,7 @@ def test_the_report_tells_recall_by_kind_of_edit(tmp_path):
     done = {one.cell for one in results}
     failures = {cell: "error: no luck" for cell in cells if cell not in done}
     assert {cell.fusion for cell in failures} == {"gated", "film", "tirg"}  # of tirg all seeds
-    text = report_ablation(tmp_path, cells, failures)
+    text = report_ablation(tmp_path, cells, "off", failures)
     table_alone = (tmp_path / "ablation.csv").read_bytes()
     assert "by kind" not in text + (tmp_path / "ablation.tex").read_text()
     assert not (tmp_path / "ablation_by_kind.csv").exists()
@@ -619,12 +682,12 @@ def test_the_report_tells_recall_by_kind_of_edit(tmp_path):
     (tmp_path / "cirr_dataset").mkdir()
     one_kind = {pair_id: {"kind": "shape"} for pair_id in edits}
     (tmp_path / "cirr_dataset" / "edits.val.json").write_text(json.dumps(one_kind))
-    report_ablation(tmp_path, cells, failures)
+    report_ablation(tmp_path, cells, "off", failures)
     assert (tmp_path / "ablation.csv").read_bytes() == table_alone
     assert {row["kind"] for row in read_csv(tmp_path / "ablation_by_kind.csv")} == {"shape", "all"}
     path = tmp_path / "cirr_dataset" / "edits.test1.json"  # its being there makes test1 the scored split
     path.write_text(json.dumps(edits))
-    text = report_ablation(tmp_path, cells, failures)
+    text = report_ablation(tmp_path, cells, "off", failures)
     rows = read_csv(tmp_path / "ablation_by_kind.csv")
     tex = (tmp_path / "ablation.tex").read_text()
     assert_latex_in_form(tex, tables=4)
@@ -659,7 +722,7 @@ def test_the_report_tells_recall_by_kind_of_edit(tmp_path):
     del edits["117"]
     path.write_text(json.dumps(edits))
     with pytest.raises(InputError, match=re.escape(f"{path}: entry 117: is missing; make the data again")):
-        report_ablation(tmp_path, cells, failures)
+        report_ablation(tmp_path, cells, "off", failures)
 
 
 def test_fashioniq_s_types_are_put_together_by_kind(tmp_path):
@@ -751,7 +814,7 @@ def test_the_ablation_scores_the_test_split_of_the_built_in_data(data, tmp_path)
     off, film = read_csv(out / "ablation.csv")
     assert (off["variant"], film["variant"]) == ("off", "film-random-masked")
     assert int(film["parameters_added"]) == 2 * (96 * 96 + 96)
-    assert float(film["step_time_vs_off"]) > 0
+    assert float(film["step_time_ratio"]) > 0
     for row in (off, film):
         cell = out / "cells" / f"{row['variant']}-seed0"
         (run_folder,) = cell.glob("clip_*")

@@ -1,6 +1,9 @@
 """The ablation's grid: which trainings it compares. Imports no torch."""
 
 import math
+import re
+import shlex
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
@@ -14,7 +17,9 @@ from sprc.errors import InputError
 from sprc.settings import ROOT, setting, settings_of
 
 OFF = "off"
-SWITCHES = ("fusion", "alpha", "start", "pool", "text", "rate", "warmup")  # what a cell is, but for its seed
+# What a cell is, but for its seed.
+SWITCHES = ("fusion", "alpha", "start", "pool", "text", "rate", "warmup", "flags")
+LONGEST_NAME = 200  # of a cell's folder; file systems take 255
 # What the grid sets itself. argparse takes a flag's beginning for the flag, so those are refused as well.
 OWN_FLAGS = (
     "--use-gated-fusion",
@@ -47,6 +52,7 @@ class Cell:
     text: str | None = None  # None also for "embeddings", the default
     rate: float | None = None  # of the fusion's parameters; None is the training's own
     warmup: int | None = None  # epochs in which only the fusion learns; None is none
+    flags: str | None = None  # further flags of the training; None is none
 
     @property
     def variant(self) -> str:
@@ -54,7 +60,11 @@ class Cell:
         alpha = None if self.alpha is None else f"alpha{self.alpha:g}"
         rate = None if self.rate is None else f"lr{self.rate:g}"
         warmup = None if self.warmup is None else f"warmup{self.warmup}"
-        parts = (self.fusion, alpha, self.start, self.pool, self.text, rate, warmup)
+        flags = None
+        if self.flags is not None:
+            words = (word.removeprefix("--") for word in shlex.split(self.flags))
+            flags = re.sub(r"[^\w.,=+-]+", "_", "_".join(words))
+        parts = (self.fusion, alpha, self.start, self.pool, self.text, rate, warmup, flags)
         return "-".join(part for part in parts if part is not None)
 
     @property
@@ -62,14 +72,16 @@ class Cell:
         """The name of the cell's folder."""
         return f"{self.variant}-seed{self.seed}"
 
-    def flags(self) -> list[str]:
-        """The cell's flags for ``blip_fine_tune_2.py``."""
+    def arguments(self) -> list[str]:
+        """The cell's own arguments of ``blip_fine_tune_2.py``, which win over those of all cells."""
+        further = [] if self.flags is None else shlex.split(self.flags)
         if self.fusion == OFF:
-            return ["--no-use-gated-fusion", "--seed", str(self.seed)]
+            return [*further, "--no-use-gated-fusion", "--seed", str(self.seed)]
         switches = {"--alpha-init": self.alpha, "--fusion-start": self.start, "--pool": self.pool}
         switches |= {"--fusion-text": self.text, "--fusion-lr": self.rate, "--warmup-fusion": self.warmup}
         given = [str(item) for pair in switches.items() if pair[1] is not None for item in pair]
-        return ["--use-gated-fusion", "--fusion-strategy", self.fusion, *given, "--seed", str(self.seed)]
+        strategy = ["--use-gated-fusion", "--fusion-strategy", self.fusion]
+        return [*further, *strategy, *given, "--seed", str(self.seed)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,16 +104,22 @@ class AblationConfig:
         (None,), help="the fusion's own learning rates; default: the training's"
     )
     warmup: Sequence[int] = setting((0,), help="epochs in which only the fusion learns; default: 0")
+    flags: Sequence[str] = setting(
+        ("",), help="further flags of the training, quoted: '' '--negatives bank'; default: none"
+    )
     seeds: Sequence[int] = setting((0, 1, 2), help="default: 0 1 2")
     training: Sequence[str] = setting(
         (), positional=True, nargs="*", metavar="-- FLAG", help="of src/blip_fine_tune_2.py"
+    )
+    baseline: str = setting(
+        OFF, metavar="VARIANT", help="what the others are compared with, as the table names it; default: off"
     )
     grids: Sequence[dict[str, Any]] = ()  # none: one grid of the lists above
 
     def __post_init__(self) -> None:
         for field in fields(self):
             values = getattr(self, field.name)
-            if field.name == "grids":
+            if field.name in ("grids", "baseline"):
                 continue
             empty = not values and field.name != "training"  # whose flags are asked for below
             if isinstance(values, str) or not isinstance(values, Sequence) or empty:
@@ -111,18 +129,28 @@ class AblationConfig:
             else:
                 checked = tuple(dict.fromkeys(self._checked(field.name, value) for value in values))
             object.__setattr__(self, field.name, checked)
-        names = [item.split("=")[0] for item in self.training if item.startswith("--")]
-        for name in names:
-            if owned := [flag for flag in OWN_FLAGS if flag.startswith(name)]:
-                raise InputError(f"{name}: the ablation sets {owned[0]} itself; leave it out of training")
-        if "--dataset" not in names:
+        if "--dataset" not in refuse_own_flags(self.training, "training"):
             raise InputError("the training's flags lack --dataset; give it, and all others, after --")
         if isinstance(self.grids, str) or not isinstance(self.grids, Sequence):
             raise InputError(f"grids={self.grids!r}: give a list of mappings")
         for grid in self.grids:
             if not isinstance(grid, dict) or not set(grid) <= set(SWITCHES):
                 raise InputError(f"grids: {grid!r} is no mapping of {', '.join(SWITCHES)} to lists")
-            replace(self, grids=(), **grid)  # its values are checked here
+            replace(self, grids=(), baseline=OFF, **grid)  # its values are checked here
+        if self.baseline is False:
+            object.__setattr__(self, "baseline", OFF)
+        self._check_variants()
+
+    def _check_variants(self) -> None:
+        cells = self.cells()
+        for name, count in Counter(cell.name for cell in cells).items():
+            if count > 1:
+                raise InputError(f"flags: two values of the list give a cell the name {name}; leave one out")
+            if len(name) > LONGEST_NAME:
+                raise InputError(f"flags: {name} is too long for a folder's name; put files in shorter paths")
+        variants = list(dict.fromkeys(cell.variant for cell in cells))
+        if self.baseline != OFF and self.baseline not in variants:
+            raise InputError(f"baseline={self.baseline!r} is no variant; choose from {', '.join(variants)}")
 
     @staticmethod
     def _checked(name: str, value: Any) -> Any:
@@ -138,6 +166,14 @@ class AblationConfig:
             if type(value) not in (int, float) or not math.isfinite(value):
                 raise InputError(f"alpha={value!r} must be a finite number")
             return float(value)
+        if name == "flags":
+            if not isinstance(value, str):
+                raise InputError(f"flags={value!r} must be text, as '--negatives bank'; quote it")
+            try:
+                refuse_own_flags(shlex.split(value), "flags")
+            except ValueError as error:
+                raise InputError(f"flags={value!r} cannot be read ({error}); close its quotes") from error
+            return value
         if name == "rate":
             if value is None:
                 return None
@@ -173,22 +209,37 @@ class AblationConfig:
         """
         grids = [replace(self, grids=(), **grid) for grid in self.grids] or [self]
         cells = {
-            cell_of(fusion, alpha, start, pool, text, rate, warmup, seed): None
+            cell_of(seed, *switches): None
             for seed in self.seeds
             for grid in grids
-            for fusion, alpha, start, pool, text, rate, warmup in product(
-                *(getattr(grid, switch) for switch in SWITCHES)
-            )
+            for switches in product(*(getattr(grid, switch) for switch in SWITCHES))
         }
         return list(cells)
 
 
+def refuse_own_flags(arguments: Sequence[str], where: str) -> list[str]:
+    """The flags of ``arguments``; raises :class:`InputError` for one that the grid sets itself."""
+    names = [item.split("=")[0] for item in arguments if item.startswith("--")]
+    for name in names:
+        if owned := [flag for flag in OWN_FLAGS if flag.startswith(name)]:
+            raise InputError(f"{name}: the ablation sets {owned[0]} itself; leave it out of {where}")
+    return names
+
+
 def cell_of(
-    fusion: str, alpha: float, start: str, pool: str, text: str, rate: float | None, warmup: int, seed: int
+    seed: int,
+    fusion: str,
+    alpha: float,
+    start: str,
+    pool: str,
+    text: str,
+    rate: float | None,
+    warmup: int,
+    flags: str,
 ) -> Cell:
-    """The cell of these switches, without those that do not touch its fusion."""
+    """The cell of these switches, in :data:`SWITCHES`' order, without those that do not touch its fusion."""
     if fusion == OFF:
-        return Cell(OFF, None, None, None, seed)
+        return Cell(OFF, None, None, None, seed, flags=flags or None)
     strategy = STRATEGIES[fusion]
     contextual = text == "contextual"
     if start == "auto":
@@ -204,6 +255,7 @@ def cell_of(
         text if contextual and not strategy.contextual else None,
         rate,
         warmup or None,
+        flags or None,
     )
 
 

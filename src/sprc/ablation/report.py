@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from matplotlib import color_sequences
 
-from sprc.ablation.grid import OFF, SWITCHES, Cell
+from sprc.ablation.grid import SWITCHES, Cell
 from sprc.ablation.kinds import as_ranking, shown_by_kind, table_by_kind, with_kinds
 from sprc.ablation.power import EFFECT, least_seen, seeds_needed, spread
 from sprc.ablation.run import find_run, split_to_score
@@ -92,7 +92,7 @@ def read_cell(folder: Path, cell: Cell) -> CellResult:
     )
 
 
-def report_ablation(out: Path, cells: list[Cell], failures: dict[Cell, str]) -> str:
+def report_ablation(out: Path, cells: list[Cell], baseline: str, failures: dict[Cell, str]) -> str:
     """Write `ablation.csv`, `.md` and `.tex`, and if any cell has finished `recall.png` and `losses.png`.
 
     Where the data tell the kinds of their edits, as the built-in ones do, `ablation_by_kind.csv` as well.
@@ -100,6 +100,7 @@ def report_ablation(out: Path, cells: list[Cell], failures: dict[Cell, str]) -> 
     Args:
         out: the ablation's folder, where they go.
         cells: of the grid.
+        baseline: the variant that the others are compared with; where no cell is one, nothing is compared.
         failures: those that failed, each with its last line.
 
     Returns:
@@ -109,7 +110,7 @@ def report_ablation(out: Path, cells: list[Cell], failures: dict[Cell, str]) -> 
         InputError: the cells were scored on different queries, or a file of edits does not fit them.
     """
     results = [read_cell(out / "cells" / cell.name, cell) for cell in cells if cell not in failures]
-    rows = table(cells, results, failures)
+    rows = table(cells, results, baseline, failures)
     write_csv(out / "ablation.csv", rows)
     runs: dict[str, list[pd.DataFrame]] = {cell.variant: [] for cell in cells}
     for one in results:
@@ -117,22 +118,22 @@ def report_ablation(out: Path, cells: list[Cell], failures: dict[Cell, str]) -> 
     by_kind = table_by_kind(runs, results[0].benchmark.by_kind) if results else []
     if by_kind:
         write_csv(out / "ablation_by_kind.csv", by_kind)
-    text = markdown(rows, by_kind, results, failures)
+    text = markdown(rows, by_kind, results, baseline, failures)
     write_atomically(out / "ablation.md", lambda file: file.write(text.encode()))
-    tex = latex(rows, by_kind, results, failures)
+    tex = latex(rows, by_kind, results, baseline, failures)
     write_atomically(out / "ablation.tex", lambda file: file.write(tex.encode()))
     if results:
         names = results[0].benchmark.plotted
         labels = {name: metric_label(name) for name in names}
         validation = [(one.cell.variant, one.validation) for one in results]
         plot_bands(validation, labels, "validation, percent", out / "recall.png")
-        losses = {name: name for name in results[0].train if "loss" in name}
+        losses = {name: name for one in results for name in one.train if "loss" in name}
         plot_bands([(one.cell.variant, one.train) for one in results], losses, "training", out / "losses.png")
     return text
 
 
 def table(
-    cells: list[Cell], results: list[CellResult], failures: dict[Cell, str]
+    cells: list[Cell], results: list[CellResult], baseline: str, failures: dict[Cell, str]
 ) -> list[dict[str, float | int | str | None]]:
     """A row a variant, its seeds summed up; None where a figure cannot be had.
 
@@ -140,11 +141,13 @@ def table(
     - `validation_mean`, `validation_std`: the headline metric on the validation split at the epochs that were
       kept, where the others are of the test split. Choose between variants by it.
     - `parameters_added`: the fusion's, counted in a checkpoint.
-    - `step_seconds`: median over seeds of a step's wall-clock seconds while training; `step_time_vs_off` is
-      its ratio to off's. Cells that ran side by side have shared the machine.
-    - `epochs_to_off_best`: after how many epochs a run's validation criterion first was at least the best
-      that off with the same seed ever had; the mean over the `off_best_reached` seeds where it was.
-    - `difference`, `_low`, `_high`, `_p`: see :func:`paired_bootstrap`, over the seeds that off has as well.
+    - `step_seconds`: median over seeds of a step's wall-clock seconds while training; `step_time_ratio` is
+      its ratio to that of the ``baseline``. Cells that ran side by side have shared the machine.
+    - `epochs_to_baseline_best`: after how many epochs a run's validation criterion first was at least the
+      best that the baseline with the same seed ever had; the mean over the `baseline_best_reached` seeds
+      where it was.
+    - `difference`, `_low`, `_high`, `_p`: see :func:`paired_bootstrap`, over the seeds that the baseline has
+      as well.
     - `difference_std`, `least_seen`, `seeds_needed`: the spread of the difference over seeds, the least one
       that they see, and the seeds that 2 points need; see :mod:`sprc.ablation.power`.
     - `missing_images`, `dropped_triplets`: only where image files of the validation split were missing.
@@ -153,7 +156,7 @@ def table(
     for cell in cells:
         of_variant.setdefault(cell.variant, []).append(cell)
     by_cell = {one.cell: one for one in results}
-    baseline = {one.cell.seed: one for one in results if one.cell.fusion == OFF}
+    compared = {one.cell.seed: one for one in results if one.cell.variant == baseline}
     metric_names = list(results[0].metrics) if results else []
     validation = results[0].validation if results else pd.DataFrame()
     left_out = {name: int(validation[name].iloc[0]) for name in LEFT_OUT if name in validation}
@@ -162,7 +165,7 @@ def table(
     rows = []
     for variant, members in of_variant.items():
         done = [by_cell[cell] for cell in members if cell in by_cell]
-        pairs = [(one, baseline[one.cell.seed]) for one in done if one.cell.seed in baseline]
+        pairs = [(one, compared[one.cell.seed]) for one in done if one.cell.seed in compared]
         failed = [failures[cell] for cell in members if cell in failures]
         row: dict[str, Any] = {"variant": variant}
         row |= {name: getattr(members[0], name) for name in SWITCHES}
@@ -174,16 +177,16 @@ def table(
             row[f"{name}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
         row["parameters_added"] = fusion_parameters(done[0].checkpoint) if done else None
         row["step_seconds"] = median(one.step_seconds for one in done) if done else None
-        row["step_time_vs_off"] = (
-            row["step_seconds"] / median(one.step_seconds for one in baseline.values())
-            if done and baseline
+        row["step_time_ratio"] = (
+            row["step_seconds"] / median(one.step_seconds for one in compared.values())
+            if done and compared
             else None
         )
         epochs = [epochs_to_reach(one, other) for one, other in pairs]
         reached = [value for value in epochs if value is not None]
-        row["epochs_to_off_best"] = fmean(reached) if reached else None
-        row["off_best_reached"] = len(reached) if pairs else None
-        test = compare(pairs) if pairs and members[0].fusion != OFF else None
+        row["epochs_to_baseline_best"] = fmean(reached) if reached else None
+        row["baseline_best_reached"] = len(reached) if pairs else None
+        test = compare(pairs) if pairs and variant != baseline else None
         for name in ("difference", "low", "high", "p"):
             key = name if name == "difference" else f"difference_{name}"
             row[key] = None if test is None else getattr(test, name)
@@ -222,7 +225,7 @@ class Difference(NamedTuple):
 
 
 def compare(pairs: list[tuple[CellResult, CellResult]]) -> Difference:
-    """Test the headline metric of cells against that of off with the same seeds, query by query.
+    """Test the headline metric of cells against that of others with the same seeds, query by query.
 
     Raises :class:`InputError` if they were scored on different queries.
     """
@@ -250,13 +253,13 @@ def paired_bootstrap(
 ) -> Difference:
     """Bootstrap a mean paired difference over seeds and queries, both taken as drawn at random.
 
-    With d[s, q] the score of query q under the variant minus that under off, both of seed s, the statistic is
-    the mean of d over seeds and queries: over a stratum's queries first, then over the strata. A resample
-    draws S seeds and, within each stratum, as many queries as it has, with replacement and independently of
-    each other; every drawn seed meets every drawn query (the pigeonhole bootstrap, Owen 2007, The Annals of
-    Applied Statistics 1(2)). The interval is between percentiles. p is twice the smaller share of resamples
-    on either side of zero, those at zero on both, with one added to share and total. With few seeds their
-    spread is known badly: read the interval as a lower limit of the uncertainty.
+    With d[s, q] the score of query q under one variant minus that under another, both of seed s, the
+    statistic is the mean of d over seeds and queries: over a stratum's queries first, then over the strata. A
+    resample draws S seeds and, within each stratum, as many queries as it has, with replacement and
+    independently of each other; every drawn seed meets every drawn query (the pigeonhole bootstrap, Owen
+    2007, The Annals of Applied Statistics 1(2)). The interval is between percentiles. p is twice the smaller
+    share of resamples on either side of zero, those at zero on both, with one added to share and total. With
+    few seeds their spread is known badly: read the interval as a lower limit of the uncertainty.
 
     Args:
         differences: d, (S, Q).
@@ -288,7 +291,7 @@ def paired_bootstrap(
     return Difference(float(observed), float(low), float(high), float(p))
 
 
-def caption(results: list[CellResult]) -> str:
+def caption(results: list[CellResult], baseline: str) -> str:
     """What the table's figures are of, in words."""
     if not results:
         return "No cell has finished."
@@ -305,13 +308,15 @@ def caption(results: list[CellResult]) -> str:
     left_out = f" Left out, because image files are missing: {'; '.join(parts)}." if parts else ""
     return (
         f"{one.benchmark.name}'s format{gallery}: {where}.{left_out} Percent, mean and standard deviation "
-        f"over seeds. The difference is that of {one.benchmark.headline} to off, paired by query and seed, "
-        "with its 95 % bootstrap interval. Least seen is the difference that as many seeds would see, "
+        f"over seeds. The difference is that of {one.benchmark.headline} to {baseline}, paired by query and "
+        "seed, with its 95 % bootstrap interval. Least seen is the difference that as many seeds would see, "
         "two-sided at 5 %, in four of five repetitions."
     )
 
 
-def shown_tables(rows: list[dict[str, Any]], results: list[CellResult], pm: str) -> list[list[list[str]]]:
+def shown_tables(
+    rows: list[dict[str, Any]], results: list[CellResult], baseline: str, pm: str
+) -> list[list[list[str]]]:
     """The two tables to print, recall and the rest, as rows of text under their headers.
 
     The CSV file has every metric; these leave out what their benchmark does not print. ``pm`` is plus-minus.
@@ -321,20 +326,21 @@ def shown_tables(rows: list[dict[str, Any]], results: list[CellResult], pm: str)
     names = [key.removesuffix("_mean") for key in rows[0] if key.endswith("_mean")]
     names = [name for name in names if name not in unprinted]
     recall = [["variant", "seeds", *map(metric_label, names)]]
-    header = "variant,parameters added,step time / off,epochs to off's best,difference,95 %,p,least seen"
-    rest = [[*header.split(","), f"seeds for {EFFECT:g} points"]]
+    header = ["variant", "parameters added", f"step time / {baseline}", f"epochs to {baseline}'s best"]
+    header += ["difference", "95 %", "p", "least seen", f"seeds for {EFFECT:g} points"]
+    rest = [header]
     for row in rows:
         values = [spread_figure(row[f"{name}_mean"], row[f"{name}_std"], pm) for name in names]
         recall.append([row["variant"], str(row["seeds"]), *values])
-        epochs = figure(row["epochs_to_off_best"], ".1f")
-        if row["off_best_reached"] is not None:
-            epochs += f" ({row['off_best_reached']} of {row['seeds']})"
+        epochs = figure(row["epochs_to_baseline_best"], ".1f")
+        if row["baseline_best_reached"] is not None:
+            epochs += f" ({row['baseline_best_reached']} of {row['seeds']})"
         tested = row["difference"] is not None
         rest.append(
             [
                 row["variant"],
                 figure(row["parameters_added"], ",d"),
-                figure(row["step_time_vs_off"], ".2f"),
+                figure(row["step_time_ratio"], ".2f"),
                 epochs,
                 figure(row["difference"], "+.1f"),
                 f"{row['difference_low']:+.1f} to {row['difference_high']:+.1f}" if tested else "-",
@@ -355,11 +361,12 @@ def markdown(
     rows: list[dict[str, Any]],
     by_kind: list[dict[str, Any]],
     results: list[CellResult],
+    baseline: str,
     failures: dict[Cell, str],
 ) -> str:
     """The tables in Markdown, with the failed cells below."""
-    lines = [caption(results)]
-    for rows_of_text in shown_tables(rows, results, "±"):
+    lines = [caption(results, baseline)]
+    for rows_of_text in shown_tables(rows, results, baseline, "±"):
         lines += ["", *markdown_table(rows_of_text)]
     for label, rows_of_text in shown_by_kind(by_kind, "±").items():
         lines += ["", title_by_kind(label), "", *markdown_table(rows_of_text)]
@@ -373,12 +380,13 @@ def latex(
     rows: list[dict[str, Any]],
     by_kind: list[dict[str, Any]],
     results: list[CellResult],
+    baseline: str,
     failures: dict[Cell, str],
 ) -> str:
     """The tables in LaTeX, each a `table` with the rules of `booktabs`; the failed cells as comments."""
     lines = ["% needs \\usepackage{booktabs}"]
-    titles = (caption(results), "Cost and convergence.")
-    for rows_of_text, title in zip(shown_tables(rows, results, "+-"), titles, strict=True):
+    titles = (caption(results, baseline), "Cost and convergence.")
+    for rows_of_text, title in zip(shown_tables(rows, results, baseline, "+-"), titles, strict=True):
         lines += latex_table(rows_of_text, title)
     for label, rows_of_text in shown_by_kind(by_kind, "+-").items():
         lines += latex_table(rows_of_text, title_by_kind(label))
@@ -390,6 +398,8 @@ def plot_bands(
     runs: Iterable[tuple[str, pd.DataFrame]], columns: dict[str, str], title: str, path: Path
 ) -> None:
     """Draw each column over epochs, a line a variant: the mean over its runs, the band a standard deviation.
+
+    A variant that lacks a column is not in its panel.
 
     Args:
         runs: variant and metrics by epoch, from 0; drawn from 1.
@@ -406,6 +416,8 @@ def plot_bands(
     colors = color_sequences["tab10" if len(frames) <= 10 else "tab20"]
     for axis, (column, label) in zip(axes[0], columns.items(), strict=True):
         for number, (variant, members) in enumerate(frames.items()):
+            if not all(column in frame for frame in members):
+                continue
             values = pd.concat([frame[column] for frame in members], axis=1)
             epochs, mean, spread = values.index + 1, values.mean(axis=1), values.std(axis=1)
             color = colors[number % len(colors)]
@@ -416,6 +428,9 @@ def plot_bands(
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(visible=True)
     figure.suptitle(title)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", fontsize=8)
+    shown: dict[str, Any] = {}
+    for axis in axes[0]:
+        handles, labels = axis.get_legend_handles_labels()
+        shown |= zip(labels, handles, strict=True)
+    figure.legend(shown.values(), shown.keys(), loc="outside right center", fontsize=8)
     save_figure(figure, path)

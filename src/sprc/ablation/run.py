@@ -166,7 +166,7 @@ def run_cell(
             failure = run("blip_fine_tune_2.py", "--resume", run_folder.path)
         else:
             keep = ("--models-path", folder, "--save-training", "--save-best")
-            failure = run("blip_fine_tune_2.py", *config.training, *cell.flags(), *keep)
+            failure = run("blip_fine_tune_2.py", *config.training, *cell.arguments(), *keep)
             run_folder = find_run(folder)
         if failure is not None or stop:
             return failure
