@@ -20,6 +20,7 @@ FUSION_STARTS = ("auto", "random", "identity")
 FUSION_TEXTS = ("embeddings", "contextual")
 AMP = ("auto", "off", "fp16", "bf16")  # mixed precision, see sprc.models.device.precision
 CONTRASTS = ("infonce", "complementary")  # see sprc.models.losses
+RERANKER = "blip2_cir_rerank"  # the model of the second stage, in --blip-model-name
 GALLERY_DTYPES = ("float32", "float16")
 CACHE_DTYPES = ("float16", "bfloat16", "float32")
 FUSION = "fusion of the text into the reference's image tokens"  # the flags' group

@@ -17,7 +17,7 @@ are never edited. Without it the model is plain SPRC and has no fusion parameter
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,14 +25,12 @@ from torch import Tensor, nn
 
 from sprc.config import CONTRASTS, ModelConfig
 from sprc.distributed import rank
-from sprc.errors import InputError
+from sprc.models.blip2_qformer import Blip2Qformer
 from sprc.models.gated_fusion import FusionOutput, at_least_float32, fusion_class
 from sprc.models.losses import align_loss, complementary_loss, contrastive_loss, gather_rows, similarity
-from sprc.models.qformer import ImageKeys, Layout, QFormer, ScaledImage, batch_of
+from sprc.models.qformer import ImageKeys, Layout, ScaledImage, batch_of
 from sprc.models.switches import Switches
-from sprc.models.tokenizer import CaptionIds, WordPiece
-from sprc.models.vision import ClipViT, EvaViT
-from sprc.models.vision_groups import steady_tokens
+from sprc.models.tokenizer import WordPiece
 
 # `image` and `target`, tensors, and `text_input`, a list of captions.
 Samples = dict[str, Any]
@@ -53,7 +51,7 @@ class Text(NamedTuple):
     alone: Layout  # the words without queries
 
 
-class Blip2QformerCirAlignPrompt(nn.Module):
+class Blip2QformerCirAlignPrompt(Blip2Qformer):
     """The model `blip2_cir_align_prompt`. Parameter names are LAVIS's and SPRC's checkpoint format.
 
     Args:
@@ -61,38 +59,12 @@ class Blip2QformerCirAlignPrompt(nn.Module):
         tokenizer: a BERT tokenizer of ``config.vocab_size`` entries.
     """
 
-    def __init__(self, config: ModelConfig, tokenizer: WordPiece) -> None:
-        super().__init__()
-        self.config = config
-        self.tokenizer = tokenizer
-        self.caption_ids = CaptionIds(tokenizer, config.max_txt_len)
+    compiled: ClassVar[str] = "embed_tokens"
 
+    def __init__(self, config: ModelConfig, tokenizer: WordPiece) -> None:
         # Looked up before anything large is built: an unknown name is refused at once.
         strategy = fusion_class(config.fusion_strategy) if config.use_gated_fusion else None
-
-        self.visual_encoder = self.vision_transformer(config)
-        self.ln_vision = nn.LayerNorm(config.vit_width, eps=config.vision_norm_eps)
-
-        self.Qformer = QFormer(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            num_layers=config.num_layers,
-            num_heads=config.num_heads,
-            intermediate_size=config.intermediate_size,
-            image_width=config.vit_width,
-            cross_attention_every=config.cross_attention_every,
-            max_positions=config.max_positions,
-            norm_eps=config.norm_eps,
-            dropout=config.dropout,
-            initializer_range=config.initializer_range,
-        )
-        token_shape = (1, config.num_query_tokens, config.hidden_size)
-        self.query_tokens = nn.Parameter(torch.empty(token_shape).normal_(std=config.initializer_range))
-        self.prompt_tokens = nn.Parameter(torch.empty(token_shape).normal_(std=config.initializer_range))
-        self.vision_proj = nn.Linear(config.hidden_size, config.embed_dim)
-        self.text_proj = nn.Linear(config.hidden_size, config.embed_dim)
-        self.itm_head = nn.Linear(config.hidden_size, 2)
-        self.temp = nn.Parameter(torch.tensor(0.07))
+        super().__init__(config, tokenizer)
 
         # Built last, so that one seed gives the same other weights with fusion and without.
         self.gated_fusion = None
@@ -118,36 +90,7 @@ class Blip2QformerCirAlignPrompt(nn.Module):
         self.itm_head.requires_grad_(False)
         for name, parameter in self.Qformer.cls.named_parameters():
             parameter.requires_grad_(name == "predictions.decoder.weight")
-        self.visual_encoder.requires_grad_(not config.freeze_vit)
         self.train()
-
-    @staticmethod
-    def vision_transformer(config: ModelConfig) -> EvaViT | ClipViT:
-        """The image encoder that ``config`` describes, with random weights."""
-        arguments: dict[str, Any] = {
-            "image_size": config.image_size,
-            "patch_size": config.patch_size,
-            "width": config.vit_width,
-            "depth": config.vit_depth,
-            "heads": config.vit_heads,
-            "mlp_ratio": config.vit_mlp_ratio,
-            "norm_eps": config.vit_norm_eps,
-        }
-        if config.vit == "eva":
-            return EvaViT(**arguments, initializer_range=config.initializer_range)
-        return ClipViT(**arguments)
-
-    def train(self, mode: bool = True) -> Blip2QformerCirAlignPrompt:
-        """Set the mode; a frozen vision transformer stays in eval mode always."""
-        super().train(mode)
-        if self.config.freeze_vit:
-            self.visual_encoder.eval()
-        return self
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return self.query_tokens.device
 
     def forward(self, samples: Samples) -> dict[str, Tensor]:
         """The losses of a batch of triplets.
@@ -251,10 +194,7 @@ class Blip2QformerCirAlignPrompt(nn.Module):
     def look_up(self, rows: list[list[int]]) -> Text:
         """The same of the token ids of B captions, each at most ``max_txt_len`` of them."""
         to_the_full = getattr(self.gated_fusion, "pool", None) == "all"
-        length = self.config.max_txt_len if to_the_full else max(map(len, rows))
-        padding = self.tokenizer.pad_token_id
-        ids = torch.tensor([row + [padding] * (length - len(row)) for row in rows])
-        mask = torch.arange(length) < torch.tensor([len(row) for row in rows])[:, None]
+        ids, mask = self.pad(rows, self.config.max_txt_len if to_the_full else None)
         return self.lay_out(self.Qformer.bert.embeddings.word_embeddings(ids.to(self.device)), mask)
 
     def lay_out(self, words: Tensor, mask: Tensor) -> Text:
@@ -267,55 +207,6 @@ class Blip2QformerCirAlignPrompt(nn.Module):
             call_2=Layout.of(mask, num_queries, cls_first=True, words=words),
             calls_2_and_4=Layout.of(mask.repeat(2, 1), num_queries, cls_first=True, words=words),
             alone=Layout.of(mask, 0, cls_first=True, words=words),
-        )
-
-    def encode_image(self, image: Tensor) -> Tensor:
-        """(B, 3, S, S) pixels, or (B, N, D) tokens from a feature cache, to normalised tokens (B, N, D)."""
-        return self.normalise(self.vit_tokens(image))
-
-    def vit_tokens(self, image: Tensor) -> Tensor:
-        """(B, 3, S, S) to the vision transformer's tokens (B, N, D). No graph through a frozen one.
-
-        On a GPU a frozen ViT runs in float16, as in LAVIS, whatever the precision around it. On a CPU its
-        rounding does not depend on what else is in the batch, so tokens from a cache are the same to the bit.
-        What already is (B, N, D) is returned as it is. Pixels of another size than the model's, and an image
-        that is not in a batch, raise :class:`InputError`.
-        """
-        side = self.config.image_size
-        if image.dim() == 3:
-            tokens = (self.config.num_patches**2 + 1, self.config.vit_width)
-            if image.shape[1:] != tokens:
-                raise InputError(
-                    f"images have the shape {tuple(image.shape)}; give a batch, (B, 3, {side}, {side}), or "
-                    f"tokens of the vision transformer, (B, {tokens[0]}, {tokens[1]})"
-                )
-            return image
-        if image.shape[-2:] != (side, side):
-            raise InputError(
-                f"the images have {image.shape[-2]} x {image.shape[-1]} pixels, and the model takes {side} x "
-                f"{side}; write `image_size: {image.shape[-1]}` into the file of SPRC_SWITCHES, or give "
-                "--image-size"
-            )
-        if not self.config.freeze_vit:
-            return self.visual_encoder(image)
-        on_gpu = image.device.type == "cuda"
-        dtype = torch.float16 if on_gpu else torch.bfloat16  # torch 2.0's CPU refuses float16, off or not
-        with torch.no_grad(), torch.autocast(image.device.type, dtype, enabled=on_gpu):
-            return self.visual_encoder(image) if on_gpu else steady_tokens(self.visual_encoder, image)
-
-    def normalise(self, tokens: Tensor) -> Tensor:
-        """ln_vision, which is trained: (B, N, D) to (B, N, D) of its own type, float32 in use."""
-        return self.ln_vision(tokens.to(self.ln_vision.weight.dtype))
-
-    def to_be_read(self, tokens: Tensor) -> Tensor | ScaledImage:
-        """The same for tokens that only the Q-Former reads: no gradient goes to frozen (B, N, D) tokens."""
-        if tokens.requires_grad:
-            return self.normalise(tokens)
-        norm = self.ln_vision
-        return ScaledImage(
-            F.layer_norm(tokens.to(norm.weight.dtype), norm.normalized_shape, eps=norm.eps),
-            norm.weight,
-            norm.bias,
         )
 
     def fuse(self, reference_embeds: Tensor, text: Text) -> FusionOutput | None:
@@ -349,8 +240,7 @@ class Blip2QformerCirAlignPrompt(nn.Module):
         that is scored is the model that was trained. With fusion off ``reference_embeds`` may be
         ``Qformer.bert.image_keys`` of them.
         """
-        prompts = self.prompts_of(reference_embeds, text, strength)
-        return self._cls_features(*self._embed_call_2(prompts, text), text.call_2)
+        return self.query_of(self.prompts_of(reference_embeds, text, strength), text)
 
     def prompts_of(
         self, reference_embeds: Tensor | ScaledImage | ImageKeys, text: Text, strength: float = 1.0
@@ -366,6 +256,10 @@ class Blip2QformerCirAlignPrompt(nn.Module):
         queries = self.Qformer.bert.embeddings(self.query_tokens.expand(layout.batch, -1, -1))
         rows = layout.rows(queries, self.Qformer.bert.embeddings(text.words, 0))
         return self.Qformer.bert(rows, layout, reference_embeds, wanted=layout.num_queries)
+
+    def query_of(self, prompts: Tensor, text: Text) -> Tensor:
+        """Call 2: sentence prompts (B, Q, C) and the text to the query f, (B, E), normalised."""
+        return self._cls_features(*self._embed_call_2(prompts, text), text.call_2)
 
     def target_features(self, image_embeds: Tensor | ScaledImage | ImageKeys) -> Tensor:
         """Call 3: (B, N, D) image tokens, or ``Qformer.bert.image_keys`` of them, to features (B, Q, E)."""

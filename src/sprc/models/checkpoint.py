@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from sprc.config import ModelConfig, read_backbone, switches_from_environment
 from sprc.errors import InputError
 from sprc.files import verify_archive, write_atomically
+from sprc.models.blip2_qformer import Blip2Qformer
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
-from sprc.models.factory import backbone_weights, create_model, model_class, tokenizer_of
+from sprc.models.factory import M, backbone_weights, create_model, model_class, tokenizer_of
 from sprc.models.switches import FUSION, SWITCHES, VIT, mismatches, read_switches, sizes_of, vocabulary_digest
 from sprc.models.tokenizer import SPECIAL_TOKENS, WordPiece, read_bert_vocabulary
 from sprc.models.weights import weights_path
@@ -51,7 +52,7 @@ class Checkpoint(NamedTuple):
 
 def save_checkpoint(
     path: Path,
-    model: Blip2QformerCirAlignPrompt,
+    model: Blip2Qformer,
     epoch: int,
     hyperparameters: dict[str, Any],
     *,
@@ -136,15 +137,14 @@ def load_checkpoint(
     config = ModelConfig.from_dict(arguments, str(path))
     if len(tokenizer) != config.vocab_size:
         raise InputError(f"{path}: vocab_size={config.vocab_size}, but its vocabulary makes {len(tokenizer)}")
-    # Building more layers than the file has parameters for could take forever.
-    if max(config.vit_depth, config.num_layers) > len(state) + len(contents.get("left_out") or ()) * 1000:
-        raise InputError(f"{path} holds parameters of another model: too few for its depths")
     name = model_name or hyperparameters.get("blip_model_name", "blip2_cir_align_prompt")
-    try:
-        model = model_class(name)(config, tokenizer)
-    except (RuntimeError, MemoryError) as error:
-        raise InputError(f"{path} asks for a model that does not fit into memory: {error}") from error
-    fill(model, contents, path, new_fusion=switches is not None and not has_fusion)
+    cls = model_class(name)
+    if not issubclass(cls, Blip2QformerCirAlignPrompt):
+        raise InputError(
+            f"{path} holds a re-ranker, {name}, which scores what a first stage finds; give that stage's "
+            "checkpoint here, and this one as --rerank"
+        )
+    model = filled(cls, config, tokenizer, contents, path, new_fusion=switches is not None and not has_fusion)
 
     found = f"{path}: {'SPRC with gated fusion' if has_fusion else 'plain SPRC'}, epoch {contents['epoch']}"
     if not has_fusion:
@@ -194,7 +194,12 @@ def start_model(
         )
         print(checkpoint.found, flush=True)
         return checkpoint.model
-    return create_model(model_class(name), backbone, vocab=vocab, **decided)
+    cls = model_class(name)
+    if not issubclass(cls, Blip2QformerCirAlignPrompt):
+        raise InputError(
+            f"--blip-model-name {name} needs a first stage to re-rank for; give --model-path FILE"
+        )
+    return create_model(cls, backbone, vocab=vocab, **decided)
 
 
 def described_by_state(
@@ -266,11 +271,25 @@ def read_contents(path: Path) -> dict[str, Any]:
     return contents
 
 
-def fill(
-    model: Blip2QformerCirAlignPrompt, contents: dict[str, Any], path: Path, *, new_fusion: bool
-) -> None:
-    """Load the file's parameters strictly; only what the file says it leaves out may be missing."""
-    own, state = model.state_dict(), contents[STATE]
+def filled(
+    cls: type[M],
+    config: ModelConfig,
+    tokenizer: WordPiece,
+    contents: dict[str, Any],
+    path: Path,
+    *,
+    new_fusion: bool = False,
+) -> M:
+    """A model with the file's parameters, strictly; only what the file says it leaves out may be missing."""
+    state = contents[STATE]
+    # Building more layers than the file has parameters for could take forever.
+    if max(config.vit_depth, config.num_layers) > len(state) + len(contents.get("left_out") or ()) * 1000:
+        raise InputError(f"{path} holds parameters of another model: too few for its depths")
+    try:
+        model = cls(config, tokenizer)
+    except (RuntimeError, MemoryError) as error:
+        raise InputError(f"{path} asks for a model that does not fit into memory: {error}") from error
+    own = model.state_dict()
     allowed: dict[str, Tensor] = {
         key: value for key, value in own.items() if key.endswith("position_ids") or key == SWITCHES
     }
@@ -281,6 +300,7 @@ def fill(
     if details := mismatches(own, state, allowed):
         raise InputError(f"{path} holds parameters of another model ({details})")
     model.load_state_dict({key: state.get(key, allowed.get(key)) for key in own})
+    return model
 
 
 def vit_of_backbone(config: ModelConfig, left_out: dict[str, str], path: Path) -> dict[str, Tensor]:
@@ -289,7 +309,7 @@ def vit_of_backbone(config: ModelConfig, left_out: dict[str, str], path: Path) -
     found = backbone_weights(config, weights, vit_only=True)
     model_keys = {key: value for key, value in found.items() if key.startswith(VIT)}
     with torch.device("meta"):
-        needed = Blip2QformerCirAlignPrompt.vision_transformer(config).state_dict()
+        needed = Blip2Qformer.vision_transformer(config).state_dict()
     vit = {VIT + key: model_keys[VIT + key] for key in needed if VIT + key in model_keys}
     if len(vit) < len(needed) or fingerprint(vit) != left_out["fingerprint"]:
         raise InputError(

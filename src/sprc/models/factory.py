@@ -8,24 +8,29 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from sprc.config import ModelConfig, read_backbone
+from sprc.config import RERANKER, ModelConfig, read_backbone
 from sprc.distributed import local_main_first, local_rank
 from sprc.errors import InputError
+from sprc.models.blip2_qformer import Blip2Qformer
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
+from sprc.models.blip2_qformer_cir_rerank import Blip2QformerCirRerank
 from sprc.models.shipped import shipped_bytes
 from sprc.models.tokenizer import WordPiece, bert_tokenizer
 from sprc.models.vision import resize_positions
 from sprc.models.weights import read_shipped_weights, read_weights, state_of
 
-M = TypeVar("M", bound=Blip2QformerCirAlignPrompt)
+M = TypeVar("M", bound=Blip2Qformer)
 
-MODELS = {"blip2_cir_align_prompt": Blip2QformerCirAlignPrompt}
+MODELS: dict[str, type[Blip2Qformer]] = {
+    "blip2_cir_align_prompt": Blip2QformerCirAlignPrompt,
+    RERANKER: Blip2QformerCirRerank,
+}
 
 # Parameters that no backbone provides: SPRC's prompts and the fusion start at random.
 NEW_PARAMETERS = ("prompt_tokens", "gated_fusion.")
 
 
-def model_class(name: str) -> type[Blip2QformerCirAlignPrompt]:
+def model_class(name: str) -> type[Blip2Qformer]:
     """The class of ``--blip-model-name``; an unknown name raises :class:`InputError`."""
     if name not in MODELS:
         raise InputError(f"--blip-model-name {name!r} is unknown; choose from {', '.join(MODELS)}")
@@ -69,7 +74,7 @@ def tokenizer_of(backbone: str, vocab: Path | None = None) -> WordPiece:
     return WordPiece(shipped_bytes(own["file"], own["sha256"]).decode().split())
 
 
-def load_backbone(model: Blip2QformerCirAlignPrompt, weights: dict[str, str]) -> None:
+def load_backbone(model: Blip2Qformer, weights: dict[str, str]) -> None:
     """Fill ``model`` from the files that a backbone's YAML names: `blip2`, and `vit` where that lacks it.
 
     What has an address is fetched once and cached by torch. What has none is a file beside the YAML, which

@@ -32,6 +32,7 @@ class EncodedSplit:
     references: Tensor  # (T,) gallery indices
     targets: Tensor | None  # (T,); None where the benchmark keeps them secret
     members: Tensor  # (T, K); K is 0 for FashionIQ
+    prompts: Tensor | None = None  # (T, Q, C) float16, the sentence prompts, if they were asked for
 
 
 @contextmanager
@@ -55,6 +56,7 @@ def encode_split(
     num_workers: int,
     save_memory: bool = False,
     gallery_dtype: str = "float32",
+    with_prompts: bool = False,
     on_batch: Callable[[], None] = lambda: None,
 ) -> EncodedSplit:
     """Encode a split's gallery and queries, in eval mode; the model's mode is put back afterwards.
@@ -70,6 +72,7 @@ def encode_split(
         num_workers: processes that read images.
         save_memory: keep the gallery's features in main memory instead of the GPU's.
         gallery_dtype: "float32", or "float16" at half the memory.
+        with_prompts: keep the queries' sentence prompts, too, which a re-ranker reads.
         on_batch: is called after each batch of images, on all ranks equally often; what it raises ends it.
     """
     names = list(split.image_paths)
@@ -81,6 +84,7 @@ def encode_split(
         queries=len(split.triplets),
         gallery_dtype=getattr(torch, gallery_dtype),
         gallery_device=torch.device("cpu") if save_memory else model.device,
+        with_prompts=with_prompts,
     )
     own = batches_of_rank(len(names), batch_size)
     loader = SteadyLoader(
@@ -94,9 +98,10 @@ def encode_split(
         for _ in range(math.ceil(len(names) / (batch_size * world_size())) - len(own)):
             on_batch()  # other ranks have a batch more
     for rows in vectors:
-        sum_over_ranks(rows)
+        if rows is not None:
+            sum_over_ranks(rows)
     return EncodedSplit(
-        *vectors,
+        **vectors._asdict(),
         references=torch.tensor([index[t.reference] for t in split.triplets], dtype=torch.int64),
         targets=target_indices(split, index),
         members=member_indices(split, index),
@@ -109,6 +114,7 @@ class Vectors(NamedTuple):
     gallery: Tensor
     composed: Tensor
     text_only: Tensor
+    prompts: Tensor | None
 
 
 class Query(NamedTuple):
@@ -134,13 +140,17 @@ def empty_vectors(
     queries: int,
     gallery_dtype: torch.dtype,
     gallery_device: torch.device,
+    with_prompts: bool,
 ) -> Vectors:
-    """Zeros for as many images and queries; those of the queries are float32 on the CPU."""
+    """Zeros for as many images and queries; those of the queries are on the CPU."""
     shape = (images, config.num_query_tokens, config.embed_dim)
     return Vectors(
         gallery=torch.zeros(shape, dtype=gallery_dtype, device=gallery_device),
         composed=torch.zeros(queries, config.embed_dim),
         text_only=torch.zeros(queries, config.embed_dim),
+        prompts=torch.zeros(queries, *shape[1:2], config.hidden_size, dtype=torch.float16)
+        if with_prompts
+        else None,
     )
 
 
@@ -174,7 +184,10 @@ def encode_batch(
             reference: Tensor | ImageKeys = [pair and (pair[0][rows], pair[1][rows]) for pair in keys]
         else:
             reference = image_embeds[rows]
-        vectors.composed[numbers] = model.compose(reference, text).cpu()
+        prompts = model.prompts_of(reference, text)
+        if vectors.prompts is not None:
+            vectors.prompts[numbers] = prompts.to("cpu", torch.float16)
+        vectors.composed[numbers] = model.query_of(prompts, text).cpu()
         vectors.text_only[numbers] = model.text_features(text).cpu()
 
 

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from sprc.config import BACKBONES, CACHE_DTYPES, GALLERY_DTYPES, MODEL_SWITCHES
 from sprc.data import DATASETS, DATASETS_METAVAR, MISSING_IMAGES, PROTOCOLS, TRANSFORMS
+from sprc.errors import InputError
 from sprc.settings import ROOT, like, setting
 
 
@@ -131,6 +132,8 @@ class TimeoutSettings:
 
 
 SCORING_BATCH = 32  # images at once where nothing says how many
+RERANK = "a second stage"  # the flags' group
+RERANK_TOP = 50
 
 
 def training_s_own(declared: type, name: str) -> Any:
@@ -150,6 +153,36 @@ class CheckpointSettings(DeviceSettings, VocabSettings):
     target_ratio: float | None = training_s_own(ImageSettings, "target_ratio")
     batch_size: int | None = setting(None, help=f"default: the training's own, else {SCORING_BATCH}")
     num_workers: int | None = like(ReaderSettings, "num_workers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RerankSettings:
+    """The second stage, if there is one."""
+
+    rerank: Path | None = setting(
+        None,
+        metavar="FILE",
+        help="a re-ranker's checkpoint, which looks again at what comes first",
+        group=RERANK,
+    )
+    rerank_top: int | None = setting(
+        None, metavar="N", help=f"candidates a query that it looks at; default: {RERANK_TOP}", group=RERANK
+    )
+    rerank_any: bool = setting(
+        False, help="take it although it was trained on another first stage", group=RERANK
+    )
+
+    def check_rerank(self) -> None:
+        """Raise :class:`InputError` for a flag that has nothing to act on, or a value that cannot work."""
+        if self.rerank is None:
+            for flag in ("rerank_top", "rerank_weight", "rerank_any"):
+                if value := getattr(self, flag, None):
+                    given = "" if value is True else f" {value}"
+                    raise InputError(
+                        f"--{flag.replace('_', '-')}{given}: nothing re-ranks; give --rerank FILE"
+                    )
+        if self.rerank_top is not None and self.rerank_top < 1:
+            raise InputError(f"--rerank-top {self.rerank_top} is too small; the least is 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,20 +5,22 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
 
 from sprc.config import MODEL_SWITCHES, ModelConfig, read_backbone
-from sprc.data.datasets import TripletDataset, per_epoch
+from sprc.data.datasets import per_epoch
 from sprc.data.images import Loader
 from sprc.data.missing import names_left_out
 from sprc.distributed import from_main, rank, world_size
 from sprc.errors import InputError, Interrupted
 from sprc.files import write_csv, write_json
+from sprc.models.blip2_qformer import Blip2Qformer
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
-from sprc.models.checkpoint import save_checkpoint, start_model
+from sprc.models.blip2_qformer_cir_rerank import Blip2QformerCirRerank
+from sprc.models.checkpoint import save_checkpoint
 from sprc.models.device import (
     default_workers,
     memory_explained,
@@ -32,14 +34,14 @@ from sprc.models.gated_fusion import fusion_class
 from sprc.models.switches import vocabulary_digest
 from sprc.run_folder import RunFolder
 from sprc.scoring.benchmarks import Benchmark, benchmark_class
-from sprc.scoring.encoding import LARGEST_BATCH, encode_split
+from sprc.scoring.encoding import LARGEST_BATCH
 from sprc.scoring.feature_cache import open_images
-from sprc.scoring.recall import rank_split
+from sprc.scoring.ranking import Ranking
 from sprc.training.compilation import require_compiler, told_compile_errors
 from sprc.training.fusion_log import FusionLog
-from sprc.training.loop import Trainer
-from sprc.training.negatives import Negatives, choose_learning
-from sprc.training.optimisation import TrainingConfig, by_prefix
+from sprc.training.loop import EpochItems, Trainer
+from sprc.training.optimisation import TrainingConfig
+from sprc.training.reranking import Reranking
 from sprc.training.resume import (
     OF_THE_MACHINE,
     absolute_paths,
@@ -49,11 +51,10 @@ from sprc.training.resume import (
     digest_of_file,
     resumed_flags,
 )
+from sprc.training.retrieval import Retrieval
 from sprc.training.settings import LoopSettings, TrainingSettings
+from sprc.training.start import FUSION_IS_OFF, FUSION_PARAMETERS, Start, refuse_fusion_flags, start
 from sprc.training.triplets import TrainingTriplets, loss_weights, read_triplets
-
-FUSION_PARAMETERS = "gated_fusion."  # their names start so
-FUSION_IS_OFF = "fusion is off; leave the flag out"
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,19 @@ class Data:
     left_out: dict[str, dict[str, Any]]  # by split, what --missing-images skip leaves out
 
 
+class Task(Protocol):
+    """What a kind of model is trained on, and how it is scored."""
+
+    items: EpochItems
+    objective: nn.Module | None  # what gives the losses in the model's place
+
+    def before_epoch(self, epoch: int, step: int, on_batch: Callable[[], None]) -> None:
+        """Make what an epoch needs; ``on_batch`` is called after each batch of images."""
+
+    def rankings(self, on_batch: Callable[[], None]) -> list[Callable[[], Ranking]]:
+        """What ranks each validation split by the model as it is; all ranks join, and the main one ranks."""
+
+
 @dataclass(frozen=True)
 class Run:
     """All that is ready before the first step."""
@@ -85,8 +99,8 @@ class Run:
     settings: TrainingSettings
     folder: RunFolder
     data: Data
-    model: Blip2QformerCirAlignPrompt
-    load: Loader
+    model: Blip2Qformer
+    task: Task
     trainer: Trainer
     hyperparameters: dict[str, Any]  # as the run's file has them
 
@@ -109,19 +123,23 @@ def fine_tune(defaults: dict[str, Any], given: dict[str, Any]) -> Path:
     device = start_device(settings.device, settings.amp)
     settings = complete(settings, device)
     data, config = read_data(settings, device, resumed)
-    model, digests = make_model(settings, data, config, resumed)
-    model.contrast = settings.contrast
-    place(model, device)
+    begin = start(settings, config, None if resumed is None else resumed.flags.get("model_config"))
+    model = begin.model
+    digests = compare_digests(settings, data, model, resumed)
+    for one in filter(None, begin):
+        place(one, device)
     load = open_loader(settings, data, config, model)
     folder = make_folder(settings, data, resumed)
-    hyperparameters = {**describe_run(settings, data, model), "digests": digests}
+    hyperparameters = {**describe_run(settings, data, model), **begin.told(settings), "digests": digests}
     scalars = make_writer(folder.tensorboard) if make_writer is not None and rank() == 0 else None
-    trainer = make_trainer(settings, data, config, model, load, folder, scalars)
+    task = make_task(settings, data, begin, load, folder)
+    del begin  # a first stage is not needed any more
+    trainer = make_trainer(settings, config, model, task, folder, scalars)
     if resumed is not None:
         go_on(trainer)
     write_json(folder.hyperparameters, {**hyperparameters, "model_config": asdict(model.config)})
     log_fusion(settings, trainer, scalars)
-    train(Run(settings, folder, data, model, load, trainer, hyperparameters))
+    train(Run(settings, folder, data, model, task, trainer, hyperparameters))
     return folder.path
 
 
@@ -140,13 +158,6 @@ def check_flags(defaults: dict[str, Any], given: dict[str, Any]) -> None:
         refuse_fusion_flags(settings, FUSION_IS_OFF)
 
 
-def refuse_fusion_flags(settings: TrainingSettings, why: str) -> None:
-    """Raise :class:`InputError` for a flag of the fusion's training, where no fusion learns."""
-    for flag, value in (("--fusion-lr", settings.fusion_lr), ("--warmup-fusion", settings.warmup_fusion)):
-        if value:
-            raise InputError(f"{flag} {value}: {why}")
-
-
 def read_settings(defaults: dict[str, Any], given: dict[str, Any]) -> tuple[TrainingSettings, Resumed | None]:
     """The settings of the run, for ``--resume`` those that it was started with."""
     resumed = None
@@ -156,6 +167,8 @@ def read_settings(defaults: dict[str, Any], given: dict[str, Any]) -> tuple[Trai
         flags, differing = resumed_flags(defaults, given)
         resumed = Resumed(flags, differing)
     settings = TrainingSettings.of_flags(flags)
+    if resumed is None:
+        settings.check_reranker()
     settings.check_triplets()
     settings.check()
     if settings.contrast == "complementary" and "bank" in settings.kinds:
@@ -178,7 +191,7 @@ def complete(settings: TrainingSettings, device: torch.device) -> TrainingSettin
     """The settings with what the benchmark and the machine give where the user gives nothing."""
     weights = benchmark_class(settings.dataset).loss_weights
     found: dict[str, Any] = {k: v for k, v in weights.items() if getattr(settings, k) is None}
-    found |= settings.weights_where_unset()
+    found |= settings.weights_where_unset() | settings.reranker_where_unset()
     if settings.num_workers is None:
         found["num_workers"] = default_workers(device)
     found |= settings.where_unset()
@@ -205,29 +218,10 @@ def read_data(
     return Data(benchmark, trained, left_out), config
 
 
-def make_model(
-    settings: TrainingSettings, data: Data, config: TrainingConfig, resumed: Resumed | None
-) -> tuple[Blip2QformerCirAlignPrompt, dict[str, str | None]]:
-    """The model on the CPU, and digests of what it starts from and of the data.
-
-    A resumed run's have to be those that it was started with.
-    """
-    torch.manual_seed(config.seed)
-    model = start_model(
-        settings.blip_model_name,
-        settings.backbone,
-        model_path=settings.model_path,
-        vocab=settings.vocab,
-        switches=settings.switches,
-        recorded=None if resumed is None else resumed.flags.get("model_config"),
-    )
-    if model.gated_fusion is None:
-        refuse_fusion_flags(settings, FUSION_IS_OFF)
-    choose_learning(model, settings.train)
-    for prefix, parameters in by_prefix(model, config.other_rates).items():
-        if prefix:
-            count = sum(parameter.numel() for parameter in parameters)
-            print(f"{prefix}*, {count:,} weights: learning rate {config.other_rates[prefix]:g}", flush=True)
+def compare_digests(
+    settings: TrainingSettings, data: Data, model: Blip2Qformer, resumed: Resumed | None
+) -> dict[str, str | None]:
+    """Digests of what the run starts from and of its data; a resumed run's have to be what they were."""
     digests = {
         "data_path": digest_of_data(data.benchmark.splits, data.trained.own),
         "model_path": digest_of_file(settings.model_path),
@@ -238,15 +232,17 @@ def make_model(
         check_same(resumed.flags.get("digests", {}), digests, resumed.flags)
         if resumed.differing:
             print(f"resuming with {', '.join(resumed.differing)}", flush=True)
-    return model, digests
+    return digests
 
 
 def open_loader(
-    settings: TrainingSettings, data: Data, config: TrainingConfig, model: Blip2QformerCirAlignPrompt
+    settings: TrainingSettings, data: Data, config: TrainingConfig, model: Blip2Qformer
 ) -> Loader:
     """What reads the images of training and validation: pixels, or tokens from the feature cache."""
     at_once = min(config.batch_size, LARGEST_BATCH)
     images = 2 + (settings.negatives_per_query or 0)  # of a triplet
+    if settings.reranks:
+        images = 1 + cast(int, settings.rerank_negatives)
     load = open_images(
         model,
         {"transform": settings.transform, "target_ratio": settings.target_ratio},
@@ -276,31 +272,31 @@ def make_folder(settings: TrainingSettings, data: Data, resumed: Resumed | None)
     return folder
 
 
+def make_task(settings: TrainingSettings, data: Data, begin: Start, load: Loader, folder: RunFolder) -> Task:
+    """What the model is trained on and scored by. The first stage of a re-ranker is read here for good."""
+    model, trained, scored = begin.model, data.trained, data.benchmark.splits
+    if begin.first_stage is not None:
+        reranker = cast(Blip2QformerCirRerank, model)
+        return Reranking(settings, begin.first_stage, reranker, trained, scored, load)
+    return Retrieval(settings, cast(Blip2QformerCirAlignPrompt, model), trained, scored, load, folder)
+
+
 def make_trainer(
     settings: TrainingSettings,
-    data: Data,
     config: TrainingConfig,
-    model: Blip2QformerCirAlignPrompt,
-    load: Loader,
+    model: Blip2Qformer,
+    task: Task,
     folder: RunFolder,
     scalars: Any,
 ) -> Trainer:
     """The loop around the model, which it may have compiled."""
     if settings.compile:
-        # The method and not the model, so that parameters keep their names.
-        model.embed_tokens = torch.compile(model.embed_tokens, dynamic=True)  # type: ignore[method-assign]
-    trained = data.trained
-    training_set = TripletDataset(
-        trained.own, trained.paths, load, config.seed, trained.extra, settings.extra_weight
-    )
-    if not settings.kinds:
-        return Trainer(model, training_set, config, folder, scalars=scalars)
-    ranks_reference = data.benchmark.splits[0].ranks_reference
-    negatives = Negatives(settings, model, training_set, folder, ranks_reference=ranks_reference)
-    trainer = Trainer(model, negatives.items, config, folder, objective=negatives.objective, scalars=scalars)
+        method = getattr(model, model.compiled)
+        setattr(model, model.compiled, torch.compile(method, dynamic=True))
+    trainer = Trainer(model, task.items, config, folder, objective=task.objective, scalars=scalars)
 
     def before_epoch(epoch: int, step: int) -> None:
-        negatives.before_epoch(epoch, step, trainer.stop_if_asked)
+        task.before_epoch(epoch, step, trainer.stop_if_asked)
 
     trainer.before_epoch = before_epoch
     return trainer
@@ -308,7 +304,7 @@ def make_trainer(
 
 def log_fusion(settings: TrainingSettings, trainer: Trainer, scalars: Any) -> None:
     """Have the loop write what the fusion does, if there is one and the user wants it."""
-    progress, module = trainer.progress, cast(nn.Module | None, trainer.model.gated_fusion)
+    progress, module = trainer.progress, getattr(trainer.model, "gated_fusion", None)
     if module is None or not any(one.requires_grad for one in module.parameters()):
         return
     if settings.log_fusion_every:
@@ -347,22 +343,8 @@ def train(run: Run) -> None:
 
 def score(run: Run, stop_if_asked: Callable[[], None]) -> dict[str, float | str]:
     """The metrics of the model as it is, on the benchmark's validation split."""
-    benchmark, settings = run.data.benchmark, run.settings
-    encoded = [
-        encode_split(
-            run.model,
-            split,
-            run.load,
-            batch_size=min(settings.batch_size, LARGEST_BATCH),
-            num_workers=workers_of(settings),
-            save_memory=settings.save_memory,
-            gallery_dtype=settings.gallery_dtype,
-            on_batch=stop_if_asked,
-        )
-        for split in benchmark.splits
-    ]
-    pairs = list(zip(benchmark.splits, encoded, strict=True))
-    return from_main(lambda: benchmark.metrics([rank_split(*pair) for pair in pairs]))
+    rankings = run.task.rankings(stop_if_asked)
+    return from_main(lambda: run.data.benchmark.metrics([ranked() for ranked in rankings]))
 
 
 def keep(run: Run, epoch: int, metrics: dict[str, Any], earlier: list[dict[str, Any]]) -> None:
@@ -415,7 +397,7 @@ def other_rates(settings: TrainingSettings) -> dict[str, float]:
     return rates
 
 
-def describe_run(settings: TrainingSettings, data: Data, model: Blip2QformerCirAlignPrompt) -> dict[str, Any]:
+def describe_run(settings: TrainingSettings, data: Data, model: Blip2Qformer) -> dict[str, Any]:
     """The hyperparameters, as JSON holds them: all flags, and on what the run runs now."""
     flags = {name: value for name, value in vars(settings).items() if name not in ("resume", "switches")}
     flags |= {name: getattr(model.config, name) for name in MODEL_SWITCHES}

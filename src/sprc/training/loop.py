@@ -48,6 +48,11 @@ class EpochItems(Protocol):
         """Tell the epoch."""
 
 
+def order_of_epoch(length: int, seed: int, epoch: int) -> Tensor:
+    """The order in which an epoch takes its ``length`` items: (length,), of seed and epoch alone."""
+    return torch.randperm(length, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
 class EpochOrder(Sampler[int]):
     """A random order for each epoch, a function of seed and epoch alone, from any place in it.
 
@@ -65,8 +70,7 @@ class EpochOrder(Sampler[int]):
         return (self.length - self.start) // self.batch_size * (self.batch_size // world_size())
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.length, generator=generator)[self.start :]
+        order = order_of_epoch(self.length, self.seed, self.epoch)[self.start :]
         batches, rows = len(order) // self.batch_size, self.batch_size // world_size()
         order = order[: batches * self.batch_size].view(batches, world_size(), rows)
         return iter(order[:, rank()].flatten().tolist())

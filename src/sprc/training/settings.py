@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sprc.config import AMP, CONTRASTS, FUSION, GALLERY_DTYPES, ModelConfig
+from sprc.config import AMP, CONTRASTS, FUSION, GALLERY_DTYPES, RERANKER, ModelConfig
 from sprc.data import NOISE_KINDS
 from sprc.errors import InputError
 from sprc.scoring.settings import (
+    RERANK,
+    RERANK_TOP,
     CacheSettings,
     DatasetSettings,
     DataSettings,
@@ -244,7 +246,19 @@ class TrainingSettings(
     models_path: Path = setting(ROOT / "models", help="where the run's folder goes; default: models/")
     loss_align: float | None = setting(None, help="alignment loss's weight; default: CIRR 0.4, FashionIQ 1")
     loss_rtc: float | None = setting(None, help="text-only loss's weight; default: CIRR 0.4, FashionIQ 1")
-    loss_itm: float = setting(1.0, help="weight of a matching loss; this model has none")
+    loss_itm: float = setting(1.0, help="weight of the re-ranker's loss; default: %(default)s")
+    rerank_negatives: int | None = setting(
+        None,
+        metavar="N",
+        help=f"--blip-model-name {RERANKER}: images that a target is contrasted with; default: 8",
+        group=RERANK,
+    )
+    rerank_top: int | None = setting(
+        None,
+        metavar="N",
+        help=f"likewise: candidates a query that validation looks at; default: {RERANK_TOP}",
+        group=RERANK,
+    )
     save_training: bool = setting(False, help="save the model after each validation")
     save_best: bool = setting(False, help="with --save-training: keep only the best one")
     save_full: bool = setting(False, help="save the frozen vision transformer, too")
@@ -280,6 +294,45 @@ class TrainingSettings(
     tensorboard: bool = setting(
         False, negatable=True, help="write what goes to CSV files for TensorBoard, too"
     )
+
+    @property
+    def reranks(self) -> bool:
+        """Whether a re-ranker is trained, and not a first stage."""
+        return self.blip_model_name == RERANKER
+
+    def check_reranker(self) -> None:
+        """Raise :class:`InputError` for a flag of the one kind of model that the other has no use for."""
+        if not self.reranks:
+            for name in ("rerank_negatives", "rerank_top"):
+                if (value := getattr(self, name)) is not None:
+                    raise InputError(
+                        f"--{name.replace('_', '-')} {value} is for --blip-model-name {RERANKER}, and this "
+                        f"is {self.blip_model_name}; leave one of the flags out"
+                    )
+            return
+        unused = {"negatives": "batch", "train": "all", "contrast": "infonce", "fusion_lr": None}
+        unused |= {"loss_align": None, "loss_rtc": None, "warmup_fusion": 0}
+        for name, default in unused.items():
+            if (value := getattr(self, name)) != default:
+                raise InputError(
+                    f"--{name.replace('_', '-')} {value} does nothing for --blip-model-name {RERANKER}; "
+                    "leave it out"
+                )
+        for name, value in self.switches.items():
+            if (name, value) != ("use_gated_fusion", False):
+                raise InputError(
+                    f"--{name.replace('_', '-')} {value}: a re-ranker's model is that of its first stage; "
+                    "leave the flag out"
+                )
+        for name, least in (("rerank_negatives", 1), ("rerank_top", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"--{name.replace('_', '-')} {value} is too small; the least is {least}")
+
+    def reranker_where_unset(self) -> dict[str, int]:
+        """What a re-ranker's training takes where the user gives nothing."""
+        values = {"rerank_negatives": 8, "rerank_top": RERANK_TOP} if self.reranks else {}
+        return {name: value for name, value in values.items() if getattr(self, name) is None}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ class TrainingTriplets:
 
     own: list[Triplet]  # the training set's, or a share of them, some of them made wrong
     extra: list[Triplet]  # of --extra-triplets
-    paths: dict[str, Path]  # of the images that both need
+    paths: dict[str, Path]  # of the images that both need, for a re-ranker those of the image sets, too
     changes: list[dict[str, Any]]  # what --noise-ratio made wrong
 
 
@@ -37,9 +37,11 @@ def read_triplets(settings: TrainingSettings, splits: Iterable[Split]) -> Traini
     own, changes = make_wrong(own, settings.noise_ratio, settings.noise_kind, settings.seed)
     if changes:
         print(f"made wrong: {len(changes):,} of {len(own):,} training triplets", flush=True)
+    known = {name: path for split in splits for name, path in split.image_paths.items()}
+    if settings.reranks:
+        paths |= {name: known[name] for triplet in own for name in triplet.members}
     extra: list[Triplet] = []
     if settings.extra_triplets is not None:
-        known = {name: path for split in splits for name, path in split.image_paths.items()}
         missing = {name for split in splits for name in split.left_out.images}
         keys = benchmark_class(settings.dataset).extra_keys
         extra = load_extra(settings.extra_triplets, keys, known, missing)

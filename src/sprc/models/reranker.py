@@ -1,0 +1,82 @@
+"""A re-ranker and its first stage: how it starts from one, and how it is loaded beside one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sprc.config import RERANKER, ModelConfig
+from sprc.errors import InputError
+from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
+from sprc.models.blip2_qformer_cir_rerank import Blip2QformerCirRerank
+from sprc.models.checkpoint import filled, fingerprint, read_contents, read_vocabulary
+from sprc.models.switches import FUSION, VIT
+
+
+def start_reranker(first_stage: Blip2QformerCirAlignPrompt) -> Blip2QformerCirRerank:
+    """A re-ranker that has the first stage's weights, and the very vision transformer; on the CPU.
+
+    Raises :class:`InputError` where that learns.
+    """
+    config = replace(first_stage.config, use_gated_fusion=False)
+    model = Blip2QformerCirRerank(config, first_stage.tokenizer)
+    own = model.state_dict()
+    found = {name: value for name, value in first_stage.state_dict().items() if not name.startswith(FUSION)}
+    model.load_state_dict({name: found[name] for name in own})
+    model.visual_encoder = first_stage.visual_encoder
+    return model
+
+
+def identity_of(first_stage: Blip2QformerCirAlignPrompt) -> str:
+    """What tells a first stage from all others: a hash of all its weights but the vision transformer's."""
+    state = first_stage.state_dict()
+    return fingerprint({name: value for name, value in state.items() if not name.startswith(VIT)})
+
+
+def load_reranker(
+    path: Path, first_stage: Blip2QformerCirAlignPrompt, *, any_first_stage: bool = False
+) -> Blip2QformerCirRerank:
+    """The re-ranker of a checkpoint, in eval mode on the CPU; ``first_stage`` is what it shall re-rank for.
+
+    Raises:
+        InputError: the file cannot be loaded, see :func:`sprc.models.checkpoint.load_checkpoint`; it holds no
+            re-ranker; one whose images or prompts are others than the first stage's; or, unless
+            ``any_first_stage``, one of another first stage.
+    """
+    contents = read_contents(path)
+    told = contents.get("hyperparameters", {})
+    if told.get("blip_model_name") != RERANKER:
+        raise InputError(
+            f"--rerank {path} holds {told.get('blip_model_name', 'an SPRC checkpoint')} and no re-ranker; "
+            f"train one with --blip-model-name {RERANKER}"
+        )
+    config = ModelConfig.from_dict(contents["model_config"], str(path))
+    own, other = config, first_stage.config
+    if (own.num_query_tokens, own.hidden_size) != (other.num_query_tokens, other.hidden_size):
+        raise InputError(
+            f"--rerank {path} reads {own.num_query_tokens} vectors of {own.hidden_size} values, and the first "
+            f"stage makes {other.num_query_tokens} of {other.hidden_size}; give its own"
+        )
+    if not any_first_stage and told.get("first_stage") != identity_of(first_stage):
+        raise InputError(
+            f"--rerank {path} is of another first stage, {told.get('first_stage_name')}; give that as "
+            "--model-path, or add --rerank-any"
+        )
+    tokenizer = read_vocabulary(contents["vocabulary"], path)
+    model = filled(Blip2QformerCirRerank, config, tokenizer, contents, path)
+    if not same_weights(model.visual_encoder, first_stage.visual_encoder):
+        raise InputError(f"--rerank {path} has another vision transformer than --model-path; give its own")
+    model.visual_encoder = first_stage.visual_encoder  # once in memory, and once computed
+    return model.eval()
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules have the same weights, whatever type and device they are on."""
+    first, second = one.state_dict(), other.state_dict()
+    return first.keys() == second.keys() and all(
+        value.shape == second[name].shape and torch.equal(value.half().cpu(), second[name].half().cpu())
+        for name, value in first.items()
+    )
