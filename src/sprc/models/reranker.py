@@ -30,8 +30,8 @@ def start_reranker(first_stage: Blip2QformerCirAlignPrompt) -> Blip2QformerCirRe
     return model
 
 
-def identity_of(first_stage: Blip2QformerCirAlignPrompt) -> str:
-    """What tells a first stage from all others: a hash of all its weights but the vision transformer's."""
+def digest_of_weights(first_stage: Blip2QformerCirAlignPrompt) -> str:
+    """What tells a first stage from all others, of all its weights but the vision transformer's."""
     state = first_stage.state_dict()
     return fingerprint({name: value for name, value in state.items() if not name.startswith(VIT)})
 
@@ -57,10 +57,10 @@ def load_reranker(
     own, other = config, first_stage.config
     if (own.num_query_tokens, own.hidden_size) != (other.num_query_tokens, other.hidden_size):
         raise InputError(
-            f"--rerank {path} reads {own.num_query_tokens} vectors of {own.hidden_size} values, and the first "
-            f"stage makes {other.num_query_tokens} of {other.hidden_size}; give its own"
+            f"--rerank {path} reads {own.num_query_tokens} vectors of {own.hidden_size}, and the first stage "
+            f"makes {other.num_query_tokens} of {other.hidden_size}; give its own"
         )
-    if not any_first_stage and told.get("first_stage") != identity_of(first_stage):
+    if not any_first_stage and told.get("first_stage") != digest_of_weights(first_stage):
         raise InputError(
             f"--rerank {path} is of another first stage, {told.get('first_stage_name')}; give that as "
             "--model-path, or add --rerank-any"

@@ -41,7 +41,7 @@ from sprc.data.transforms import make_transform
 from sprc.distributed import from_main, objects_of_all_ranks, rank, wait_for_all, world_size
 from sprc.errors import InputError
 from sprc.files import READ_ONLY, compact_json, hold_lock, look_at_file, write_atomically, write_json
-from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
+from sprc.models.blip2_qformer import Blip2Qformer
 from sprc.models.device import memory_explained
 from sprc.records import RecordStore
 
@@ -50,7 +50,7 @@ UNWRITABLE = "fill it where it can be written (extract_features.py), or give ano
 
 
 def open_images(
-    model: Blip2QformerCirAlignPrompt,
+    model: Blip2Qformer,
     preprocessing: dict[str, Any],
     paths: Iterable[Path],
     *,
@@ -102,7 +102,7 @@ def require_reading(batch_size: int, num_workers: int) -> None:
             raise InputError(f"--{name} {value} is too small; the least is {least}")
 
 
-def pixel_bytes(model: Blip2QformerCirAlignPrompt) -> int:
+def pixel_bytes(model: Blip2Qformer) -> int:
     """What the model's input of one image takes: float32, (3, S, S)."""
     return 3 * 4 * model.config.image_size**2
 
@@ -121,9 +121,7 @@ class FeatureCache:
             a feature cache's, or not the same one on all ranks.
     """
 
-    def __init__(
-        self, folder: Path, model: Blip2QformerCirAlignPrompt, preprocessing: dict[str, Any], dtype: str
-    ) -> None:
+    def __init__(self, folder: Path, model: Blip2Qformer, preprocessing: dict[str, Any], dtype: str) -> None:
         config = model.config
         if not config.freeze_vit:
             raise InputError(
@@ -190,7 +188,7 @@ class FeatureCache:
     def fill(
         self,
         paths: Iterable[Path],
-        model: Blip2QformerCirAlignPrompt,
+        model: Blip2Qformer,
         transform: Callable[[Image], Tensor],
         *,
         batch_size: int,
@@ -224,7 +222,7 @@ class FeatureCache:
     def _compute(
         self,
         missing: dict[str, Path],
-        model: Blip2QformerCirAlignPrompt,
+        model: Blip2Qformer,
         transform: Callable[[Image], Tensor],
         batch_size: int,
         num_workers: int,

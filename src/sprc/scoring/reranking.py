@@ -136,6 +136,26 @@ def rank_again(
     return ranking._replace(set_ranks=in_sets.set_ranks, set_order=in_sets.set_order)
 
 
+class Stages(NamedTuple):
+    """Splits as a first stage sees them, and as a second does, if there is one."""
+
+    splits: list[Split]
+    encoded: list[EncodedSplit]
+    matches: list[Matches] | None
+    temp: float  # of the first stage
+
+    def rankings(self, weight: float = 1.0, k: int | None = None) -> list[Ranking]:
+        """Each split's ranking by all stages, see :func:`rank_again`."""
+        if self.matches is None:
+            return self.first_rankings(k)
+        parts = zip(self.splits, self.encoded, self.matches, strict=True)
+        return [rank_again(*part, temp=self.temp, weight=weight, k=k) for part in parts]
+
+    def first_rankings(self, k: int | None = None) -> list[Ranking]:
+        """Each split's ranking by the first stage."""
+        return [rank_split(*pair, k=k) for pair in zip(self.splits, self.encoded, strict=True)]
+
+
 def top_blocks(encoded: EncodedSplit, matches: Matches, temp: float, weight: float) -> ScoreBlocks:
     """Blocks as :func:`score_blocks` makes them, whose order is that after the second stage.
 

@@ -7,18 +7,22 @@ from typing import Any
 
 import torch
 
-from sprc.data.images import Transform
+from sprc.data.images import Loader, Transform
 from sprc.data.split import Split
 from sprc.data.transforms import make_transform
 from sprc.models.checkpoint import Checkpoint, load_checkpoint
 from sprc.models.device import SCORING_HELPS, default_workers, memory_explained, place
+from sprc.models.reranker import load_reranker
 from sprc.scoring.encoding import LARGEST_BATCH, EncodedSplit, encode_split
 from sprc.scoring.feature_cache import open_images
+from sprc.scoring.reranking import Stages, match_split
 from sprc.scoring.settings import (
+    RERANK_TOP,
     SCORING_BATCH,
     CacheSettings,
     GallerySettings,
     ImageSettings,
+    RerankSettings,
     ScoringSettings,
 )
 
@@ -94,15 +98,40 @@ class Scorer:
         helps = [flag for flag in SCORING_HELPS if not in_use.get(flag)]
         return memory_explained(self.checkpoint.model.device, settings["batch_size"], helps)
 
-    def encode(self, splits: list[Split]) -> list[EncodedSplit]:
-        """The splits as vectors, all their images looked at before the first is encoded."""
-        settings, model = self.settings, self.checkpoint.model
-        load = open_images(
-            model,
+    def open(self, splits: list[Split]) -> Loader:
+        """What reads the images of the splits, all of which are looked at before."""
+        settings = self.settings
+        return open_images(
+            self.checkpoint.model,
             {name: settings[name] for name in ("transform", "target_ratio")},
             [path for split in splits for path in split.image_paths.values()],
             **{n: settings[n] for n in ("feature_cache", "cache_dtype", "batch_size", "num_workers")},
         )
-        encoding = {n: settings[n] for n in ("batch_size", "num_workers", "save_memory", "gallery_dtype")}
+
+    def encode(self, splits: list[Split]) -> list[EncodedSplit]:
+        """The splits as vectors, all their images looked at before the first is encoded."""
+        return self.stages(splits).encoded
+
+    def stages(self, splits: list[Split], second: RerankSettings | None = None) -> Stages:
+        """The splits as this model sees them, and as the re-ranker that ``second`` names does, if any.
+
+        Several ranks share the work, and all get the whole result. Raises :class:`InputError`, see
+        :func:`sprc.models.reranker.load_reranker`.
+        """
+        first, settings = self.checkpoint.model, self.settings
+        reranker, top = None, RERANK_TOP
+        if second is not None and second.rerank is not None:
+            reranker = load_reranker(second.rerank, first, any_first_stage=second.rerank_any)
+            place(reranker, first.device)
+            top = second.rerank_top or RERANK_TOP
+        load = self.open(splits)
+        reading = {name: settings[name] for name in ("batch_size", "num_workers")}
+        encoding = reading | {name: settings[name] for name in ("save_memory", "gallery_dtype")}
         with self.memory_explained():
-            return [encode_split(model, split, load, **encoding) for split in splits]
+            prompts = reranker is not None
+            encoded = [encode_split(first, one, load, **encoding, with_prompts=prompts) for one in splits]
+            matches = None
+            if reranker is not None:
+                parts = zip(splits, encoded, strict=True)
+                matches = [match_split(reranker, *part, load, top=top, **reading) for part in parts]
+        return Stages(splits, encoded, matches, first.temp.item())

@@ -168,6 +168,13 @@ class RerankSettings:
     rerank_top: int | None = setting(
         None, metavar="N", help=f"candidates a query that it looks at; default: {RERANK_TOP}", group=RERANK
     )
+    rerank_weight: Sequence[float] = setting(
+        (),
+        metavar="W",
+        help="its score's share of the order, the rest is the first stage's; validation compares several; "
+        "default: 1",
+        group=RERANK,
+    )
     rerank_any: bool = setting(
         False, help="take it although it was trained on another first stage", group=RERANK
     )
@@ -175,12 +182,13 @@ class RerankSettings:
     def check_rerank(self) -> None:
         """Raise :class:`InputError` for a flag that has nothing to act on, or a value that cannot work."""
         if self.rerank is None:
-            for flag in ("rerank_top", "rerank_weight", "rerank_any"):
-                if value := getattr(self, flag, None):
-                    given = "" if value is True else f" {value}"
-                    raise InputError(
-                        f"--{flag.replace('_', '-')}{given}: nothing re-ranks; give --rerank FILE"
-                    )
+            for name in ("rerank_top", "rerank_weight", "rerank_any"):
+                if getattr(self, name):
+                    flag = f"--{name.replace('_', '-')}"
+                    raise InputError(f"{flag}: nothing re-ranks; give --rerank FILE, or leave it out")
+        for weight in self.rerank_weight:
+            if not 0 <= weight <= 1:
+                raise InputError(f"--rerank-weight {weight} must be a number from 0 to 1")
         if self.rerank_top is not None and self.rerank_top < 1:
             raise InputError(f"--rerank-top {self.rerank_top} is too small; the least is 1")
 
@@ -198,7 +206,7 @@ class ScoringSettings(TimeoutSettings, CheckpointSettings, DataSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValidationSettings(ScoringSettings, ProtocolSettings, DatasetSettings):
+class ValidationSettings(RerankSettings, ScoringSettings, ProtocolSettings, DatasetSettings):
     """Of ``blip_validate.py``."""
 
     split: str = setting(
@@ -212,12 +220,12 @@ class ValidationSettings(ScoringSettings, ProtocolSettings, DatasetSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SubmissionSettings(ScoringSettings):
+class SubmissionSettings(RerankSettings, ScoringSettings):
     """Of ``cirr_test_submission.py``."""
 
     out: Path = setting(ROOT / "submission", help="folder of the files; default: submission/")
     name: str | None = setting(
-        None, help="end of the files' names; default: the checkpoint's run folder or name"
+        None, help="end of the files' names; default: the run folder's or the checkpoint's, of the last stage"
     )
 
 

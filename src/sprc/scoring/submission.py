@@ -10,8 +10,7 @@ from sprc.errors import InputError
 from sprc.files import compact_json, write_atomically
 from sprc.models.device import start_device
 from sprc.run_folder import name_of_checkpoint
-from sprc.scoring.encoding import EncodedSplit
-from sprc.scoring.recall import rank_split
+from sprc.scoring.ranking import Ranking
 from sprc.scoring.scorer import Scorer
 from sprc.scoring.settings import SubmissionSettings
 from sprc.scoring.validation import TOP
@@ -27,12 +26,17 @@ def run_submission(settings: SubmissionSettings) -> tuple[Path, Path]:
 
     Both are checked first, so that a file exists only if it is right.
     """
+    settings.check_rerank()
+    if len(settings.rerank_weight) > 1:
+        raise InputError(
+            "--rerank-weight: give one; blip_validate.py compares several on the validation split"
+        )
     if settings.missing_images == "skip":
         raise InputError(
             "--missing-images skip: CIRR's server wants every query of test1, ranked over all its images; "
             "restore the files and leave the flag out"
         )
-    name = settings.name or name_of_checkpoint(settings.model_path)
+    name = settings.name or name_of_checkpoint(settings.rerank or settings.model_path)
     if name != Path(name).name:
         raise InputError(f"--name {name} names a folder, too; give --out for the folder")
     device = start_device(settings.device)
@@ -45,15 +49,19 @@ def run_submission(settings: SubmissionSettings) -> tuple[Path, Path]:
         ) from error
     scorer = Scorer.from_settings(settings, device)
     with scorer.memory_explained():
-        (encoded,) = scorer.encode([split])
-        return from_main(lambda: write_submission(split, encoded, settings.out, name, settings.data_path))
+        stages = scorer.stages([split], settings)
+        (weight,) = settings.rerank_weight or (1.0,)
+        return from_main(
+            lambda: write_submission(
+                split, stages.rankings(weight, TOP)[0], settings.out, name, settings.data_path
+            )
+        )
 
 
 def write_submission(
-    split: Split, encoded: EncodedSplit, out: Path, name: str, data_path: Path
+    split: Split, ranking: Ranking, out: Path, name: str, data_path: Path
 ) -> tuple[Path, Path]:
-    """Rank, check and write what :func:`run_submission` promises, into ``out``; ``name`` ends the files'."""
-    ranking = rank_split(split, encoded, k=TOP)
+    """Check and write what :func:`run_submission` promises, into ``out``; ``name`` ends the files'."""
     names = list(split.image_paths)
     ids = [str(triplet.pair_id) for triplet in split.triplets]
     assert ranking.top is not None  # it was asked for

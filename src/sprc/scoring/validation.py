@@ -3,12 +3,12 @@
 from typing import Any
 
 from sprc.distributed import from_main
+from sprc.errors import InputError
 from sprc.files import compact_json, require_file_place, write_atomically, write_csv
 from sprc.models.device import start_device
 from sprc.scoring.benchmarks import Benchmark, benchmark_class
-from sprc.scoring.encoding import EncodedSplit
 from sprc.scoring.ranking import Ranking
-from sprc.scoring.recall import rank_split
+from sprc.scoring.reranking import Stages
 from sprc.scoring.scorer import Scorer
 from sprc.scoring.settings import ValidationSettings
 
@@ -19,8 +19,12 @@ def run_validation(settings: ValidationSettings) -> dict[str, float | str]:
     """Print and return the metrics of a checkpoint.
 
     With ``save_rankings`` write each query's top 50, with ``save_ranks`` its target's ranks. With the
-    settings of its training, the default, the figures of "val" are those that training wrote.
+    settings of its training, the default, the figures of "val" are those that training wrote. With
+    ``rerank`` all of it is of both stages.
     """
+    settings.check_rerank()
+    if settings.split != "val" and len(settings.rerank_weight) > 1:
+        raise InputError("--rerank-weight: choose it on the validation split; give one for the test split")
     device = start_device(settings.device)
     for flag in ("save_ranks", "save_rankings"):
         file = getattr(settings, flag)
@@ -34,16 +38,15 @@ def run_validation(settings: ValidationSettings) -> dict[str, float | str]:
     )
     scorer = Scorer.from_settings(settings, device)
     with scorer.memory_explained():
-        encoded = scorer.encode(benchmark.splits)
-        return from_main(lambda: report_scores(settings, benchmark, encoded))
+        stages = scorer.stages(benchmark.splits, settings)
+        return from_main(lambda: report_scores(settings, benchmark, stages))
 
 
 def report_scores(
-    settings: ValidationSettings, benchmark: Benchmark, encoded: list[EncodedSplit]
+    settings: ValidationSettings, benchmark: Benchmark, stages: Stages
 ) -> dict[str, float | str]:
     """Rank, print, and write what :func:`run_validation` is asked for."""
-    k = TOP if settings.save_rankings else None
-    rankings = [rank_split(split, one, k=k) for split, one in zip(benchmark.splits, encoded, strict=True)]
+    rankings = chosen_rankings(settings, benchmark, stages)
     metrics = benchmark.metrics(rankings)
     for name, value in metrics.items():
         print(f"{name}: {value}")
@@ -55,6 +58,24 @@ def report_scores(
         write_csv(settings.save_ranks, query_ranks(benchmark, rankings))
         print(f"wrote {settings.save_ranks}")
     return metrics
+
+
+def chosen_rankings(settings: ValidationSettings, benchmark: Benchmark, stages: Stages) -> list[Ranking]:
+    """The rankings to report. Of two stages both are printed, and the best of several weights is taken."""
+    k = TOP if settings.save_rankings else None
+    if stages.matches is None:
+        return stages.rankings(k=k)
+    print(f"first stage: {benchmark.summary(benchmark.metrics(stages.first_rankings()))}")
+    found = {}
+    for weight in settings.rerank_weight or (1.0,):
+        rankings = stages.rankings(weight, k)
+        metrics = benchmark.metrics(rankings)
+        print(f"both, --rerank-weight {weight:g}: {benchmark.summary(metrics)}")
+        found[weight] = (float(metrics[benchmark.headline]), rankings)
+    best = max(found, key=lambda weight: found[weight][0])  # the first of equal ones
+    if len(found) > 1:
+        print(f"below: --rerank-weight {best:g}, which has the best {benchmark.headline}")
+    return found[best][1]
 
 
 def named_rankings(benchmark: Benchmark, rankings: list[Ranking]) -> list[dict[str, Any]]:

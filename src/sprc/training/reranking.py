@@ -38,8 +38,8 @@ class RerankItems(Dataset):
     At most half of the K are of the query's image set, drawn at random: R_s@1 asks to tell these apart. The
     others are targets of other queries of the same batch, drawn without repetition with the probability
     softmax(similarity / temp) that the first stage gives them, as BLIP-2 draws its wrong pairs. What the
-    batch lacks is drawn from all training images. No true target of the query is drawn, and no reference where the
-    benchmark leaves that out of its ranking.
+    batch lacks is drawn from all training images. No true target of the query is drawn, and no reference
+    where the benchmark leaves that out of its ranking.
 
     What is drawn depends on the seed, the epoch and the place in the order alone: not on the worker, the
     number of ranks, or what was read before.
@@ -124,11 +124,8 @@ class RerankItems(Dataset):
             others = sorted(set(range(len(self.names))) - refused - set(found))
             if not others:
                 raise InputError(f"there are too few training images for {self.per_query} negatives a query")
-            found += (
-                generator.sample(others, short)
-                if len(others) >= short
-                else generator.choices(others, k=short)
-            )
+            draw = generator.sample if len(others) >= short else generator.choices
+            found += draw(others, k=short)
         return found
 
 
@@ -166,7 +163,7 @@ class Reranking:
         load: Loader,
     ) -> None:
         self.settings, self.model, self.scored, self.load = settings, model, scored, load
-        self.temp = float(first_stage.temp)
+        self.temp = first_stage.temp.item()
         triplets = triplet_dataset(settings, trained, load)
         queries = [
             Triplet(triplet.pair_id, triplet.reference, triplet.target, text)
@@ -187,7 +184,7 @@ class Reranking:
             (counts.cumsum(0) - counts).tolist(),
             true_targets(triplets.triplets, triplets.image_paths),
             batch_size=settings.batch_size,
-            per_query=settings.rerank_negatives,
+            per_query=cast(int, settings.rerank_negatives),
             temp=self.temp,
             ranks_reference=scored[0].ranks_reference,
         )
@@ -198,14 +195,14 @@ class Reranking:
 
     def rankings(self, on_batch: Callable[[], None]) -> list[Callable[[], Ranking]]:
         """What ranks each validation split by both stages; ``on_batch`` as for ``match_split``."""
-        found = []
+        found: list[Callable[[], Ranking]] = []
         for split, encoded in zip(self.scored, self.encoded, strict=True):
             matches = match_split(
                 self.model,
                 split,
                 encoded,
                 self.load,
-                top=self.settings.rerank_top,
+                top=cast(int, self.settings.rerank_top),
                 batch_size=min(self.settings.batch_size, LARGEST_BATCH),
                 num_workers=cast(int, self.settings.num_workers),
                 on_batch=on_batch,

@@ -9,7 +9,7 @@ from sprc.errors import InputError
 from sprc.models.blip2_qformer import Blip2Qformer
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.checkpoint import load_checkpoint, start_model
-from sprc.models.reranker import identity_of, start_reranker
+from sprc.models.reranker import digest_of_weights, start_reranker
 from sprc.run_folder import name_of_checkpoint
 from sprc.training.negatives import choose_learning
 from sprc.training.optimisation import TrainingConfig, by_prefix
@@ -30,7 +30,7 @@ class Start(NamedTuple):
         if self.first_stage is None or settings.model_path is None:
             return {}
         name = name_of_checkpoint(settings.model_path)
-        return {"first_stage": identity_of(self.first_stage), "first_stage_name": name}
+        return {"first_stage": digest_of_weights(self.first_stage), "first_stage_name": name}
 
 
 def start(settings: TrainingSettings, config: TrainingConfig, recorded: Mapping[str, Any] | None) -> Start:
