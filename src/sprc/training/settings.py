@@ -310,7 +310,12 @@ class TrainingSettings(
                         f"is {self.blip_model_name}; leave one of the flags out"
                     )
             return
-        unused = {"negatives": "batch", "train": "all", "contrast": "infonce", "fusion_lr": None}
+        unused: dict[str, Any] = {
+            "negatives": "batch",
+            "train": "all",
+            "contrast": "infonce",
+            "fusion_lr": None,
+        }
         unused |= {"loss_align": None, "loss_rtc": None, "warmup_fusion": 0}
         for name, default in unused.items():
             if (value := getattr(self, name)) != default:
