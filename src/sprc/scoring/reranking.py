@@ -7,7 +7,8 @@ Shapes: T queries, G gallery images, K candidates a query, M members of an image
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ def match_split(
     """
     assert encoded.prompts is not None
     images = len(encoded.gallery)
-    first = from_main(lambda: rank_split(split, encoded, k=top).top)
+    first = cast(Tensor, from_main(lambda: rank_split(split, encoded, k=top).top))
     pairs = pairs_to_look_at(first, encoded, images)
     scores = torch.zeros(len(pairs))
     of_image: dict[int, list[int]] = {}
@@ -128,11 +129,11 @@ def rank_again(
         k: as for :func:`sprc.scoring.ranking.rank`.
     """
     references = None if split.ranks_reference else encoded.references
-    where = {"targets": encoded.targets, "references": references}
-    ranking = rank(top_blocks(encoded, matches, temp, weight), **where, members=None, k=k)
+    in_order = partial(rank, targets=encoded.targets, references=references)
+    ranking = in_order(top_blocks(encoded, matches, temp, weight), members=None, k=k)
     if not encoded.members.shape[1]:
         return ranking
-    in_sets = rank(set_blocks(encoded, matches, temp, weight), **where, members=encoded.members)
+    in_sets = in_order(set_blocks(encoded, matches, temp, weight), members=encoded.members)
     return ranking._replace(set_ranks=in_sets.set_ranks, set_order=in_sets.set_order)
 
 
