@@ -116,6 +116,19 @@ def test_further_flags_of_the_training_are_a_switch_of_the_grid():
     assert cells[4].arguments()[:5] == ["--negatives", "bank", "--train", "query", "--use-gated-fusion"]
 
 
+def test_a_re_ranker_s_cell_comes_after_its_first_stage():
+    cells = config(fusion=["gmu"], rerank=["--num-epochs 2", "off"], seeds=[3]).cells()
+    assert [cell.name for cell in cells] == ["gmu-masked-seed3", "gmu-masked-rerank_num-epochs_2-seed3"]
+    assert cells[1].first_stage == cells[0]
+    assert cells[0].first_stage is None
+    assert cells[1].arguments() == [
+        *("--num-epochs", "2", "--blip-model-name", "blip2_cir_rerank", "--seed", "3", "--model-path")
+    ]
+    alone = config(fusion=["gmu"], rerank=[True], seeds=[3]).cells()  # as YAML reads a bare on
+    assert [cell.name for cell in alone] == ["gmu-masked-seed3", "gmu-masked-rerank-seed3"]
+    assert config(fusion=["gmu"], rerank=[False], seeds=[3]).cells() == cells[:1]
+
+
 def test_any_variant_may_be_the_baseline(tmp_path):
     cells = config(fusion=["off", "gated", "film"]).cells()
     results = results_of(tmp_path, "cirr", "arithmetic_mean")
@@ -203,7 +216,9 @@ def test_a_yaml_file_gives_the_grid_and_flags_win_over_it(tmp_path):
             {"flags": ["--negatives bank --seed 3"]},
             "--seed: the ablation sets --seed itself; leave it out of",
         ),
-        ({"flags": ["--a b", "--a_b"]}, "two values of the list give a cell the name off-a_b-seed0"),
+        ({"flags": ["--x y", "--x_y"]}, "two values of the list give a cell the name off-x_y-seed0"),
+        ({"rerank": [1]}, "rerank=1 must be text"),
+        ({"rerank": ["--model-path x"]}, "--model-path: the ablation sets --model-path itself"),
         ({"flags": ["--extra-triplets " + "x" * 255]}, "is too long for a folder's name"),
         ({"grids": [{"flags": [3]}]}, "flags=3 must be text"),
         ({"baseline": "gated"}, "baseline='gated' is no variant; choose from off, gated-alpha0.5-random-mas"),
@@ -219,7 +234,7 @@ def test_a_bad_file_or_device_is_named(tmp_path):
     for text, message in (
         (
             "fusions: [off]\n",
-            "unknown key fusions; its keys are fusion, alpha, start, pool, text, rate, warmup, flags, seeds",
+            "unknown key fusions; its keys are fusion, alpha, start, pool, text, rate, warmup, flags, rerank,",
         ),
         ("- off\n", "no mapping"),
         ("fusion: [off", "cannot be read"),
@@ -271,7 +286,7 @@ from pathlib import Path
 
 flags = dict(zip(sys.argv, sys.argv[1:]))
 assert Path(flags["--model-path"]).exists()
-Path(flags["--save-ranks"]).write_text(flags["--split"])
+Path(flags["--save-ranks"]).write_text(flags["--split"] + flags.get("--rerank", ""))
 """
 
 
@@ -322,6 +337,36 @@ def test_cells_run_one_at_a_time_on_each_device_and_once(fake_scripts, monkeypat
     assert (out / "cells" / "tirg-random-masked-seed0" / "ranks.csv").read_text() == "test1"
     with pytest.raises(InputError, match="says other training flags"):
         run_cells(config(training=[*FLAGS, "--num-epochs", "3"]), out, ["cpu"])
+
+
+def test_a_re_ranker_is_trained_on_its_first_stage_and_scored_behind_it(fake_scripts, monkeypatch):
+    monkeypatch.setenv("TAKES", "0.3")
+    grid, out = config(fusion=["off"], rerank=["--num-epochs 2"], seeds=[0]), fake_scripts / "out"
+    first, second = grid.cells()
+    assert run_cells(grid, out, ["cpu", "cpu:0"]) == {}
+    checkpoints = [
+        str(out / "cells" / cell.name / "clip_finetuned_on_cirr_0/saved_models/tuned_clip_arithmetic.pt")
+        for cell in (first, second)
+    ]
+    made = {call["folder"]: call for call in calls()}
+    assert made[second.name]["begin"] - made[first.name]["begin"] >= 0.3
+    given = " ".join(made[second.name]["argv"])
+    assert given.startswith(f"--dataset CIRR {' '.join(second.arguments())} {checkpoints[0]} --models-path")
+    log = (out / "cells" / second.name / "log.txt").read_text()
+    assert f"--model-path {checkpoints[0]} --rerank {checkpoints[1]} --save-ranks" in log
+    assert (out / "cells" / second.name / "ranks.csv").read_text() == f"val{checkpoints[1]}"
+    assert (out / "cells" / first.name / "ranks.csv").read_text() == "val"
+
+
+def test_a_re_ranker_whose_first_stage_failed_is_not_begun(fake_scripts, monkeypatch):
+    monkeypatch.setenv("FAIL", "1")
+    grid, out = config(fusion=["off"], rerank=[""], seeds=[0, 1]), fake_scripts / "out"
+    failures = run_cells(grid, out, ["cpu", "cpu:0"])
+    assert {cell.name: text for cell, text in failures.items()} == {
+        "off-seed1": "error: no luck",
+        "off-rerank-seed1": "its first stage, off-seed1, failed",
+    }
+    assert sorted(call["folder"] for call in calls()) == ["off-rerank-seed0", "off-seed0", "off-seed1"]
 
 
 def test_a_failed_cell_does_not_stop_the_others_and_is_tried_again(fake_scripts, monkeypatch):
@@ -618,11 +663,12 @@ def test_losses_that_only_some_variants_have_are_drawn_for_these(tmp_path, monke
     cells = config(fusion=["off", "gated", "film"]).cells()
     results = results_of(tmp_path, "cirr", "arithmetic_mean")
     write_cells(tmp_path, results)
+    (absent,) = set(cells) - {one.cell for one in results}
     for one in results:
         if one.cell.fusion == "film":
             path = next((tmp_path / "cells" / one.cell.name).rglob("train_metrics.csv"))
             path.write_text(path.read_text().replace("loss_itc", "loss_bank"))
-    report_ablation(tmp_path, cells, "off", {})
+    report_ablation(tmp_path, cells, "off", {absent: "error: no luck"})
     panels = {axis.get_title(): axis for axis in drawn["losses.png"].axes}
     variants = list(dict.fromkeys(cell.variant for cell in cells))
     assert [line.get_label() for line in panels["loss_itc"].lines] == variants[:2]

@@ -12,13 +12,13 @@ from typing import Any
 
 import yaml
 
-from sprc.config import FUSION_STARTS, FUSION_TEXTS, POOLS, STRATEGIES
+from sprc.config import FUSION_STARTS, FUSION_TEXTS, POOLS, RERANKER, STRATEGIES
 from sprc.errors import InputError
 from sprc.settings import ROOT, setting, settings_of
 
 OFF = "off"
 # What a cell is, but for its seed.
-SWITCHES = ("fusion", "alpha", "start", "pool", "text", "rate", "warmup", "flags")
+SWITCHES = ("fusion", "alpha", "start", "pool", "text", "rate", "warmup", "flags", "rerank")
 LONGEST_NAME = 200  # of a cell's folder; file systems take 255
 # What the grid sets itself. argparse takes a flag's beginning for the flag, so those are refused as well.
 OWN_FLAGS = (
@@ -37,6 +37,8 @@ OWN_FLAGS = (
     "--models-path",
     "--resume",
     "--device",
+    "--blip-model-name",
+    "--model-path",
 )
 
 
@@ -53,6 +55,12 @@ class Cell:
     rate: float | None = None  # of the fusion's parameters; None is the training's own
     warmup: int | None = None  # epochs in which only the fusion learns; None is none
     flags: str | None = None  # further flags of the training; None is none
+    rerank: str | None = None  # further flags of a re-ranker's training; None is no re-ranker
+
+    @property
+    def first_stage(self) -> "Cell | None":
+        """The cell whose model a re-ranker re-ranks for; None for a cell that is no re-ranker's."""
+        return None if self.rerank is None else replace(self, rerank=None)
 
     @property
     def variant(self) -> str:
@@ -60,11 +68,9 @@ class Cell:
         alpha = None if self.alpha is None else f"alpha{self.alpha:g}"
         rate = None if self.rate is None else f"lr{self.rate:g}"
         warmup = None if self.warmup is None else f"warmup{self.warmup}"
-        flags = None
-        if self.flags is not None:
-            words = (word.removeprefix("--") for word in shlex.split(self.flags))
-            flags = re.sub(r"[^\w.,=+-]+", "_", "_".join(words))
-        parts = (self.fusion, alpha, self.start, self.pool, self.text, rate, warmup, flags)
+        flags = None if self.flags is None else as_name(self.flags)
+        rerank = None if self.rerank is None else as_name(f"rerank {self.rerank}")
+        parts = (self.fusion, alpha, self.start, self.pool, self.text, rate, warmup, flags, rerank)
         return "-".join(part for part in parts if part is not None)
 
     @property
@@ -73,7 +79,13 @@ class Cell:
         return f"{self.variant}-seed{self.seed}"
 
     def arguments(self) -> list[str]:
-        """The cell's own arguments of ``blip_fine_tune_2.py``, which win over those of all cells."""
+        """The cell's own arguments of ``blip_fine_tune_2.py``, which win over those of all cells.
+
+        For a re-ranker's the path of its first stage is to come behind ``--model-path``.
+        """
+        if self.rerank is not None:
+            reranker = ["--blip-model-name", RERANKER, "--seed", str(self.seed), "--model-path"]
+            return [*shlex.split(self.rerank), *reranker]
         further = [] if self.flags is None else shlex.split(self.flags)
         if self.fusion == OFF:
             return [*further, "--no-use-gated-fusion", "--seed", str(self.seed)]
@@ -106,6 +118,11 @@ class AblationConfig:
     warmup: Sequence[int] = setting((0,), help="epochs in which only the fusion learns; default: 0")
     flags: Sequence[str] = setting(
         ("",), help="further flags of the training, quoted: '' '--negatives bank'; default: none"
+    )
+    rerank: Sequence[str] = setting(
+        (OFF,),
+        help="a re-ranker behind each: off, or further flags of its training, quoted: '--num-epochs 2'; "
+        "default: off",
     )
     seeds: Sequence[int] = setting((0, 1, 2), help="default: 0 1 2")
     training: Sequence[str] = setting(
@@ -166,13 +183,15 @@ class AblationConfig:
             if type(value) not in (int, float) or not math.isfinite(value):
                 raise InputError(f"alpha={value!r} must be a finite number")
             return float(value)
-        if name == "flags":
+        if name == "rerank" and isinstance(value, bool):  # as YAML reads a bare off and on
+            return "" if value else OFF
+        if name in ("flags", "rerank"):
             if not isinstance(value, str):
-                raise InputError(f"flags={value!r} must be text, as '--negatives bank'; quote it")
+                raise InputError(f"{name}={value!r} must be text, as '--num-epochs 3'; quote it")
             try:
-                refuse_own_flags(shlex.split(value), "flags")
+                refuse_own_flags(shlex.split(value), name)
             except ValueError as error:
-                raise InputError(f"flags={value!r} cannot be read ({error}); close its quotes") from error
+                raise InputError(f"{name}={value!r} cannot be read ({error}); close its quotes") from error
             return value
         if name == "rate":
             if value is None:
@@ -205,16 +224,25 @@ class AblationConfig:
     def cells(self) -> list[Cell]:
         """The grids' cells, each once: a switch that does not touch a fusion does not multiply it.
 
-        The first seed's cells come first, so that a grid that is stopped early compares all its variants.
+        Before a re-ranker's comes its first stage's, whether the grids name that or not. The first seed's
+        cells come first, so that a grid that is stopped early compares all its variants.
         """
         grids = [replace(self, grids=(), **grid) for grid in self.grids] or [self]
-        cells = {
-            cell_of(seed, *switches): None
-            for seed in self.seeds
-            for grid in grids
-            for switches in product(*(getattr(grid, switch) for switch in SWITCHES))
-        }
+        cells: dict[Cell, None] = {}
+        for seed in self.seeds:
+            for grid in grids:
+                for switches in product(*(getattr(grid, switch) for switch in SWITCHES)):
+                    cell = cell_of(seed, *switches)
+                    if cell.first_stage is not None:
+                        cells[cell.first_stage] = None
+                    cells[cell] = None
         return list(cells)
+
+
+def as_name(flags: str) -> str:
+    """Flags as a part of a folder's name."""
+    words = (word.removeprefix("--") for word in shlex.split(flags))
+    return re.sub(r"[^\w.,=+-]+", "_", "_".join(words))
 
 
 def refuse_own_flags(arguments: Sequence[str], where: str) -> list[str]:
@@ -236,10 +264,12 @@ def cell_of(
     rate: float | None,
     warmup: int,
     flags: str,
+    rerank: str,
 ) -> Cell:
     """The cell of these switches, in :data:`SWITCHES`' order, without those that do not touch its fusion."""
+    second = None if rerank == OFF else rerank
     if fusion == OFF:
-        return Cell(OFF, None, None, None, seed, flags=flags or None)
+        return Cell(OFF, None, None, None, seed, flags=flags or None, rerank=second)
     strategy = STRATEGIES[fusion]
     contextual = text == "contextual"
     if start == "auto":
@@ -256,6 +286,7 @@ def cell_of(
         rate,
         warmup or None,
         flags or None,
+        second,
     )
 
 

@@ -16,6 +16,7 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from tqdm import tqdm
@@ -68,21 +69,31 @@ def run_cells(config: AblationConfig, out: Path, devices: list[str]) -> dict[Cel
     failures: dict[Cell, str] = {}
     environment = cell_environment(len(devices))
 
+    ended = {cell: Event() for cell in cells}
+
     def work(device: str) -> None:
         while queue and not stop:
             try:
                 cell = queue.popleft()
             except IndexError:  # another device took the last one
                 return
+            first_stage = cell.first_stage  # which came before, and may be at work on another device
+            while first_stage is not None and not ended[first_stage].wait(0.1) and not stop:
+                pass
             begin = time.monotonic()
             try:
-                failure = run_cell(cell, config, out / "cells" / cell.name, device, environment, stop)
+                if first_stage in failures:
+                    failure: str | None = f"its first stage, {first_stage.name}, failed"
+                else:
+                    failure = run_cell(cell, config, out / "cells" / cell.name, device, environment, stop)
+                if failure is not None:
+                    failures[cell] = failure
             except OSError as error:  # a full disk, say
-                failure = str(error)
+                failures[cell] = failure = str(error)
+            finally:
+                ended[cell].set()
             if stop:
                 return
-            if failure is not None:
-                failures[cell] = failure
             minutes = (time.monotonic() - begin) / 60
             tqdm.write(f"{cell.name}: {f'failed: {failure}' if failure else f'done, {minutes:.1f} min'}")
             bar.update()
@@ -142,7 +153,8 @@ def run_cell(
 ) -> str | None:
     """Train and score a cell, unless it is done; return None, or what went wrong in one line.
 
-    A run that was interrupted goes on from its state; one that had none yet is started anew.
+    A re-ranker's first stage has to be done. A run that was interrupted goes on from its state; one that had
+    none yet is started anew.
     """
     ranks = folder / "ranks.csv"
     folder.mkdir(exist_ok=True)
@@ -158,6 +170,11 @@ def run_cell(
             command = [sys.executable, str(ROOT / "src" / script), *map(str, flags), "--device", device]
             return run_process(command, folder / "log.txt", environment, lock, stop)
 
+        first_stage = None
+        if cell.first_stage is not None:
+            first_run = find_run(folder.parent / cell.first_stage.name)
+            assert first_run is not None  # it is done
+            first_stage = first_run.only_checkpoint()
         run_folder = find_run(folder)
         if run_folder is not None and not run_folder.state.exists():
             shutil.rmtree(run_folder)
@@ -166,18 +183,23 @@ def run_cell(
             failure = run("blip_fine_tune_2.py", "--resume", run_folder.path)
         else:
             keep = ("--models-path", folder, "--save-training", "--save-best")
-            failure = run("blip_fine_tune_2.py", *config.training, *cell.arguments(), *keep)
+            start = () if first_stage is None else (first_stage,)
+            failure = run("blip_fine_tune_2.py", *config.training, *cell.arguments(), *start, *keep)
             run_folder = find_run(folder)
         if failure is not None or stop:
             return failure
         assert run_folder is not None  # the training has ended well
         settings = json.loads(run_folder.hyperparameters.read_text(encoding="utf-8"))
+        own = run_folder.only_checkpoint()
+        model = (
+            ("--model-path", own) if first_stage is None else ("--model-path", first_stage, "--rerank", own)
+        )
         failure = run(
             "blip_validate.py",
             *("--dataset", settings["dataset"], "--data-path", settings["data_path"]),
             *("--fiq-protocol", settings["fiq_protocol"], "--split", split_to_score(settings)),
             *("--missing-images", settings.get("missing_images", "error")),
-            *("--model-path", run_folder.only_checkpoint(), "--save-ranks", ranks),
+            *(*model, "--save-ranks", ranks),
         )
         if failure is None and not stop:
             run_folder.state.unlink()  # as large as three models, and of no use any more

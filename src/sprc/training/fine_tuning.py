@@ -53,7 +53,14 @@ from sprc.training.resume import (
 )
 from sprc.training.retrieval import Retrieval
 from sprc.training.settings import LoopSettings, TrainingSettings
-from sprc.training.start import FUSION_IS_OFF, FUSION_PARAMETERS, Start, refuse_fusion_flags, start
+from sprc.training.start import (
+    FUSION_IS_OFF,
+    FUSION_PARAMETERS,
+    Start,
+    refuse_fusion_flags,
+    require_first_stage,
+    start,
+)
 from sprc.training.triplets import TrainingTriplets, loss_weights, read_triplets
 
 
@@ -143,9 +150,14 @@ def fine_tune(defaults: dict[str, Any], given: dict[str, Any]) -> Path:
     return folder.path
 
 
-def check_flags(defaults: dict[str, Any], given: dict[str, Any]) -> None:
-    """Raise :class:`InputError` for flags that no run can start with; neither data nor weights are read."""
+def check_flags(defaults: dict[str, Any], given: dict[str, Any], *, starts: bool = False) -> None:
+    """Raise :class:`InputError` for flags that no run can start with; neither data nor weights are read.
+
+    ``starts``: there will be a ``--model-path``, which is not known yet.
+    """
     settings, _ = read_settings(defaults, given)
+    if not starts:
+        require_first_stage(settings)
     model_class(settings.blip_model_name)
     own = read_backbone(settings.backbone)["model"]
     ModelConfig.from_dict({**own, **settings.switches}, f"backbone {settings.backbone}")

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from sprc.config import RERANKER
 from sprc.errors import InputError
 from sprc.settings import given_flags
 from sprc.training.settings import training_parser
@@ -176,6 +177,8 @@ def resolved(
             raise InputError(f"{where} starts from {start.name}, and from its model-path; leave one out")
         flags.pop("model_path", None)
         inherited = {name: start.given[name] for name in FROM_THE_START if name in start.given}
+        if flags.get("blip_model_name") == RERANKER:
+            inherited.pop("use_gated_fusion", None)  # the fusion is the first stage's
         flags = {**inherited, **flags}
     if flags.get("dataset") is None:
         raise InputError(f"{where}: its flags lack dataset; give CIRR or FashionIQ")

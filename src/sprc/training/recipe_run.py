@@ -51,7 +51,7 @@ def run_recipe(defaults: dict[str, Any], given: dict[str, Any]) -> Path:
     stages = read_recipe(given["recipe"], given)
     for stage in stages:
         try:
-            check_flags(defaults, stage.given)
+            check_flags(defaults, stage.given, starts=stage.start is not None)
         except InputError as error:
             raise InputError(f"--recipe {given['recipe']}: stage {stage.name}: {error}") from error
     folder = absolute(given.get("models_path", defaults["models_path"])) / given["recipe"].stem

@@ -1,7 +1,8 @@
 """The model to train: from its backbone's weights or a checkpoint's, and what of it learns."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -70,12 +71,10 @@ def start(settings: TrainingSettings, config: TrainingConfig, recorded: Mapping[
 
 def start_second_stage(settings: TrainingSettings) -> Start:
     """A re-ranker beside its first stage, which is the checkpoint of ``--model-path``."""
-    if settings.model_path is None:
-        raise InputError(
-            f"--blip-model-name {settings.blip_model_name} re-ranks what a first stage finds; give its "
-            "checkpoint as --model-path"
-        )
-    checkpoint = load_checkpoint(settings.model_path, backbone=settings.backbone, vocab=settings.vocab)
+    require_first_stage(settings)
+    checkpoint = load_checkpoint(
+        cast(Path, settings.model_path), backbone=settings.backbone, vocab=settings.vocab
+    )
     for line in checkpoint.told():
         print(f"first stage: {line}", flush=True)
     for name in ("transform", "target_ratio"):
@@ -84,6 +83,15 @@ def start_second_stage(settings: TrainingSettings) -> Start:
             flag = f"--{name.replace('_', '-')}"
             raise InputError(f"{flag} {given}: the first stage was trained with {own}; give {flag} {own}")
     return Start(start_reranker(checkpoint.model), checkpoint.model)
+
+
+def require_first_stage(settings: TrainingSettings) -> None:
+    """Raise :class:`InputError` where a re-ranker is to be trained without a first stage."""
+    if settings.reranks and settings.model_path is None:
+        raise InputError(
+            f"--blip-model-name {settings.blip_model_name} re-ranks what a first stage finds; give its "
+            "checkpoint as --model-path"
+        )
 
 
 def refuse_fusion_flags(settings: TrainingSettings, why: str) -> None:
