@@ -234,7 +234,7 @@ def test_a_bad_file_or_device_is_named(tmp_path):
     for text, message in (
         (
             "fusions: [off]\n",
-            "unknown key fusions; its keys are fusion, alpha, start, pool, text, rate, warmup, flags, rerank,",
+            "unknown key fusions; its keys are fusion, alpha, start, pool, text, rate, warmup, flags,",
         ),
         ("- off\n", "no mapping"),
         ("fusion: [off", "cannot be read"),

@@ -18,9 +18,6 @@ from sprc.distributed import sum_over_ranks, world_size
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.qformer import ImageKeys
 
-# Images that a rank encodes at once where nobody says how many: a training's batch may be that of many GPUs.
-LARGEST_BATCH = 64
-
 
 @dataclass(frozen=True)
 class EncodedSplit:

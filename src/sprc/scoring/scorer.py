@@ -13,10 +13,11 @@ from sprc.data.transforms import make_transform
 from sprc.models.checkpoint import Checkpoint, load_checkpoint
 from sprc.models.device import SCORING_HELPS, default_workers, memory_explained, place
 from sprc.models.reranker import load_reranker
-from sprc.scoring.encoding import LARGEST_BATCH, EncodedSplit, encode_split
+from sprc.scoring.encoding import EncodedSplit, encode_split
 from sprc.scoring.feature_cache import open_images
 from sprc.scoring.reranking import Stages, match_split
 from sprc.scoring.settings import (
+    LARGEST_BATCH,
     RERANK_TOP,
     SCORING_BATCH,
     CacheSettings,

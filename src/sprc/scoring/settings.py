@@ -132,6 +132,8 @@ class TimeoutSettings:
 
 
 SCORING_BATCH = 32  # images at once where nothing says how many
+# Images that a rank encodes at once where nobody says how many: a training's batch may be that of many GPUs.
+LARGEST_BATCH = 64
 RERANK = "a second stage"  # the flags' group
 RERANK_TOP = 50
 

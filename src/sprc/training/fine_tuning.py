@@ -34,7 +34,6 @@ from sprc.models.gated_fusion import fusion_class
 from sprc.models.switches import vocabulary_digest
 from sprc.run_folder import RunFolder
 from sprc.scoring.benchmarks import Benchmark, benchmark_class
-from sprc.scoring.encoding import LARGEST_BATCH
 from sprc.scoring.feature_cache import open_images
 from sprc.scoring.ranking import Ranking
 from sprc.training.compilation import require_compiler, told_compile_errors
@@ -251,7 +250,7 @@ def open_loader(
     settings: TrainingSettings, data: Data, config: TrainingConfig, model: Blip2Qformer
 ) -> Loader:
     """What reads the images of training and validation: pixels, or tokens from the feature cache."""
-    at_once = min(config.batch_size, LARGEST_BATCH)
+    at_once = settings.reading["batch_size"]
     images = 2 + (settings.negatives_per_query or 0)  # of a triplet
     if settings.reranks:
         images = 1 + cast(int, settings.rerank_negatives)
@@ -262,7 +261,7 @@ def open_loader(
         feature_cache=settings.feature_cache,
         cache_dtype=settings.cache_dtype,
         batch_size=at_once,
-        num_workers=workers_of(settings),
+        num_workers=settings.reading["num_workers"],
         read_at_once=max(images * config.batch_size // world_size(), at_once),
     )
     if settings.feature_cache is not None:
@@ -430,12 +429,6 @@ def go_on(trainer: Trainer) -> None:
     print(f"resuming {trainer.run_folder} at epoch {progress.epoch}, step {progress.step}{note}", flush=True)
     if progress.epoch >= last:
         print(f"all of its {last} epochs are done; --num-epochs with more goes on", flush=True)
-
-
-def workers_of(settings: TrainingSettings) -> int:
-    """The processes that read images, which :func:`complete` has settled."""
-    assert settings.num_workers is not None
-    return settings.num_workers
 
 
 def tensorboard_writer() -> Callable[[Path], Any]:

@@ -20,7 +20,7 @@ from sprc.data.split import Split
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.losses import pairwise_loss
 from sprc.run_folder import RunFolder
-from sprc.scoring.encoding import LARGEST_BATCH, EncodedSplit, encode_split
+from sprc.scoring.encoding import EncodedSplit, encode_split
 from sprc.training.bank import Bank, bank_shape, size_in_words
 from sprc.training.epoch_file import EpochFile
 from sprc.training.mining import Miner
@@ -251,8 +251,7 @@ class Negatives:
             self.model,
             Split("train", queries, self.triplets.image_paths),
             self.triplets.load,
-            batch_size=min(self.settings.batch_size, LARGEST_BATCH),
-            num_workers=cast(int, self.settings.num_workers),
+            **self.settings.reading,
             gallery_dtype=dtype,
             on_batch=on_batch,
         )

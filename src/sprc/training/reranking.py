@@ -22,11 +22,10 @@ from sprc.data.split import Split, Triplet
 from sprc.errors import InputError
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.blip2_qformer_cir_rerank import Blip2QformerCirRerank
-from sprc.scoring.encoding import LARGEST_BATCH, EncodedSplit
+from sprc.scoring.encoding import EncodedSplit, encode_split
 from sprc.scoring.ranking import Ranking
 from sprc.scoring.reranking import match_split, rank_again
 from sprc.training.loop import EpochItems, order_of_epoch
-from sprc.training.retrieval import encode_all, triplet_dataset
 from sprc.training.settings import TrainingSettings
 from sprc.training.triplets import TrainingTriplets
 from sprc.training.true_targets import TrueTargets, true_targets
@@ -164,7 +163,7 @@ class Reranking:
     ) -> None:
         self.settings, self.model, self.scored, self.load = settings, model, scored, load
         self.temp = first_stage.temp.item()
-        triplets = triplet_dataset(settings, trained, load)
+        triplets = trained.dataset(load, settings)
         queries = [
             Triplet(triplet.pair_id, triplet.reference, triplet.target, text)
             for triplet in triplets.triplets
@@ -172,10 +171,8 @@ class Reranking:
         ]
         counts = torch.tensor([len(training_texts(triplet)) for triplet in triplets.triplets])
         split = Split("train", queries, triplets.image_paths)
-        encode = partial(
-            encode_all, settings, first_stage, load=load, on_batch=lambda: None, with_prompts=True
-        )
-        (encoded,) = encode(splits=[split])
+        reading = {**settings.reading, **settings.gallery, "with_prompts": True}
+        encoded = encode_split(first_stage, split, load, **reading)
         # Where the processes that read images see it; what is drawn by it need not be exact.
         encoded = replace(encoded, gallery=encoded.gallery.to("cpu", torch.float16))
         self.items: EpochItems = RerankItems(
@@ -188,7 +185,7 @@ class Reranking:
             temp=self.temp,
             ranks_reference=scored[0].ranks_reference,
         )
-        self.encoded = encode(splits=scored)
+        self.encoded = [encode_split(first_stage, split, load, **reading) for split in scored]
 
     def before_epoch(self, epoch: int, step: int, on_batch: Callable[[], None]) -> None:
         """Nothing has to be made: the first stage does not change."""
@@ -203,8 +200,7 @@ class Reranking:
                 encoded,
                 self.load,
                 top=cast(int, self.settings.rerank_top),
-                batch_size=min(self.settings.batch_size, LARGEST_BATCH),
-                num_workers=cast(int, self.settings.num_workers),
+                **self.settings.reading,
                 on_batch=on_batch,
             )
             found.append(partial(rank_again, split, encoded, matches, temp=self.temp))

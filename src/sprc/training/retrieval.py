@@ -5,12 +5,11 @@ from functools import partial
 
 from torch import nn
 
-from sprc.data.datasets import TripletDataset
 from sprc.data.images import Loader
 from sprc.data.split import Split
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.run_folder import RunFolder
-from sprc.scoring.encoding import LARGEST_BATCH, EncodedSplit, encode_split
+from sprc.scoring.encoding import encode_split
 from sprc.scoring.ranking import Ranking
 from sprc.scoring.recall import rank_split
 from sprc.training.loop import EpochItems
@@ -41,7 +40,7 @@ class Retrieval:
         folder: RunFolder,
     ) -> None:
         self.settings, self.model, self.scored, self.load = settings, model, scored, load
-        triplets = triplet_dataset(settings, trained, load)
+        triplets = trained.dataset(load, settings)
         self.items: EpochItems = triplets
         self.objective: nn.Module | None = None
         self.negatives = None
@@ -57,39 +56,8 @@ class Retrieval:
 
     def rankings(self, on_batch: Callable[[], None]) -> list[Callable[[], Ranking]]:
         """What ranks each validation split by the model as it is; ``on_batch`` as for ``encode_split``."""
-        encoded = encode_all(self.settings, self.model, self.scored, self.load, on_batch)
-        return [partial(rank_split, *pair) for pair in zip(self.scored, encoded, strict=True)]
-
-
-def triplet_dataset(settings: TrainingSettings, trained: TrainingTriplets, load: Loader) -> TripletDataset:
-    """The training triplets as a model takes them."""
-    return TripletDataset(
-        trained.own, trained.paths, load, settings.seed, trained.extra, settings.extra_weight
-    )
-
-
-def encode_all(
-    settings: TrainingSettings,
-    model: Blip2QformerCirAlignPrompt,
-    splits: list[Split],
-    load: Loader,
-    on_batch: Callable[[], None],
-    *,
-    with_prompts: bool = False,
-) -> list[EncodedSplit]:
-    """The splits as vectors, as the settings say; all ranks join."""
-    assert settings.num_workers is not None
-    return [
-        encode_split(
-            model,
-            split,
-            load,
-            batch_size=min(settings.batch_size, LARGEST_BATCH),
-            num_workers=settings.num_workers,
-            save_memory=settings.save_memory,
-            gallery_dtype=settings.gallery_dtype,
-            with_prompts=with_prompts,
-            on_batch=on_batch,
-        )
-        for split in splits
-    ]
+        reading = {**self.settings.reading, **self.settings.gallery, "on_batch": on_batch}
+        return [
+            partial(rank_split, split, encode_split(self.model, split, self.load, **reading))
+            for split in self.scored
+        ]

@@ -10,6 +10,7 @@ from sprc.config import AMP, CONTRASTS, FUSION, GALLERY_DTYPES, RERANKER, ModelC
 from sprc.data import NOISE_KINDS
 from sprc.errors import InputError
 from sprc.scoring.settings import (
+    LARGEST_BATCH,
     RERANK,
     RERANK_TOP,
     CacheSettings,
@@ -299,6 +300,16 @@ class TrainingSettings(
     def reranks(self) -> bool:
         """Whether a re-ranker is trained, and not a first stage."""
         return self.blip_model_name == RERANKER
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How many images are read at once where nothing learns, and by whom: arguments of scoring."""
+        return {"batch_size": min(self.batch_size, LARGEST_BATCH), "num_workers": self.num_workers}
+
+    @property
+    def gallery(self) -> dict[str, Any]:
+        """How a gallery's features are kept, likewise."""
+        return {"save_memory": self.save_memory, "gallery_dtype": self.gallery_dtype}
 
     def check_reranker(self) -> None:
         """Raise :class:`InputError` for a flag of the one kind of model that the other has no use for."""

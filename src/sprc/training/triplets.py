@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sprc.data.datasets import per_epoch
+from sprc.data.datasets import TripletDataset, per_epoch
 from sprc.data.extra import load_extra
+from sprc.data.images import Loader
 from sprc.data.noise import make_wrong
 from sprc.data.split import Split, Triplet, images_of, triplets_of
 from sprc.errors import InputError
@@ -22,6 +23,10 @@ class TrainingTriplets:
     extra: list[Triplet]  # of --extra-triplets
     paths: dict[str, Path]  # of the images that both need, for a re-ranker those of the image sets, too
     changes: list[dict[str, Any]]  # what --noise-ratio made wrong
+
+    def dataset(self, load: Loader, settings: TrainingSettings) -> TripletDataset:
+        """The items of the triplets; ``load`` reads an image by its path."""
+        return TripletDataset(self.own, self.paths, load, settings.seed, self.extra, settings.extra_weight)
 
 
 def read_triplets(settings: TrainingSettings, splits: Iterable[Split]) -> TrainingTriplets:
