@@ -5,12 +5,10 @@ from functools import partial
 
 import torch
 from measure import Row, Settings, in_bytes, memory_row, peak_memory, ratio_row, require_memory, side_by_side
-from steps import LOSS_WEIGHTS, Samples, make_config, make_model, make_samples
-from torch import Tensor
+from steps import Samples, backward, make_config, make_model, make_samples
 
 from sprc.config import ModelConfig
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
-from sprc.models.device import precision
 from sprc.training.bank import Bank
 from sprc.training.negatives import WiderNegatives
 from sprc.training.true_targets import TrueTargets
@@ -26,16 +24,6 @@ def made_bank(config: ModelConfig, images: int, batch: int, device: str) -> Bank
     bank = Bank(TrueTargets(own, own[:, None]), 0.05, "current")
     bank.fill(features, torch.device(device))
     return bank
-
-
-def backward(model: torch.nn.Module, device: str, samples: Samples) -> None:
-    """As ``steps.backward``, of a model whose losses may be others."""
-    amp = precision("auto", torch.device(device))
-    with torch.autocast(device, amp, enabled=amp is not None):
-        losses: dict[str, Tensor] = model(samples)
-        total = sum(LOSS_WEIGHTS.get(name, 1.0) * loss for name, loss in losses.items())
-    total.backward()
-    model.zero_grad(set_to_none=True)
 
 
 def with_bank(

@@ -28,7 +28,7 @@ def cached_gradients(model: nn.Module, device: str, chunk: int, samples: Samples
     cache = GradCache(model, Embedder(model), chunk, mixed_precision)
     with mixed_precision():
         losses = cache.losses(samples)
-        total = sum(LOSS_WEIGHTS[name] * loss for name, loss in losses.items())
+        total = sum(LOSS_WEIGHTS.get(name, 1.0) * loss for name, loss in losses.items())
     total.backward()
     cache.backward()
 

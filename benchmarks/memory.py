@@ -30,12 +30,15 @@ from torch.utils._pytree import tree_leaves
 
 from sprc.config import ModelConfig, read_backbone
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt, Text
+from sprc.models.blip2_qformer_cir_rerank import Beside, Blip2QformerCirRerank
+from sprc.models.qformer import Layout
 from sprc.self_check.setting import made_tokenizer
 from sprc.self_check.speed import take_step
 from sprc.training.grad_cache import Embedder, GradCache
 from sprc.training.loop import make_optimizer
 
 BATCHES = (64, 128, 256)
+NEGATIVES = (4, 8, 16)  # a query's, of a re-ranker
 BLOCK = 512  # CUDA's allocator gives multiples of it
 
 
@@ -150,8 +153,61 @@ def peak_of(config: ModelConfig, batch: int, chunk: int, *, cached: bool) -> flo
     return peak.most / 1e9
 
 
+def make_reranker(config: ModelConfig) -> Blip2QformerCirRerank:
+    """The re-ranker on fake tensors; its vision transformer waits on the CPU."""
+    model = Blip2QformerCirRerank(config, made_tokenizer(config.vocab_size)).train()
+    model.visual_encoder = nn.Identity()
+
+    def beside(prompts: Tensor, captions: list[str]) -> Beside:
+        with unset_fake_temporarily():  # fake tensors would not tell where words are
+            ids, mask = model.pad([model.caption_ids[caption] for caption in captions])
+            seen = torch.cat([mask.new_ones(len(mask), config.num_query_tokens), mask], dim=1)
+            layout = Layout.of(seen, config.num_query_tokens, cls_first=False, words=torch.zeros(1))
+        embed = model.Qformer.bert.embeddings
+        words = embed(embed.word_embeddings(ids), 0)
+        return Beside(torch.cat([embed(prompts.to(words.dtype)), words], dim=1), layout)
+
+    model.beside, model.vit_tokens = beside, lambda image: image
+    return model
+
+
+def peak_of_reranker(config: ModelConfig, batch: int, negatives: int, chunk: int) -> float:
+    """The most GB that live at once in a re-ranker's step from cached tokens, in bfloat16."""
+    peak = Peak()
+    mixed_precision = partial(torch.autocast, "cpu", torch.bfloat16)
+    with as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True), peak:
+        model = make_reranker(config)
+        optimizer = make_optimizer(model, 1e-5)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        peak.most = peak.now
+        tokens = (config.num_patches**2 + 1, config.vit_width)
+        samples = {
+            "prompts": torch.empty(batch, config.num_query_tokens, config.hidden_size, dtype=torch.bfloat16),
+            "candidates": torch.empty(batch, 1 + negatives, *tokens, dtype=torch.bfloat16),
+            "text_input": make_captions(batch),
+        }
+        cache = GradCache(model, Embedder(model), chunk, mixed_precision) if chunk else None
+        take_step(model, optimizer, samples, cache, mixed_precision)
+    return peak.most / 1e9
+
+
+def print_rerankers() -> None:
+    """Print the re-ranker's table."""
+    print("\n| backbone | batch | --grad-cache |", *(f"{count} negatives |" for count in NEGATIVES))
+    print("|---|---|---|" + "---|" * len(NEGATIVES))
+    for backbone in ("pretrain", "pretrain_vitL"):
+        config = ModelConfig(**{**read_backbone(backbone)["model"], "use_gated_fusion": False})
+        for batch, chunk in ((16, 0), (16, 8), (16, 4), (64, 0), (64, 8)):
+            figures = [f"{peak_of_reranker(config, batch, count, chunk):.1f}" for count in NEGATIVES]
+            told = [backbone, str(batch), str(chunk or "none"), *figures]
+            print(f"| {' | '.join(told)} |", flush=True)
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the tables: of SPRC's step, and of a re-ranker's."""
     print("| backbone | images | fusion | --grad-cache |", *(f"batch {batch} |" for batch in BATCHES))
     print("|---|---|---|---|" + "---|" * len(BATCHES))
     plain, chunks = [(True, 0), (False, 0)], [(True, 32), (True, 16)]
@@ -167,6 +223,7 @@ def main() -> None:
             what = "from the cache" if cached else "from pixels"
             told = [backbone, what, "on" if fusion else "off", str(chunk or "none"), *figures]
             print(f"| {' | '.join(told)} |", flush=True)
+    print_rerankers()
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ NAMES = (
     "search",
     "grad-cache",
     "bank",
+    "rerank",
 )
 
 
@@ -57,6 +58,10 @@ def cases_of(name: str, quick: bool) -> list[Case]:
         "startup": [Case("start-up", "startup", "run")],
         "grad-cache": [Case("gradient caching", "grad_cache", "run")],
         "bank": [Case("a bank of negatives", "bank", "growing_bank")],
+        "rerank": [
+            Case("a query's second stage", "rerank", "query"),
+            Case("a re-ranker's step", "rerank", "step"),
+        ],
         "growth": [
             Case("growth with the batch", "steps", "growing_batch"),
             Case("growth with the gallery", "rank", "growing_gallery"),

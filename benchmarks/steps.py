@@ -109,7 +109,7 @@ def backward(model: nn.Module, device: str, samples: Samples) -> None:
     amp = precision("auto", torch.device(device))
     with torch.autocast(device, amp, enabled=amp is not None):
         losses = model(samples)
-        total = sum(LOSS_WEIGHTS[name] * loss for name, loss in losses.items())
+        total = sum(LOSS_WEIGHTS.get(name, 1.0) * loss for name, loss in losses.items())
     total.backward()
     model.zero_grad(set_to_none=True)
 

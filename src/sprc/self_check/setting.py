@@ -194,7 +194,7 @@ def make_pictures(folder: Path, count: int, size: tuple[int, int]) -> list[Path]
 
 def weighted(losses: dict[str, Tensor]) -> Tensor:
     """The loss that training takes the gradient of."""
-    return cast(Tensor, sum(LOSS_WEIGHTS[name] * loss for name, loss in losses.items()))
+    return cast(Tensor, sum(LOSS_WEIGHTS.get(name, 1.0) * loss for name, loss in losses.items()))
 
 
 def take_gradients(model: Model, scale: float = 1.0) -> dict[str, Tensor]:
