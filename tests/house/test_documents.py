@@ -38,12 +38,15 @@ def wrong_flags(script, arguments):
         place = arguments.index("--")
         ours, handed_on = arguments[:place], arguments[place + 1 :]
     subcommand = ours[:1] if script == "src/search.py" and ours[:1] != ["--help"] else []
-    given = {word for word in ours if word.startswith("--")}
+    quoted = [word for word in ours if " " in word]  # run_ablation.py's: further flags of the training
+    given = {word for word in ours if word.startswith("--")} - {*quoted}
     wrong = given - flags_of(script, *subcommand)
+    quoted_flags = {part for word in quoted for part in word.split() if part.startswith("--")}
     if "--help" not in given and "..." not in ours:
         wrong |= required_flags(script, *subcommand) - given
     if handed_on:  # run_ablation.py hands them to the training
         wrong |= wrong_flags("src/blip_fine_tune_2.py", handed_on)
+        wrong |= quoted_flags - flags_of("src/blip_fine_tune_2.py")
     return wrong
 
 
