@@ -14,7 +14,6 @@ EXEMPTIONS = {
     "self_check/attention.py": ["F.scaled_dot_product_attention = watched"],
     "self_check/training.py": ["model.embed = watched", "warnings.showwarning = note"],
     # A method of one model is put in its compiled form's place, so that parameters keep their names.
-    "training/fine_tuning.py": ["model.embed_tokens = torch.compile(model.embed_tokens, dynamic=True)"],
     # A flag that argparse refuses is told with the recipe's file and stage.
     "training/recipe_file.py": ["parser.error = refuse"],
 }
