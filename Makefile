@@ -5,6 +5,7 @@
 # make ablation-tokens     the same for fusion that edits each token in its own way: 104 trainings, two hours
 # make ablation-negatives  SPRC with and without fusion against its batch, a bank, mined images, both: half an hour
 # make ablation-noise      the same with 0, 20 and 50 % of wrong targets under two losses: 45 minutes
+# make ablation-rerank     a re-ranker behind SPRC with and without fusion: half an hour
 # make ablation-shares     plain SPRC and three strategies on 10 and 30 % of the training triplets: half an hour
 # make app          a page to search pictures: an index of your own, or the demo's pictures
 # make test         sets up the same and runs all tests (LAVIS's included)
@@ -23,7 +24,7 @@ CHECKOUT_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.9.*/bin/pyth
 UV := $(or $(shell command -v uv),.tools/bin/uv)
 
 .PHONY: setup demo demo-fashioniq ablation ablation-switches ablation-tokens ablation-negatives \
-	ablation-noise ablation-shares app test test-quick test-numeric test-browser test-checkout \
+	ablation-noise ablation-rerank ablation-shares app test test-quick test-numeric test-browser test-checkout \
 	test-modern test-gpu bench
 .DELETE_ON_ERROR:
 
@@ -81,6 +82,10 @@ ablation-negatives: .venv/ready
 ablation-noise: .venv/ready
 	.venv/bin/python src/make_demo_data.py --out demo
 	.venv/bin/python src/run_ablation.py --out ablation --config configs/ablation_noise.yaml --devices cpu cpu
+
+ablation-rerank: .venv/ready
+	.venv/bin/python src/make_demo_data.py --out demo
+	.venv/bin/python src/run_ablation.py --out ablation --config configs/ablation_rerank.yaml --devices cpu cpu
 
 ablation-shares: .venv/ready
 	.venv/bin/python src/make_demo_data.py --out demo
