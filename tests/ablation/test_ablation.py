@@ -117,16 +117,29 @@ def test_further_flags_of_the_training_are_a_switch_of_the_grid():
 
 
 def test_a_re_ranker_s_cell_comes_after_its_first_stage():
-    cells = config(fusion=["gmu"], rerank=["--num-epochs 2", "off"], seeds=[3]).cells()
+    flags = "--blip-model-name blip2_cir_rerank --num-epochs 2"
+    cells = config(fusion=["gmu"], then=[flags, "off"], seeds=[3]).cells()
     assert [cell.name for cell in cells] == ["gmu-masked-seed3", "gmu-masked-rerank_num-epochs_2-seed3"]
     assert cells[1].first_stage == cells[0]
     assert cells[0].first_stage is None
-    assert cells[1].arguments() == [
-        *("--num-epochs", "2", "--blip-model-name", "blip2_cir_rerank", "--seed", "3", "--model-path")
-    ]
-    alone = config(fusion=["gmu"], rerank=[True], seeds=[3]).cells()  # as YAML reads a bare on
-    assert [cell.name for cell in alone] == ["gmu-masked-seed3", "gmu-masked-rerank-seed3"]
-    assert config(fusion=["gmu"], rerank=[False], seeds=[3]).cells() == cells[:1]
+    assert cells[1].arguments() == [*flags.split(), "--seed", "3", "--model-path"]
+    assert cells[1].reranks
+    # As YAML reads a bare off.
+    assert config(fusion=["gmu"], then=[False], seeds=[3]).cells() == cells[:1]
+
+
+def test_a_second_training_has_the_fusion_of_the_first_and_flags_of_its_own():
+    cells = config(fusion=["gmu"], flags=["--loss-rtc 1"], then=["--negatives bank"], seeds=[3]).cells()
+    first, second = cells
+    assert second.first_stage == first
+    assert first.name == "gmu-masked-loss-rtc_1-seed3"
+    assert second.name == "gmu-masked-loss-rtc_1-then_negatives_bank-seed3"
+    assert not second.reranks
+    assert " ".join(second.arguments()) == (
+        "--negatives bank --use-gated-fusion --fusion-strategy gmu --pool masked --seed 3 --model-path"
+    )
+    (_, off) = config(fusion=["off"], then=["--num-epochs 1"], seeds=[3]).cells()
+    assert " ".join(off.arguments()) == "--num-epochs 1 --no-use-gated-fusion --seed 3 --model-path"
 
 
 def test_any_variant_may_be_the_baseline(tmp_path):
@@ -217,8 +230,9 @@ def test_a_yaml_file_gives_the_grid_and_flags_win_over_it(tmp_path):
             "--seed: the ablation sets --seed itself; leave it out of",
         ),
         ({"flags": ["--x y", "--x_y"]}, "two values of the list give a cell the name off-x_y-seed0"),
-        ({"rerank": [1]}, "rerank=1 must be text"),
-        ({"rerank": ["--model-path x"]}, "--model-path: the ablation sets --model-path itself"),
+        ({"then": [1]}, "then=1 must be text"),
+        ({"then": ["--model-path x"]}, "--model-path: the ablation sets --model-path itself"),
+        ({"flags": ["--blip-model-name blip2_cir_rerank"]}, "--blip-model-name is for `then`; leave it out"),
         ({"flags": ["--extra-triplets " + "x" * 255]}, "is too long for a folder's name"),
         ({"grids": [{"flags": [3]}]}, "flags=3 must be text"),
         ({"baseline": "gated"}, "baseline='gated' is no variant; choose from off, gated-alpha0.5-random-mas"),
@@ -341,12 +355,13 @@ def test_cells_run_one_at_a_time_on_each_device_and_once(fake_scripts, monkeypat
 
 def test_a_re_ranker_is_trained_on_its_first_stage_and_scored_behind_it(fake_scripts, monkeypatch):
     monkeypatch.setenv("TAKES", "0.3")
-    grid, out = config(fusion=["off"], rerank=["--num-epochs 2"], seeds=[0]), fake_scripts / "out"
-    first, second = grid.cells()
+    then = ["--blip-model-name blip2_cir_rerank --num-epochs 2", "--num-epochs 1"]
+    grid, out = config(fusion=["off"], then=then, seeds=[0]), fake_scripts / "out"
+    first, second, plain = grid.cells()
     assert run_cells(grid, out, ["cpu", "cpu:0"]) == {}
     checkpoints = [
         str(out / "cells" / cell.name / "clip_finetuned_on_cirr_0/saved_models/tuned_clip_arithmetic.pt")
-        for cell in (first, second)
+        for cell in (first, second, plain)
     ]
     made = {call["folder"]: call for call in calls()}
     assert made[second.name]["begin"] - made[first.name]["begin"] >= 0.3
@@ -356,15 +371,19 @@ def test_a_re_ranker_is_trained_on_its_first_stage_and_scored_behind_it(fake_scr
     assert f"--model-path {checkpoints[0]} --rerank {checkpoints[1]} --save-ranks" in log
     assert (out / "cells" / second.name / "ranks.csv").read_text() == f"val{checkpoints[1]}"
     assert (out / "cells" / first.name / "ranks.csv").read_text() == "val"
+    log = (out / "cells" / plain.name / "log.txt").read_text()
+    assert f"--model-path {checkpoints[0]} --models-path" in log
+    assert f"--model-path {checkpoints[2]} --save-ranks" in log
 
 
 def test_a_re_ranker_whose_first_stage_failed_is_not_begun(fake_scripts, monkeypatch):
     monkeypatch.setenv("FAIL", "1")
-    grid, out = config(fusion=["off"], rerank=[""], seeds=[0, 1]), fake_scripts / "out"
+    grid = config(fusion=["off"], then=["--blip-model-name blip2_cir_rerank"], seeds=[0, 1])
+    out = fake_scripts / "out"
     failures = run_cells(grid, out, ["cpu", "cpu:0"])
     assert {cell.name: text for cell, text in failures.items()} == {
         "off-seed1": "error: no luck",
-        "off-rerank-seed1": "its first stage, off-seed1, failed",
+        "off-rerank-seed1": "off-seed1, its start, failed",
     }
     assert sorted(call["folder"] for call in calls()) == ["off-rerank-seed0", "off-seed0", "off-seed1"]
 

@@ -18,7 +18,7 @@ from sprc.settings import ROOT, setting, settings_of
 
 OFF = "off"
 # What a cell is, but for its seed.
-SWITCHES = ("fusion", "alpha", "start", "pool", "text", "rate", "warmup", "flags", "rerank")
+SWITCHES = ("fusion", "alpha", "start", "pool", "text", "rate", "warmup", "flags", "then")
 LONGEST_NAME = 200  # of a cell's folder; file systems take 255
 # What the grid sets itself. argparse takes a flag's beginning for the flag, so those are refused as well.
 OWN_FLAGS = (
@@ -37,7 +37,6 @@ OWN_FLAGS = (
     "--models-path",
     "--resume",
     "--device",
-    "--blip-model-name",
     "--model-path",
 )
 
@@ -55,12 +54,17 @@ class Cell:
     rate: float | None = None  # of the fusion's parameters; None is the training's own
     warmup: int | None = None  # epochs in which only the fusion learns; None is none
     flags: str | None = None  # further flags of the training; None is none
-    rerank: str | None = None  # further flags of a re-ranker's training; None is no re-ranker
+    then: str | None = None  # further flags of a training that starts from this one's; None is none
 
     @property
     def first_stage(self) -> "Cell | None":
-        """The cell whose model a re-ranker re-ranks for; None for a cell that is no re-ranker's."""
-        return None if self.rerank is None else replace(self, rerank=None)
+        """The cell that a second training starts from; None for a cell that is none."""
+        return None if self.then is None else replace(self, then=None)
+
+    @property
+    def reranks(self) -> bool:
+        """Whether it is a re-ranker, to be scored behind its first stage."""
+        return self.then is not None and RERANKER in shlex.split(self.then)
 
     @property
     def variant(self) -> str:
@@ -69,8 +73,10 @@ class Cell:
         rate = None if self.rate is None else f"lr{self.rate:g}"
         warmup = None if self.warmup is None else f"warmup{self.warmup}"
         flags = None if self.flags is None else as_name(self.flags)
-        rerank = None if self.rerank is None else as_name(f"rerank {self.rerank}")
-        parts = (self.fusion, alpha, self.start, self.pool, self.text, rate, warmup, flags, rerank)
+        then = None if self.then is None else as_name(f"then {self.then}")
+        if self.reranks and then is not None:
+            then = then.replace("then_", "").replace(f"blip-model-name_{RERANKER}", "rerank")
+        parts = (self.fusion, alpha, self.start, self.pool, self.text, rate, warmup, flags, then)
         return "-".join(part for part in parts if part is not None)
 
     @property
@@ -81,19 +87,22 @@ class Cell:
     def arguments(self) -> list[str]:
         """The cell's own arguments of ``blip_fine_tune_2.py``, which win over those of all cells.
 
-        For a re-ranker's the path of its first stage is to come behind ``--model-path``.
+        Of a second training the path of the first one's checkpoint is to come behind ``--model-path``.
         """
-        if self.rerank is not None:
-            reranker = ["--blip-model-name", RERANKER, "--seed", str(self.seed), "--model-path"]
-            return [*shlex.split(self.rerank), *reranker]
-        further = [] if self.flags is None else shlex.split(self.flags)
+        last = ["--seed", str(self.seed)]
+        if self.then is None:
+            further = [] if self.flags is None else shlex.split(self.flags)
+        else:
+            further, last = shlex.split(self.then), [*last, "--model-path"]
+        if self.reranks:  # whose first stage brings its fusion
+            return [*further, *last]
         if self.fusion == OFF:
-            return [*further, "--no-use-gated-fusion", "--seed", str(self.seed)]
+            return [*further, "--no-use-gated-fusion", *last]
         switches = {"--alpha-init": self.alpha, "--fusion-start": self.start, "--pool": self.pool}
         switches |= {"--fusion-text": self.text, "--fusion-lr": self.rate, "--warmup-fusion": self.warmup}
         given = [str(item) for pair in switches.items() if pair[1] is not None for item in pair]
         strategy = ["--use-gated-fusion", "--fusion-strategy", self.fusion]
-        return [*further, *strategy, *given, "--seed", str(self.seed)]
+        return [*further, *strategy, *given, *last]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,10 +128,10 @@ class AblationConfig:
     flags: Sequence[str] = setting(
         ("",), help="further flags of the training, quoted: '' '--negatives bank'; default: none"
     )
-    rerank: Sequence[str] = setting(
+    then: Sequence[str] = setting(
         (OFF,),
-        help="a re-ranker behind each: off, or further flags of its training, quoted: '--num-epochs 2'; "
-        "default: off",
+        help="a second training from each first one: off, or its further flags, quoted: "
+        f"'--blip-model-name {RERANKER} --num-epochs 2'; default: off",
     )
     seeds: Sequence[int] = setting((0, 1, 2), help="default: 0 1 2")
     training: Sequence[str] = setting(
@@ -183,13 +192,15 @@ class AblationConfig:
             if type(value) not in (int, float) or not math.isfinite(value):
                 raise InputError(f"alpha={value!r} must be a finite number")
             return float(value)
-        if name == "rerank" and isinstance(value, bool):  # as YAML reads a bare off and on
-            return "" if value else OFF
-        if name in ("flags", "rerank"):
+        if name == "then" and value in (False, OFF):  # as YAML reads a bare off
+            return OFF
+        if name in ("flags", "then"):
             if not isinstance(value, str):
                 raise InputError(f"{name}={value!r} must be text, as '--num-epochs 3'; quote it")
             try:
                 refuse_own_flags(shlex.split(value), name)
+                if "--blip-model-name" in shlex.split(value) and name == "flags":
+                    raise InputError(f"flags={value!r}: --blip-model-name is for `then`; leave it out")
             except ValueError as error:
                 raise InputError(f"{name}={value!r} cannot be read ({error}); close its quotes") from error
             return value
@@ -224,7 +235,7 @@ class AblationConfig:
     def cells(self) -> list[Cell]:
         """The grids' cells, each once: a switch that does not touch a fusion does not multiply it.
 
-        Before a re-ranker's comes its first stage's, whether the grids name that or not. The first seed's
+        Before a second training comes its first one, whether the grids name that or not. The first seed's
         cells come first, so that a grid that is stopped early compares all its variants.
         """
         grids = [replace(self, grids=(), **grid) for grid in self.grids] or [self]
@@ -264,12 +275,12 @@ def cell_of(
     rate: float | None,
     warmup: int,
     flags: str,
-    rerank: str,
+    then: str,
 ) -> Cell:
     """The cell of these switches, in :data:`SWITCHES`' order, without those that do not touch its fusion."""
-    second = None if rerank == OFF else rerank
+    second = None if then == OFF else then
     if fusion == OFF:
-        return Cell(OFF, None, None, None, seed, flags=flags or None, rerank=second)
+        return Cell(OFF, None, None, None, seed, flags=flags or None, then=second)
     strategy = STRATEGIES[fusion]
     contextual = text == "contextual"
     if start == "auto":

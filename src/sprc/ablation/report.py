@@ -175,7 +175,7 @@ def table(
             values = [found[name] for found in metrics]
             row[f"{name}_mean"] = fmean(values) if values else None
             row[f"{name}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
-        counted = bool(done) and members[0].rerank is None  # a re-ranker has no fusion of its own
+        counted = bool(done) and not members[0].reranks  # whose fusion is its first stage's
         row["parameters_added"] = fusion_parameters(done[0].checkpoint) if counted else None
         row["step_seconds"] = median(one.step_seconds for one in done) if done else None
         row["step_time_ratio"] = (

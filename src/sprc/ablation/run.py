@@ -83,7 +83,7 @@ def run_cells(config: AblationConfig, out: Path, devices: list[str]) -> dict[Cel
             begin = time.monotonic()
             try:
                 if first_stage in failures:
-                    failure: str | None = f"its first stage, {first_stage.name}, failed"
+                    failure: str | None = f"{first_stage.name}, its start, failed"
                 else:
                     failure = run_cell(cell, config, out / "cells" / cell.name, device, environment, stop)
                 if failure is not None:
@@ -153,8 +153,8 @@ def run_cell(
 ) -> str | None:
     """Train and score a cell, unless it is done; return None, or what went wrong in one line.
 
-    A re-ranker's first stage has to be done. A run that was interrupted goes on from its state; one that had
-    none yet is started anew.
+    What a second training starts from has to be done. A run that was interrupted goes on from its state; one
+    that had none yet is started anew.
     """
     ranks = folder / "ranks.csv"
     folder.mkdir(exist_ok=True)
@@ -191,9 +191,8 @@ def run_cell(
         assert run_folder is not None  # the training has ended well
         settings = json.loads(run_folder.hyperparameters.read_text(encoding="utf-8"))
         own = run_folder.only_checkpoint()
-        model = (
-            ("--model-path", own) if first_stage is None else ("--model-path", first_stage, "--rerank", own)
-        )
+        behind = cell.reranks and first_stage is not None
+        model = ("--model-path", first_stage, "--rerank", own) if behind else ("--model-path", own)
         failure = run(
             "blip_validate.py",
             *("--dataset", settings["dataset"], "--data-path", settings["data_path"]),

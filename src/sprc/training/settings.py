@@ -150,7 +150,7 @@ class NegativeSettings:
     bank_positive: str | None = setting(
         None,
         choices=("current", "bank"),
-        help="the target's features: as the step computes them (current, default), or the bank's",
+        help="the target's features: the bank's (bank, default), or as the step computes them (current)",
         group=NEGATIVES,
     )
     bank_dtype: str | None = setting(
@@ -212,7 +212,8 @@ OF_KIND = {
 }
 WHERE_UNSET = {
     "bank_temperature": 0.05,  # SPN4CIR's
-    "bank_positive": "current",
+    # A target that learns beside negatives that do not would learn to be told from these by being new.
+    "bank_positive": "bank",
     "bank_dtype": "float16",
     "mining_rule": "qure",
     "mine_every": 1,
