@@ -116,6 +116,12 @@ def test_further_flags_of_the_training_are_a_switch_of_the_grid():
     assert cells[4].arguments()[:5] == ["--negatives", "bank", "--train", "query", "--use-gated-fusion"]
 
 
+def test_one_of_several_grids_may_hold_the_baseline():
+    grids = [{"start": ["identity"]}, {"flags": ["--num-epochs 2"]}]
+    read = config(fusion=["off"], grids=grids, baseline="off-num-epochs_2", seeds=[0])
+    assert [cell.variant for cell in read.cells()] == ["off", "off-num-epochs_2"]
+
+
 def test_a_re_ranker_s_cell_comes_after_its_first_stage():
     flags = "--blip-model-name blip2_cir_rerank --num-epochs 2"
     cells = config(fusion=["gmu"], then=[flags, "off"], seeds=[3]).cells()

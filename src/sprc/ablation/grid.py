@@ -238,7 +238,7 @@ class AblationConfig:
         Before a second training comes its first one, whether the grids name that or not. The first seed's
         cells come first, so that a grid that is stopped early compares all its variants.
         """
-        grids = [replace(self, grids=(), **grid) for grid in self.grids] or [self]
+        grids = [replace(self, grids=(), baseline=OFF, **grid) for grid in self.grids] or [self]
         cells: dict[Cell, None] = {}
         for seed in self.seeds:
             for grid in grids:
