@@ -22,6 +22,7 @@ from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPromp
 from sprc.models.blip2_qformer_cir_rerank import Blip2QformerCirRerank
 from sprc.models.checkpoint import save_checkpoint
 from sprc.models.device import (
+    SCORING_HELPS,
     default_workers,
     memory_explained,
     place,
@@ -288,7 +289,8 @@ def make_task(settings: TrainingSettings, data: Data, begin: Start, load: Loader
     model, trained, scored = begin.model, data.trained, data.benchmark.splits
     if begin.first_stage is not None:
         reranker = cast(Blip2QformerCirRerank, model)
-        return Reranking(settings, begin.first_stage, reranker, trained, scored, load)
+        with memory_explained(model.device, settings.reading["batch_size"], SCORING_HELPS):
+            return Reranking(settings, begin.first_stage, reranker, trained, scored, load)
     return Retrieval(settings, cast(Blip2QformerCirAlignPrompt, model), trained, scored, load, folder)
 
 

@@ -112,9 +112,8 @@ class RerankItems(Dataset):
         pool = sorted(set(self.targets.own[mates].tolist()) - refused - set(found))
         wanted = self.per_query - len(found)
         if len(pool) > wanted:
-            similar = (self.encoded.gallery[pool].float() @ self.encoded.composed[query]).amax(
-                dim=1
-            ) / self.temp
+            features, own = self.encoded.gallery[pool].float(), self.encoded.composed[query]
+            similar = (features @ own).amax(dim=1) / self.temp
             # The largest of log p + Gumbel noise are a draw without repetition, and seeded on any machine.
             noise = torch.tensor([gumbel(generator) for _ in pool])
             pool = [pool[place] for place in (similar + noise).topk(wanted).indices.tolist()]
