@@ -1,4 +1,4 @@
-"""The re-ranker: its score against a plain restatement, what learns of it, and its first stage's checkpoint."""
+"""The re-ranker: its score against a plain restatement, what of it learns, its first stage and its file."""
 
 import math
 from dataclasses import asdict
@@ -199,7 +199,7 @@ def test_it_starts_with_the_first_stage_s_weights_and_its_very_vision_transforme
 
 
 def test_a_vision_transformer_that_learns_and_a_fusion_of_its_own_are_refused(tokenizer):
-    with pytest.raises(InputError, match="tokens of a frozen vision transformer; .* first stage learns"):
+    with pytest.raises(InputError, match=r"tokens of a frozen vision transformer; .* first stage learns"):
         start_reranker(make_first_stage(freeze_vit=False))
     with pytest.raises(InputError, match="no fusion of its own: that of its first stage is in the prompts"):
         Blip2QformerCirRerank(small_config(), tokenizer)
