@@ -5,10 +5,15 @@ from pathlib import Path
 import torch
 from helpers.small_models import CAPTIONS, VOCABULARY, random_images, randomise, small_config
 
+from sprc.config import RERANKER
 from sprc.data.split import Split, Triplet
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.reranker import start_reranker
 from sprc.models.tokenizer import WordPiece
+from sprc.training.loop import Trainer, TrainingConfig
+from sprc.training.reranking import Reranking
+from sprc.training.settings import TrainingSettings
+from sprc.training.triplets import TrainingTriplets
 
 IMAGES = [f"picture{number}" for number in range(11)]
 
@@ -59,3 +64,24 @@ class Pixels:
     def __call__(self, path):
         self.read.append(path.name)
         return self.images[path.name].to(torch.get_default_dtype())
+
+
+def make_task(folder, first_stage, model, triplets=None, **flags):
+    """What a re-ranker is trained on, with images as :class:`Pixels` has them; each is a file of its own."""
+    paths = {name: folder / name for name in IMAGES}
+    for name, path in paths.items():
+        path.write_text(name)
+    given = {"num_workers": 0, "batch_size": 4, "rerank_negatives": 4, "rerank_top": 3, **flags}
+    settings = TrainingSettings(
+        dataset="cirr", blip_model_name=RERANKER, model_path=Path("first.pt"), **given
+    )
+    settings.check_reranker()
+    trained = TrainingTriplets(make_triplets(12) if triplets is None else triplets, [], paths, [])
+    return Reranking(settings, first_stage, model, trained, [make_split()], Pixels(first_stage.config))
+
+
+def make_trainer(folder, model, task, **config):
+    """Three steps an epoch."""
+    (folder / "saved_models").mkdir(exist_ok=True)
+    settings = {"num_epochs": 3, "batch_size": 4, "num_workers": 0, "learning_rate": 1e-3, **config}
+    return Trainer(model, task.items, TrainingConfig(**settings), folder)

@@ -188,8 +188,8 @@ def mixed(
 ) -> Tensor:
     """The scores of both stages for (R, n) gallery indices of the queries ``numbers``, in float64.
 
-    ``scores`` are the first stage's similarities, (R, G). In float32 two that differ in their last bit could be
-    equal once they are divided, and in another order than the first stage's.
+    ``scores`` are the first stage's similarities, (R, G). In float32 two that differ in their last bit could
+    be equal once they are divided, and in another order than the first stage's.
     """
     second = matches.of(numbers, rows, scores.shape[1]).double()
     return second if weight == 1 else weight * second + (1 - weight) * scores.double().gather(1, rows) / temp
