@@ -7,6 +7,7 @@ from helpers.small_models import CAPTIONS, VOCABULARY, random_images, randomise,
 
 from sprc.config import RERANKER
 from sprc.data.split import Split, Triplet
+from sprc.distributed import rank
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.reranker import start_reranker
 from sprc.models.tokenizer import WordPiece
@@ -70,7 +71,8 @@ def make_task(folder, first_stage, model, triplets=None, **flags):
     """What a re-ranker is trained on, with images as :class:`Pixels` has them; each is a file of its own."""
     paths = {name: folder / name for name in IMAGES}
     for name, path in paths.items():
-        path.write_text(name)
+        if rank() == 0:  # which alone reads them
+            path.write_text(name)
     given = {"num_workers": 0, "batch_size": 4, "rerank_negatives": 4, "rerank_top": 3, **flags}
     settings = TrainingSettings(
         dataset="cirr", blip_model_name=RERANKER, model_path=Path("first.pt"), **given
