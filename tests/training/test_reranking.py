@@ -39,12 +39,29 @@ def queries(count=36, with_sets=True):
     return found
 
 
-def make_items(folder, triplets, *, ranks_reference=False, batch_size=8, per_query=6, seed=0, scores=None):
+def make_items(
+    folder,
+    triplets,
+    *,
+    ranks_reference=False,
+    batch_size=8,
+    per_query=6,
+    seed=0,
+    scores=None,
+    extra=(),
+    extra_weight=None,
+):
     """Items whose queries and images are random vectors, or have the (T, G) similarities ``scores``."""
     paths = {name: folder / name for name in MANY}
     for name, path in paths.items():
         if not path.exists():
             path.write_text(name)
+
+    def pixels(path):
+        return torch.tensor(float(MANY.index(path.name)))
+
+    dataset = TripletDataset(triplets, paths, pixels, seed, extra, extra_weight)
+    triplets = dataset.triplets  # those of --extra-triplets behind the own
     texts = sum(len(one.training_captions or (1,)) for one in triplets)
     generator = torch.Generator().manual_seed(1)
     gallery = torch.nn.functional.normalize(torch.randn(40, 3, 5, generator=generator), dim=-1).half()
@@ -62,7 +79,7 @@ def make_items(folder, triplets, *, ranks_reference=False, batch_size=8, per_que
     )
     counts = [len(one.training_captions or (1,)) for one in triplets]
     items = RerankItems(
-        TripletDataset(triplets, paths, lambda path: torch.tensor(float(MANY.index(path.name))), seed),
+        dataset,
         encoded,
         [sum(counts[:number]) for number in range(len(triplets))],
         true_targets(triplets, paths),
@@ -251,6 +268,30 @@ def test_of_several_captions_each_meets_its_own_prompt(tmp_path):
             seen.add((number, item["text_input"]))
             assert item["prompts"].item() == rows.index((number, item["text_input"]))
     assert seen == set(rows)
+
+
+def test_extra_triplets_meet_their_own_prompts_and_know_their_mates(tmp_path):
+    own = queries(6, with_sets=False)
+    extra = [
+        Triplet(number, MANY[20 + number], MANY[30 + number], "", (), (f"add {number}", f"remove {number}"))
+        for number in range(4)
+    ]
+    items = make_items(tmp_path, own, per_query=3, batch_size=8, extra=extra, extra_weight=0.5)
+    assert len(items) == 8  # two of the four each epoch
+    texts = [one.caption for one in own]
+    texts += [text for one in items.triplets.triplets[6:] for text in one.training_captions]
+    seen = set()
+    for epoch in range(24):
+        items.set_epoch(epoch)
+        trained = [items.triplets.triplets[items.triplets.number(number)] for number in range(8)]
+        for number, triplet in enumerate(trained):
+            item = items[number]
+            assert process_caption(texts[int(item["prompts"].item())]) == item["text_input"]
+            target, others = drawn(items, number)
+            assert target == triplet.target
+            assert set(others) <= {mate.target for mate in trained} - {triplet.target, triplet.reference}
+            seen.add(item["text_input"])
+    assert seen >= {text for one in extra for text in one.training_captions}
 
 
 def test_too_few_images_are_drawn_more_than_once_and_none_is_one_clear_line(tmp_path):
