@@ -437,6 +437,21 @@ def text_only_query(w: Weights, config: ModelConfig, ids: Tensor, mask: Tensor) 
     return unit(linear(w, "text_proj", output[:, 0]))
 
 
+def match(
+    w: Weights, config: ModelConfig, prompts: Tensor, ids: Tensor, mask: Tensor, image: Tensor
+) -> Tensor:
+    """The re-ranker: prompts (B, P, C), text (B, M) and a candidate's tokens (B, N, D) -> (B,)."""
+    bert = below(w, "Qformer.bert")
+    queries = w["query_tokens"].expand(len(ids), -1, -1)
+    beside = torch.cat([embedding_norm(bert, config, prompts), text_embeddings(bert, config, ids)], dim=1)
+    count = queries.shape[1]
+    seen = ones_before(mask, count + prompts.shape[1])
+    output = layers_with_image(bert, config, embedding_norm(bert, config, queries), beside, image, seen)
+    logits = linear(w, "itm_head", output[:, :count])
+    no, yes = (sum(query[:, kind] for query in logits.unbind(dim=1)) / count for kind in (0, 1))
+    return yes - no
+
+
 def similarities(queries: Tensor, targets: Tensor) -> Tensor:
     """(B, E) and (G, Q, E) -> (B, G)."""
     return torch.stack([torch.stack([similarity(query, target) for target in targets]) for query in queries])

@@ -74,7 +74,7 @@ def train(data, models, *flags, code=0):
         *flags,
         code=code,
     )
-    runs = sorted(models.glob("clip_finetuned_on_cirr_blip2_cir_align_prompt_*"))
+    runs = sorted(models.glob("clip_finetuned_on_*"))
     return (runs[-1] if runs else None), stdout, stderr
 
 

@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 
 import torch
+from helpers.reranking import make_first_stage, make_reranker, make_task
+from helpers.reranking import make_trainer as make_reranker_trainer
 from helpers.small_models import VOCABULARY, random_images, randomise, small_config
 from helpers.small_split import NAMES, REFERENCES, TRIPLETS
 from helpers.wider import make_model, make_negatives, make_trainer
@@ -34,6 +36,7 @@ from sprc.models.factory import _read, create_model
 from sprc.models.tokenizer import WordPiece
 from sprc.scoring.encoding import encode_split
 from sprc.scoring.feature_cache import FeatureCache
+from sprc.scoring.reranking import match_split
 from sprc.scoring.settings import SubmissionSettings
 from sprc.scoring.submission import run_submission
 from sprc.training.fusion_log import FusionLog
@@ -173,6 +176,22 @@ def train_wider(folder, cached):
         bank, drawn = negatives.bank.features, negatives.drawn
         found = {"losses": losses, "gradients": gradients, "bank": bank, "drawn": drawn}
         torch.save(found, folder / "found.pt")
+
+
+def train_reranker(folder, cached):
+    """Six steps of a re-ranker, and before them what it says of its candidates, read in three batches."""
+    model = make_reranker(make_first_stage(dropout=0.0))
+    task = make_task(folder, make_first_stage(), model)
+    calls = []
+    split, encoded, options = task.scored[0], task.encoded[0], {"batch_size": 4, "num_workers": 0, "top": 5}
+    matches = match_split(model, split, encoded, task.load, on_batch=lambda: calls.append(0), **options)
+    torch.save({"scores": matches.scores, "calls": len(calls)}, folder / f"matches_{rank()}.pt")
+    config = {"num_epochs": 2, "grad_cache": 1 if cached else None}
+    trainer = make_reranker_trainer(folder, model, task, **config)
+    losses, gradients = note_steps(trainer)
+    trainer.train(no_validation, lambda *_: None)
+    if rank() == 0:
+        torch.save({"losses": losses, "gradients": gradients}, folder / "found.pt")
 
 
 def train_alone(folder):
@@ -369,6 +388,8 @@ def main(out, data, checkpoint):
         on_ranks(ranks, out / f"complementary_{ranks}", train_complementary)
         on_ranks(ranks, out / f"alone_on_{ranks}", train_alone)
     torch.set_default_dtype(torch.float32)
+    for ranks, cached in ((1, False), (2, False), (2, True)):
+        on_ranks(ranks, out / f"reranker_{ranks}{'_cached' if cached else ''}", train_reranker, cached)
     for ranks in (1, 2, 4):
         on_ranks(ranks, out / f"encode_{ranks}", encode)
         on_ranks(ranks, out / f"cache_{ranks}", fill_cache, images)

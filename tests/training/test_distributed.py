@@ -134,6 +134,28 @@ def test_a_bank_and_mined_images_of_two_ranks_are_those_of_one(out, several):
         torch.testing.assert_close(two["gradients"][name], gradient, rtol=1e-6, atol=1e-9, msg=name)
 
 
+@pytest.mark.parametrize("several", ["reranker_2", "reranker_2_cached"])
+def test_a_re_ranker_of_two_ranks_is_that_of_one(out, several):
+    """In float32: the first stage's vectors are, whatever the default."""
+    assert codes(out / several) == [0, 0]
+    one, two = (load(out / name / "found.pt") for name in ("reranker_1", several))
+    assert len(one["losses"]) == len(two["losses"]) == 6
+    for mine, theirs in zip(two["losses"], one["losses"], strict=True):
+        assert set(mine) == set(theirs) == {"train_loss", "loss_itm"}
+        assert mine["loss_itm"] == pytest.approx(theirs["loss_itm"], rel=1e-4)
+    assert set(two["gradients"]) == set(one["gradients"])
+    for name, gradient in one["gradients"].items():
+        torch.testing.assert_close(two["gradients"][name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_two_ranks_share_the_images_that_a_re_ranker_looks_at(out):
+    one = load(out / "reranker_1" / "matches_0.pt")
+    two = [load(out / "reranker_2" / f"matches_{number}.pt") for number in (0, 1)]
+    assert all(torch.equal(found["scores"], one["scores"]) for found in two)
+    assert one["calls"] == 3
+    assert [found["calls"] for found in two] == [2, 2]  # of two batches and of one
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_the_log_of_the_fusion_is_that_of_the_whole_batch(out, ranks):
     one, several = (read_csv(out / f"plain_on_{number}" / "fusion_metrics.csv") for number in (1, ranks))

@@ -135,8 +135,6 @@ def load_checkpoint(
         kept = {name: value for name, value in values.items() if has_fusion or name != "fusion_start"}
         arguments = {**kept, **switches}
     config = ModelConfig.from_dict(arguments, str(path))
-    if len(tokenizer) != config.vocab_size:
-        raise InputError(f"{path}: vocab_size={config.vocab_size}, but its vocabulary makes {len(tokenizer)}")
     name = model_name or hyperparameters.get("blip_model_name", "blip2_cir_align_prompt")
     cls = model_class(name)
     if not issubclass(cls, Blip2QformerCirAlignPrompt):
@@ -281,6 +279,8 @@ def filled(
     new_fusion: bool = False,
 ) -> M:
     """A model with the file's parameters, strictly; only what the file says it leaves out may be missing."""
+    if len(tokenizer) != config.vocab_size:
+        raise InputError(f"{path}: vocab_size={config.vocab_size}, but its vocabulary makes {len(tokenizer)}")
     state = contents[STATE]
     # Building more layers than the file has parameters for could take forever.
     if max(config.vit_depth, config.num_layers) > len(state) + len(contents.get("left_out") or ()) * 1000:

@@ -179,15 +179,17 @@ def set_blocks(encoded: EncodedSplit, matches: Matches, temp: float, weight: flo
         others = torch.where(members == references[:, None], members.new_full((), -1), members)
         stand_in = others.amax(dim=1, keepdim=True)
         rows = torch.where(others < 0, stand_in, others)
-        yield numbers, scores.scatter(1, rows, mixed(scores, numbers, rows, matches, temp, weight))
+        both = mixed(scores, numbers, rows, matches, temp, weight)
+        yield numbers, scores.double().scatter(1, rows, both)
 
 
 def mixed(
     scores: Tensor, numbers: Tensor, rows: Tensor, matches: Matches, temp: float, weight: float
 ) -> Tensor:
-    """The scores of both stages for (R, n) gallery indices of the queries ``numbers``.
+    """The scores of both stages for (R, n) gallery indices of the queries ``numbers``, in float64.
 
-    ``scores`` are the first stage's similarities, (R, G).
+    ``scores`` are the first stage's similarities, (R, G). In float32 two that differ in their last bit could
+    be equal once they are divided, and in another order than the first stage's.
     """
-    second = matches.of(numbers, rows, scores.shape[1])
-    return second if weight == 1 else weight * second + (1 - weight) * scores.gather(1, rows) / temp
+    second = matches.of(numbers, rows, scores.shape[1]).double()
+    return second if weight == 1 else weight * second + (1 - weight) * scores.double().gather(1, rows) / temp
