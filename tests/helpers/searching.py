@@ -7,8 +7,9 @@ import torch
 
 from sprc.data.split import triplets_of
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
-from sprc.models.checkpoint import save_checkpoint
+from sprc.models.checkpoint import load_checkpoint, save_checkpoint
 from sprc.models.factory import create_model
+from sprc.models.reranker import digest_of_weights, start_reranker
 from sprc.scoring.benchmarks import benchmark_class
 from sprc.search.commands import run_index, run_query
 from sprc.search.settings import IndexSettings, QuerySettings
@@ -39,6 +40,20 @@ def save_model(path, data, seed, **switches):
     }
     save_checkpoint(path, model, 3, told)
     return path
+
+
+def save_reranker(path, checkpoint, seed=0):
+    """A re-ranker of the checkpoint's model that was not trained either; returned in eval mode."""
+    first = load_checkpoint(checkpoint).model
+    model = start_reranker(first)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():  # so that its order is another than the first stage's
+        for parameter in (*model.Qformer.parameters(), *model.itm_head.parameters()):
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    told = {"backbone": "tiny", "blip_model_name": "blip2_cir_rerank"}
+    told |= {"first_stage": digest_of_weights(first), "first_stage_name": str(checkpoint)}
+    save_checkpoint(path, model, 1, told)
+    return model.eval()
 
 
 def make_index(path, folder, checkpoint, **flags):

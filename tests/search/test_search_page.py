@@ -4,13 +4,14 @@ import gc
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import weakref
 
 import pytest
 import torch
-from helpers.searching import TEXT, make_index, png_header, save_model
+from helpers.searching import TEXT, make_index, png_header, save_model, save_reranker
 from PIL import Image
 
 import app
@@ -36,14 +37,15 @@ def own_main(monkeypatch):
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
 
 
-def script(index, samples=None):
+def script(index, samples=None, more=None):
     from sprc.search.page import show
 
-    show(samples, index=index, model_path=None, engine="exact", candidates=1000, device="cpu")
+    settings = {"model_path": None, "engine": "exact", "candidates": 1000, "device": "cpu"}
+    show(samples, index=index, **settings, **(more or {}))
 
 
-def open_page(index, samples=None, **params):
-    page = st_testing.AppTest.from_function(script, args=(str(index), samples and str(samples)))
+def open_page(index, samples=None, more=None, **params):
+    page = st_testing.AppTest.from_function(script, args=(str(index), samples and str(samples), more))
     page.query_params.update(params)
     return run(page)
 
@@ -134,6 +136,39 @@ def test_on_and_off_stand_side_by_side_and_strength_scales_the_edit(picture_inde
     page.selectbox(key="map").set_value("change, own scale")
     run(page)
     assert any("map, dark to bright: " in caption.value for caption in page.caption)
+
+
+def test_a_re_ranker_is_turned_off_and_on(checkpoint, pictures, tmp_path, capsys):
+    folder, file = tmp_path / "pictures", tmp_path / "reranker.pt"
+    shutil.copytree(pictures, folder)
+    make_index(tmp_path / "index", folder, checkpoint)
+    save_reranker(file, checkpoint)
+    more = {"rerank": str(file), "rerank_top": 6, "rerank_weight": 0.7, "rerank_any": False}
+    expected = Searcher.open(tmp_path / "index", device="cpu", **more).search(NAME, TEXT, top=8)
+    page = open_page(tmp_path / "index", more=more, reference=NAME, text=TEXT)
+    lines = [
+        f"{rank}: {result.score:.4f}, {result.match:+.2f}" for rank, result in enumerate(expected[:6], 1)
+    ]
+    lines += [f"{rank}: {result.score:.4f}" for rank, result in enumerate(expected[6:], 7)]
+    assert [score for score, _ in results(page)] == lines
+    captions = [caption.value for caption in page.caption]
+    assert any(re.fullmatch(r"8 best of 36 in \d+ ms; re-ranked 6 in \d+ ms", value) for value in captions)
+    assert captions[-1].endswith("Engine: exact. Re-ranker: of the first 6, weight 0.7.")
+    page.toggle(key="again").set_value(False)
+    run(page)
+    plain = names_found(Searcher.open(tmp_path / "index"), NAME, TEXT)
+    assert [score for score, _ in results(page)] == [f"{i}: {r.score:.4f}" for i, r in enumerate(plain, 1)]
+    assert not any("re-ranked" in caption.value for caption in page.caption)
+    # What the re-ranker cannot read is said, without a path; the first stage still answers.
+    shutil.rmtree(folder)
+    ask(page, "add a green star")
+    assert len(results(page)) == 8
+    page.toggle(key="again").set_value(True)
+    run(page)
+    assert results(page) == []
+    assert any("The re-ranker cannot read one of the first pictures" in info.value for info in page.info)
+    assert str(folder) not in " ".join(info.value for info in page.info)
+    assert f"{folder}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -398,7 +433,14 @@ def test_it_takes_an_index_of_its_own(picture_index, checkpoint, data, tmp_path,
     assert (options["server.address"], options["server.port"]) == ("0.0.0.0", "8600")
     expected = {"index": str(picture_index), "model_path": str(moved), "candidates": 50, "samples": None}
     assert expected.items() <= settings.items()
+    reranker = tmp_path / "reranker.pt"
+    save_reranker(reranker, checkpoint)
+    rerank = ("--rerank", reranker, "--rerank-top", 7)
+    _, settings = start(monkeypatch, tmp_path, *flags, *rerank, "--rerank-weight", 0.25)
+    expected = {"rerank": str(reranker), "rerank_top": 7, "rerank_weight": 0.25, "rerank_any": False}
+    assert expected.items() <= settings.items()
     for flags, message in (
+        (("--index", picture_index, *rerank, "--rerank-weight", 0, 1), "a query takes one"),
         (("--index", tmp_path / "nothing"), "there is no index in .*nothing; make one"),
         (("--data-path", tmp_path / "nothing"), "cirr_dataset/dev is missing.*run `make demo`"),
         (("--index", picture_index, "--port", 0), "--port 0: give a number"),

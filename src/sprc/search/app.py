@@ -19,7 +19,7 @@ from sprc.models.device import start_device
 from sprc.run_folder import RunFolder
 from sprc.scoring.benchmarks import benchmark_class
 from sprc.search.commands import index_pictures
-from sprc.search.searcher import load_model, require_engine
+from sprc.search.searcher import check_settings, load_model
 from sprc.search.settings import AppSettings
 from sprc.settings import INDEX
 from sprc.training.resume import digest_of_data
@@ -36,7 +36,7 @@ def run_app(settings: AppSettings) -> None:
         from streamlit.web import cli
     except ImportError as error:
         raise InputError("the page needs the package streamlit: pip install -e '.[search]'") from error
-    require_engine(settings.engine, settings.candidates)
+    check_settings(settings)
     if not 1 <= settings.port <= 65535:
         raise InputError(f"--port {settings.port}: give a number from 1 to 65535")
     device = start_device(settings.device)
@@ -50,10 +50,9 @@ def run_app(settings: AppSettings) -> None:
 
     of_page: dict[str, Any] = {
         "index": str(index.resolve()),
-        "model_path": None if settings.model_path is None else str(settings.model_path.resolve()),
-        "vocab": None if settings.vocab is None else str(settings.vocab.resolve()),
-        "engine": settings.engine,
-        "candidates": settings.candidates,
+        **{name: resolved(getattr(settings, name)) for name in ("model_path", "vocab", "rerank")},
+        **{n: getattr(settings, n) for n in ("engine", "candidates", "rerank_top", "rerank_any")},
+        "rerank_weight": next(iter(settings.rerank_weight), None),
         "device": str(device),
     }
     searcher = current_searcher(**of_page)
@@ -78,6 +77,11 @@ def run_app(settings: AppSettings) -> None:
         if end.code:
             raise
         raise Interrupted(signal.SIGINT) from None  # without an error it ends when it is told to stop
+
+
+def resolved(path: Path | None) -> str | None:
+    """The whole path, as text."""
+    return None if path is None else str(path.resolve())
 
 
 def index_demo(data_path: Path, pictures: Path, models: Path, path: Path, device: torch.device) -> None:

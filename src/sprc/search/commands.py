@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from sprc.search.folder import check_folder
 from sprc.search.index import PictureIndex, Result, identity_of, open_index, printable
 from sprc.search.indexing import update_index
 from sprc.search.pictures import draw_results, open_thumbnail, thumbnail
-from sprc.search.searcher import Searcher, find_reference, load_model, require_engine
+from sprc.search.searcher import Searcher, check_settings, find_reference, load_model
 from sprc.search.settings import IndexSettings, QuerySettings
 
 SHOWN = 20  # of the pictures left out
@@ -100,30 +101,28 @@ def run_query(settings: QuerySettings) -> None:
     require_words(settings.text, "--text")
     if settings.top < 1:
         raise InputError(f"--top {settings.top}: give a whole number of at least 1")
-    require_engine(settings.engine, settings.candidates)
+    check_settings(settings)
     sheet = settings.sheet
     if sheet is not None:
         require_file_place("--sheet", sheet)
     index = open_index(settings.index)
     path, _ = find_reference(index, settings.image, "--image")
-    searcher = Searcher.of(
-        index,
-        model_path=settings.model_path,
-        vocab=settings.vocab,
-        device=str(device),
-        engine=settings.engine,
-        candidates=settings.candidates,
-    )
-    results = searcher.search(path, settings.text, top=settings.top, keep_reference=settings.keep_reference)
+    searcher = Searcher.of(index, replace(settings, device=str(device)))
+    answer = searcher.ask(path, settings.text, top=settings.top, keep_reference=settings.keep_reference)
+    results, is_reranked = answer.results, searcher.second is not None
+    if is_reranked:
+        print(f"found in {answer.time}", file=sys.stderr)
     for note in searcher.notes(settings.text):
         print(f"note: {note}", file=sys.stderr)
     if sheet is not None:
         draw_sheet(sheet, index, path, settings.text, results)
     if settings.json:
-        print_json(path, settings.text, results)
+        print_json(path, settings.text, results, is_reranked)
         return
     for rank, result in enumerate(results, start=1):
-        print(f"{rank:>3}  {result.score:.4f}  {printable(str(result.path))}")
+        match = "-" if result.match is None else f"{result.match:.4f}"
+        scores = f"{result.score:.4f}  {match:>8}" if is_reranked else f"{result.score:.4f}"
+        print(f"{rank:>3}  {scores}  {printable(str(result.path))}")
 
 
 def draw_sheet(sheet: Path, index: PictureIndex, path: Path, text: str, results: list[Result]) -> None:
@@ -135,10 +134,12 @@ def draw_sheet(sheet: Path, index: PictureIndex, path: Path, text: str, results:
     print(f"wrote {sheet}", file=sys.stderr)
 
 
-def print_json(path: Path, text: str, results: list[Result]) -> None:
-    """Print the results as JSON."""
+def print_json(path: Path, text: str, results: list[Result], is_reranked: bool) -> None:
+    """Print the results as JSON, with what a re-ranker says of each if there is one."""
     rows = [
-        {"rank": rank, "score": result.score, "path": str(result.path)}
+        {"rank": rank, "score": result.score}
+        | ({"match": result.match} if is_reranked else {})
+        | {"path": str(result.path)}
         for rank, result in enumerate(results, start=1)
     ]
     print(json.dumps({"image": str(path), "text": text, "results": rows}, indent=1))

@@ -43,7 +43,13 @@ class Result(NamedTuple):
 
     name: str
     path: Path
-    score: float
+    score: float  # the similarity, of the first stage
+    match: float | None = None  # the re-ranker's score, the logit of a match, if it has looked at it
+
+    @property
+    def scores(self) -> str:
+        """Its scores, to be shown."""
+        return f"{self.score:.4f}" if self.match is None else f"{self.score:.4f}, {self.match:+.2f}"
 
 
 class Picture(NamedTuple):

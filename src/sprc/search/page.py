@@ -8,7 +8,6 @@ texts are shown by ``st.text``, which knows no markup; all other elements get fi
 import hashlib
 import random
 import sys
-import time
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -23,9 +22,9 @@ from sprc.data.cirr import load_cirr
 from sprc.data.images import own_formats
 from sprc.errors import InputError
 from sprc.figures import OPACITY
-from sprc.search.index import Result, printable
+from sprc.search.index import printable
 from sprc.search.pictures import as_bytes, on_square, read_picture, thumbnail
-from sprc.search.searcher import Searcher, SharedSearcher
+from sprc.search.searcher import Answer, Searcher, SharedSearcher
 from sprc.search.shown import (
     SIDE,
     SMALL,
@@ -74,22 +73,8 @@ def current_searcher(**settings: Any) -> Searcher:
 
 
 @lru_cache(maxsize=1)
-def _shared_searcher(
-    index: str,
-    model_path: str | None,
-    device: str | None,
-    engine: str,
-    candidates: int,
-    vocab: str | None = None,
-) -> SharedSearcher:
-    return SharedSearcher(
-        Path(index),
-        model_path=Path(model_path) if model_path else None,
-        vocab=Path(vocab) if vocab else None,
-        device=device,
-        engine=engine,
-        candidates=candidates,
-    )
+def _shared_searcher(index: str, **settings: Any) -> SharedSearcher:
+    return SharedSearcher(Path(index), **settings)
 
 
 @lru_cache(maxsize=8)
@@ -212,22 +197,24 @@ def start_state(searcher: Searcher) -> None:
 # --- searching
 
 
-def search(searcher: Searcher, text: str, strength: float, top: int) -> tuple[list[Result], float]:
-    """The results and how many seconds they took; those of the last queries are remembered."""
+def search(searcher: Searcher, text: str, strength: float, top: int, again: bool) -> Answer:
+    """The results and the time they took, perhaps by a re-ranker too; the last queries are remembered.
+
+    Raises :class:`InputError`, see :meth:`Searcher.answer`.
+    """
     state = st.session_state
     if state.index is not searcher.index:
         state.index, state.found = searcher.index, {}
     reference, found = state.reference, state.found
-    key = (id(reference), text, strength, top)
+    key = (id(reference), text, strength, top, again)
     if key not in found:
-        start = time.perf_counter()
-        query = searcher.compose(reference.tokens, text, strength)
-        results = searcher.best(query, top, searcher.copies(digest=reference.digest))
+        others = searcher.copies(digest=reference.digest)
+        answer = searcher.answer(reference.tokens, text, top, others, strength=strength, again=again)
         while len(found) >= 32:
             found.pop(next(iter(found)))
         # With the object whose number is in the key, so that no other gets its number.
-        found[key] = results, time.perf_counter() - start, reference
-    return found[key][:2]
+        found[key] = answer, reference
+    return found[key][0]
 
 
 # --- the page
@@ -268,9 +255,11 @@ def show(samples: str | None = None, **settings: Any) -> None:
         show_choice(searcher, samples)
     index, epoch, engine = searcher.index, searcher.retriever.checkpoint.epoch, searcher.engine
     left_out = f", {len(index.left_out)} files left out" if index.left_out else ""
-    fusion = "with" if searcher.has_fusion else "without"
+    fusion, second = "with" if searcher.has_fusion else "without", searcher.second
+    again = f" Re-ranker: of the first {second.top}, weight {second.weight:g}." if second else ""
     st.caption(
-        f"{len(index.pictures)} pictures{left_out}. Model: epoch {epoch}, {fusion} fusion. Engine: {engine}."
+        f"{len(index.pictures)} pictures{left_out}. Model: epoch {epoch}, {fusion} fusion. "
+        f"Engine: {engine}.{again}"
     )
 
 
@@ -295,7 +284,7 @@ def show_query(searcher: Searcher) -> None:
     with st.container(horizontal=True, key="query"):
         picture = st.container(width=SIDE, gap="xsmall")
         controls = st.container(width=420)
-    strength, compare, opacity = 1.0, False, OPACITY
+    strength, compare, opacity, again = 1.0, False, OPACITY, False
     shown, words = None, None
     with controls:
         st.text_input(
@@ -313,6 +302,8 @@ def show_query(searcher: Searcher) -> None:
             opacity = st.slider(
                 "Opacity of the map over the reference", 0.0, 1.0, OPACITY, 0.05, key="opacity"
             )
+        if searcher.second is not None:
+            again = st.toggle("Re-rank the first results", True, key="again")
         with st.expander("More"):
             top = st.slider("Results", 4, 40, 8, 4, key="top")
             if text and searcher.has_fusion:
@@ -331,7 +322,7 @@ def show_query(searcher: Searcher) -> None:
             model, reference = searcher.retriever.model, state.reference
             show_words(model, reference.tokens, reference.pixels, text, strength, words, opacity)
     if not compare:
-        show_results(searcher, *search(searcher, text, strength, top), "on")
+        show_results(searcher, (text, strength, top, again), "on")
         return
     st.caption(
         "Both sides are the same trained weights. Without the edit, the Q-Former reads the reference as it "
@@ -340,7 +331,7 @@ def show_query(searcher: Searcher) -> None:
     for column, kind, used in zip(st.columns(2), ("on", "off"), (strength, 0.0), strict=True):
         with column:
             st.markdown("**With the edit**" if kind == "on" else "**Without the edit**")
-            show_results(searcher, *search(searcher, text, used, top), kind)
+            show_results(searcher, (text, used, top, again), kind)
 
 
 def show_reference(shown: Map | None, opacity: float) -> None:
@@ -352,15 +343,24 @@ def show_reference(shown: Map | None, opacity: float) -> None:
         st.caption(f"map, dark to bright: {shown.scale[0]:.3g} to {shown.scale[1]:.3g}")
 
 
-def show_results(searcher: Searcher, results: list[Result], seconds: float, kind: str) -> None:
-    """A grid of pictures, each a button to go on from."""
+def show_results(searcher: Searcher, query: tuple[str, float, int, bool], kind: str) -> None:
+    """A grid of the pictures that :func:`search` finds for ``query``, each a button to go on from."""
+    try:
+        results, *_ = answer = search(searcher, *query)
+    except InputError as error:  # whose words tell of this machine's folders
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        st.info(
+            "The re-ranker cannot read one of the first pictures: it is gone or broken since it was indexed. "
+            "Turn the re-ranker off, or run `search.py index` again."
+        )
+        return
     if not results:
         st.info("The index holds no other picture than the reference.")
         return
-    st.caption(f"{len(results)} best of {len(searcher.index.pictures)} in {1000 * seconds:.0f} ms")
+    st.caption(f"{len(results)} best of {len(searcher.index.pictures)} in {answer.time}")
 
     def below(number: int) -> None:
-        st.text(f"{number + 1}: {results[number].score:.4f}")
+        st.text(f"{number + 1}: {results[number].scores}")
 
     show_grid(searcher, [result.name for result in results], f"result-{kind}", "Edit this", below)
 

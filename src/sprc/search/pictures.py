@@ -81,7 +81,7 @@ def draw_results(
 
     cells = [("reference", "", reference)]
     cells += [
-        (f"{place}: {result.score:.4f}", result.name, image)
+        (f"{place}: {result.scores}", result.name, image)
         for place, (result, image) in enumerate(results, start=1)
     ]
     wide = min(len(cells), COLUMNS)

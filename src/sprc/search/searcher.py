@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -32,17 +33,35 @@ from sprc.search.index import (
     printable,
     refuse_other_model,
 )
+from sprc.search.reranking import SecondStage
 from sprc.search.settings import ENGINES, EngineSettings, QuerySettings
+
+
+class Answer(NamedTuple):
+    """What a search found, and how long its stages took."""
+
+    results: list[Result]  # best first
+    seconds: float  # of the first stage
+    again: int = 0  # pictures that a re-ranker looked at
+    again_seconds: float = 0.0  # and how long it did
+
+    @property
+    def time(self) -> str:
+        """How long it took, to be shown."""
+        first = f"{1000 * self.seconds:.0f} ms"
+        again = f"; re-ranked {self.again} in {1000 * self.again_seconds:.0f} ms"
+        return first + again if self.again else first
 
 
 @dataclass(frozen=True, eq=False)
 class Searcher:
-    """An index and its model."""
+    """An index and its model, and perhaps a re-ranker."""
 
     index: PictureIndex
     retriever: Retriever
     engine: str = EngineSettings.engine
     candidates: int = EngineSettings.candidates
+    second: SecondStage | None = None
 
     @classmethod
     def open(
@@ -54,6 +73,10 @@ class Searcher:
         device: str | torch.device | None = None,
         engine: str = EngineSettings.engine,
         candidates: int = EngineSettings.candidates,
+        rerank: str | Path | None = None,
+        rerank_top: int | None = None,
+        rerank_weight: float | None = None,
+        rerank_any: bool = False,
     ) -> Searcher:
         """The index at ``path``, which `search.py index` made, with its model.
 
@@ -65,45 +88,46 @@ class Searcher:
             engine: "exact" compares the query with every picture. "faiss" takes ``candidates`` pictures by
                 their mean features first and compares it with those alone, which may miss some.
             candidates: see ``engine``.
+            rerank: the checkpoint of a re-ranker, which looks again at what comes first.
+            rerank_top: pictures a query that it looks at, by default 50. A search for fewer looks at as many
+                and returns the best of them; one for more has the others behind them as they are.
+            rerank_weight: its score's share of the order, by default 1; the rest is the first stage's.
+            rerank_any: take a re-ranker of another model than the index's.
 
         Raises:
-            InputError: there is no index, its model is gone, or ``model_path`` holds another.
+            InputError: there is no index, its model is gone, or ``model_path`` holds another; the re-ranker
+                cannot be loaded, is of another model, or has nothing to do with what is said of it.
         """
-        require_engine(engine, candidates)
-        return cls.of(
-            open_index(Path(path)),
+        settings = EngineSettings(
             model_path=None if model_path is None else Path(model_path),
             vocab=None if vocab is None else Path(vocab),
             device=None if device is None else str(device),
             engine=engine,
             candidates=candidates,
+            rerank=None if rerank is None else Path(rerank),
+            rerank_top=rerank_top,
+            rerank_weight=() if rerank_weight is None else (rerank_weight,),
+            rerank_any=rerank_any,
         )
+        check_settings(settings)
+        return cls.of(open_index(Path(path)), settings)
 
     @classmethod
-    def of(
-        cls,
-        index: PictureIndex,
-        *,
-        model_path: Path | None,
-        vocab: Path | None,
-        device: str | None,
-        engine: str,
-        candidates: int,
-    ) -> Searcher:
+    def of(cls, index: PictureIndex, settings: EngineSettings) -> Searcher:
         """The same of an index that is open. Its features are mapped now: it may be replaced at any time."""
-        map_features(index, engine)
-        told = index.scored_as
+        map_features(index, settings.engine)
+        told, model_path = index.scored_as, settings.model_path
         if model_path is None and not Path(told["model_path"]).exists():
             raise InputError(
                 f"{told['model_path']}, the model of the index {index.path}, is gone; give --model-path FILE "
                 "if it was moved, or index again with another"
             )
-        on = choose_device(device)
+        on = choose_device(settings.device)
         retriever = load_model(
             model_path or Path(told["model_path"]),
             blip_model_name=told["blip_model_name"],
             backbone=told["backbone"],
-            vocab=vocab or (Path(told["vocab"]) if told.get("vocab") else None),
+            vocab=settings.vocab or (Path(told["vocab"]) if told.get("vocab") else None),
             transform=index.identity.transform,
             target_ratio=index.identity.target_ratio,
         )
@@ -111,12 +135,13 @@ class Searcher:
         given = str(model_path or told["model_path"])
         refuse_other_model(index.path, index.identity, told["model_path"], identity, given)
         place(retriever.model, on)
-        return cls(index, retriever, engine, candidates)
+        second = SecondStage.load(settings, retriever)
+        return cls(index, retriever, settings.engine, settings.candidates, second)
 
     def with_index(self, index: PictureIndex) -> Searcher:
-        """The same model with another index that it has made."""
+        """The same models with another index that the first has made."""
         map_features(index, self.engine)
-        return Searcher(index, self.retriever, self.engine, self.candidates)
+        return replace(self, index=index)
 
     @property
     def has_fusion(self) -> bool:
@@ -143,8 +168,22 @@ class Searcher:
             strength: of the fusion's edit, as in the model's ``compose``.
 
         Raises:
-            InputError: there is no such picture, it cannot be read, or the text holds no word.
+            InputError: there is no such picture, it cannot be read, or the text holds no word; or a re-ranker
+                cannot read one of the first pictures any more.
         """
+        return self.ask(image, text, top=top, keep_reference=keep_reference, strength=strength).results
+
+    def ask(
+        self,
+        image: str | Path | Image.Image,
+        text: str,
+        *,
+        top: int = QuerySettings.top,
+        keep_reference: bool = False,
+        strength: float = 1.0,
+    ) -> Answer:
+        """:meth:`search` with the time that it took."""
+        start = time.perf_counter()
         require_words(text, "the text")
         if top < 1:
             raise InputError(f"top {top}: give a whole number of at least 1")
@@ -156,7 +195,47 @@ class Searcher:
             pixels = load_image(path, upright_first(self.retriever.transform), own_formats())
             if not keep_reference:
                 leave_out = self.copies(digest=file_digest(path), name=name)
-        return self.best(self.compose(self.encode(pixels), text, strength), top, leave_out)
+        tokens = self.encode(pixels)
+        read = time.perf_counter() - start
+        answer = self.answer(tokens, text, top, leave_out, strength=strength)
+        return answer._replace(seconds=read + answer.seconds)
+
+    def answer(
+        self,
+        tokens: Tensor,
+        text: str,
+        top: int,
+        leave_out: list[int] | None = None,
+        *,
+        strength: float = 1.0,
+        again: bool = True,
+    ) -> Answer:
+        """The ``top`` pictures for (1, N, D) image tokens and a text, by both stages where there are two.
+
+        As many as the second stage looks at are found at least, and the best of them returned. What
+        it does not look at stands behind as the first stage has it.
+
+        Args:
+            tokens: of the reference, from :meth:`encode`.
+            text: what to change.
+            top: how many pictures.
+            leave_out: gallery indices.
+            strength: of the fusion's edit.
+            again: use the second stage, if there is one.
+
+        Raises:
+            InputError: the second stage cannot read one of the first pictures any more.
+        """
+        start = time.perf_counter()
+        prompts, query = self._prompts_and_query(tokens, text, strength)
+        second = self.second if again else None
+        results = self.best(query, top if second is None else max(top, second.top), leave_out)
+        seconds = time.perf_counter() - start
+        if second is None:
+            return Answer(results, seconds)
+        results = second.rank_again(self.index, results, prompts, text)
+        looked_at = min(second.top, len(results))
+        return Answer(results[:top], seconds, looked_at, time.perf_counter() - start - seconds)
 
     def pixels(self, image: Image.Image) -> Tensor:
         """(3, S, S) as the model takes it."""
@@ -176,11 +255,17 @@ class Searcher:
             found |= {number, *self.index.by_digest[self.index.pictures[number].digest]}
         return sorted(found)
 
-    @torch.no_grad()
     def compose(self, tokens: Tensor, text: str, strength: float = 1.0) -> Tensor:
         """The query (E,) of (1, N, D) image tokens and a text; ``strength`` as in the model's ``compose``."""
+        return self._prompts_and_query(tokens, text, strength)[1]
+
+    @torch.no_grad()
+    def _prompts_and_query(self, tokens: Tensor, text: str, strength: float) -> tuple[Tensor, Tensor]:
+        """The sentence prompts (1, P, C) on the model's device, and the query (E,)."""
         model = self.retriever.model
-        return model.compose(tokens, model.tokenize([text]), strength=strength)[0].cpu()
+        words = model.tokenize([text])
+        prompts = model.prompts_of(tokens, words, strength)
+        return prompts, model.query_of(prompts, words)[0].cpu()
 
     def best(self, query: Tensor, top: int, leave_out: list[int] | None = None) -> list[Result]:
         """The ``top`` pictures for a query (E,), best first, without the gallery indices ``leave_out``."""
@@ -232,22 +317,11 @@ class Searcher:
 class SharedSearcher:
     """The searcher of an index as it is now, for threads that share it.
 
-    The settings are those of :meth:`Searcher.open`. A model is loaded anew only if the index has another.
+    The settings are those of :meth:`Searcher.open`. Models are loaded anew only if the index has another.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        model_path: Path | None,
-        vocab: Path | None,
-        device: str | None,
-        engine: str,
-        candidates: int,
-    ) -> None:
-        self.path = path
-        self.settings: dict[str, Any] = {"model_path": model_path, "vocab": vocab, "device": device}
-        self.settings |= {"engine": engine, "candidates": candidates}
+    def __init__(self, path: Path, **settings: Any) -> None:
+        self.path, self.settings = path, settings
         self._lock = Lock()
         self._opened: tuple[int, Searcher] | None = None  # with when its index changed, in nanoseconds
 
@@ -259,15 +333,18 @@ class SharedSearcher:
             changed = 0  # opening it says what is wrong
         with self._lock:
             if self._opened is None or self._opened[0] != changed:
-                index = open_index(self.path)
-                before = self._opened and self._opened[1]
-                if before and before.index.identity == index.identity:
-                    searcher = before.with_index(index)
-                else:
-                    self._opened = before = None  # the old model goes before the new one comes
-                    searcher = Searcher.of(index, **self.settings)
+                searcher = self._with_models_as_before()
+                if searcher is None:
+                    self._opened = None  # the old models go before the new ones come
+                    searcher = Searcher.open(self.path, **self.settings)
                 self._opened = changed, searcher
             return self._opened[1]
+
+    def _with_models_as_before(self) -> Searcher | None:
+        if self._opened is None:
+            return None
+        before, index = self._opened[1], open_index(self.path)
+        return before.with_index(index) if before.index.identity == index.identity else None
 
 
 def find_reference(index: PictureIndex, given: str, what: str) -> tuple[Path, str | None]:
@@ -302,13 +379,14 @@ def map_features(index: PictureIndex, engine: str) -> None:
         _ = index.pooled
 
 
-def require_engine(engine: str, candidates: int) -> None:
+def check_settings(settings: EngineSettings) -> None:
     """Raise :class:`InputError` if there can be no such search."""
-    if engine not in ENGINES:
-        raise InputError(f"--engine {engine!r} is unknown; choose from {', '.join(ENGINES)}")
-    if candidates < 1:
-        raise InputError(f"--candidates {candidates}: give a whole number of at least 1")
-    if engine == "faiss":
+    settings.check_rerank()
+    if settings.engine not in ENGINES:
+        raise InputError(f"--engine {settings.engine!r} is unknown; choose from {', '.join(ENGINES)}")
+    if settings.candidates < 1:
+        raise InputError(f"--candidates {settings.candidates}: give a whole number of at least 1")
+    if settings.engine == "faiss":
         import_faiss()
 
 

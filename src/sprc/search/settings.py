@@ -1,17 +1,19 @@
 """The settings of the search's commands, and their flags. Imports no torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sprc.scoring.settings import CheckpointSettings, DeviceSettings, VocabSettings
+from sprc.errors import InputError
+from sprc.scoring.settings import CheckpointSettings, DeviceSettings, RerankSettings, VocabSettings
 from sprc.settings import INDEX, ROOT, like, setting, text
 
 ENGINES = ("exact", "faiss")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineSettings(DeviceSettings, VocabSettings):
-    """How an index of pictures is searched, and where its model is."""
+class EngineSettings(RerankSettings, DeviceSettings, VocabSettings):
+    """How an index of pictures is searched, and where its models are."""
 
     model_path: Path | None = setting(None, metavar="FILE", help="default: where it was when indexed")
     engine: str = setting(
@@ -21,6 +23,20 @@ class EngineSettings(DeviceSettings, VocabSettings):
         "nearest by their mean features alone, and may miss some; default: %(default)s",
     )
     candidates: int = setting(1000, metavar="N", help="for faiss; default: %(default)s")
+    rerank_weight: Sequence[float] = like(
+        RerankSettings,
+        "rerank_weight",
+        help="its score's share of the order, the rest is the first stage's; one number; default: 1",
+    )
+
+    def check_rerank(self) -> None:
+        """The same as of all; and a query takes one weight."""
+        super().check_rerank()
+        if len(self.rerank_weight) > 1:
+            told = " ".join(f"{weight:g}" for weight in self.rerank_weight)
+            raise InputError(
+                f"--rerank-weight {told}: a query takes one; give that which blip_validate.py finds best"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +62,9 @@ class QuerySettings(EngineSettings):
     top: int = setting(10, metavar="N", help="how many pictures to print; default: %(default)s")
     keep_reference: bool = setting(False, help="let the reference, and copies of it, be results too")
     sheet: Path | None = setting(None, metavar="FILE", help="PNG: the reference, the text, the results")
-    json: bool = setting(False, help="print JSON: image, text, results (rank, score, path)")
+    json: bool = setting(
+        False, help="print JSON: image, text, results (rank, score, path; with --rerank also match)"
+    )
     index: Path = like(IndexSettings, "index")
 
 
