@@ -191,11 +191,11 @@ def test_the_command_line_wins_over_a_stage_and_that_over_all(recipe):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_a_shipped_recipe_has_flags_that_a_run_can_be_started_with(path):
     for stage in read_recipe(path, {}):
-        check_flags(default_flags(), stage.given)
+        check_flags(default_flags(), stage.given, starts=stage.start is not None)
 
 
 def test_recipes_are_shipped():
-    names = ("gated_fusion", "sprc_bank", "sprc_cirr", "sprc_fashioniq", "sprc_mined")
+    names = ("gated_fusion", "sprc_bank", "sprc_cirr", "sprc_fashioniq", "sprc_mined", "sprc_rerank")
     assert {path.stem for path in SHIPPED} >= {f"recipe_{name}" for name in names}
 
 
@@ -205,6 +205,10 @@ def test_recipes_are_shipped():
         ({"fusion_dropout": 1.5}, r"fusion_dropout=1.5 must lie in \[0, 1\)"),
         ({"use_gated_fusion": False, "fusion_lr": 0.1}, "--fusion-lr 0.1: fusion is off"),
         ({"model_path": os.devnull}, "--model-path /dev/null is missing"),
+        (
+            {"blip_model_name": "blip2_cir_rerank"},
+            "re-ranks what a first stage finds; give its checkpoint as",
+        ),
         ({"complementary_weight": 0.5}, "add --contrast complementary"),
         (
             {"contrast": "complementary", "negatives": "bank"},

@@ -148,8 +148,8 @@ def bank_loss(
         bank's images that are not excluded.
     """
     with torch.autocast(queries.device.type, enabled=False):
-        queries, positives = (at_least_float32(x) for x in (queries, positives))
-        own = pair_similarity(queries, positives) / temp
+        queries = at_least_float32(queries)
+        own = pair_similarity(queries, positives.to(queries.dtype)) / temp
         others = OverBank.apply(queries, bank, temp, excluded, chunk)
         return F.softplus(others - own).mean()
 
