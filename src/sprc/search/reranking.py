@@ -14,15 +14,10 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from sprc.data.images import load_image, own_formats
-from sprc.data.transforms import upright_first
+from sprc.data.images import Transform, load_image, own_formats
 from sprc.errors import InputError
 from sprc.models.blip2_qformer_cir_rerank import Blip2QformerCirRerank
-from sprc.models.device import place
-from sprc.models.reranker import load_reranker
-from sprc.scoring.retriever import Retriever
-from sprc.scoring.scorer import batch_size_of
-from sprc.scoring.settings import RERANK_TOP, RerankSettings
+from sprc.scoring.settings import SCORING_BATCH
 from sprc.search.index import PictureIndex, Result, printable
 
 KEPT = 256  # pictures whose tokens are kept: 0.4 GB at ViT-g in float32
@@ -57,26 +52,14 @@ class KeptTokens:
 
 @dataclass(frozen=True, eq=False)
 class SecondStage:
-    """A re-ranker, and its first stage on the same device."""
+    """A re-ranker on its device, and how it is used."""
 
     model: Blip2QformerCirRerank
-    first: Retriever
+    transform: Transform  # from a picture to pixels, as the index's were made
+    temp: float  # of the first stage
     top: int  # pictures a query that it looks at
     weight: float  # its score's share of the order
     kept: KeptTokens = field(default_factory=KeptTokens)
-
-    @classmethod
-    def load(cls, settings: RerankSettings, first: Retriever) -> SecondStage | None:
-        """The one that ``settings`` name, with one weight, if they name one.
-
-        Raises :class:`InputError`, see :func:`sprc.models.reranker.load_reranker`.
-        """
-        if settings.rerank is None:
-            return None
-        model = load_reranker(settings.rerank, first.model, any_first_stage=settings.rerank_any)
-        place(model, first.device)
-        (weight,) = settings.rerank_weight or (1.0,)
-        return cls(model, first, settings.rerank_top or RERANK_TOP, weight)
 
     def rank_again(
         self, index: PictureIndex, found: list[Result], prompts: Tensor, text: str
@@ -93,7 +76,7 @@ class SecondStage:
             InputError: one of the first pictures cannot be read any more.
             FloatingPointError: the re-ranker's scores are not finite.
         """
-        number, temp = index.number, self.first.model.temp.item()
+        number, temp = index.number, self.temp
         looked_at = found[: self.top]
         digests = {result.name: index.pictures[number[result.name]].digest for result in looked_at}
         # Pictures of the same bytes are looked at once, so that their scores are equal.
@@ -114,9 +97,8 @@ class SecondStage:
     ) -> dict[str, float]:
         """The re-ranker's score of each picture, by its digest; ``pictures`` are digests with names."""
         scores: dict[str, float] = {}
-        size = batch_size_of(self.first.checkpoint)
-        for start in range(0, len(pictures), size):
-            part = dict(list(pictures.items())[start : start + size])
+        for start in range(0, len(pictures), SCORING_BATCH):
+            part = dict(list(pictures.items())[start : start + SCORING_BATCH])
             beside = self.model.beside(prompts.expand(len(part), -1, -1), [text] * len(part))
             found = self.model.match(self.model.encode_image(self.tokens(index, part)), beside).cpu()
             if not found.isfinite().all():
@@ -141,7 +123,7 @@ class SecondStage:
         """The picture as it was indexed, (3, S, S); :class:`InputError` if it is gone or broken by now."""
         path = index.path_of(name)
         try:
-            return load_image(path, upright_first(self.first.transform), own_formats())
+            return load_image(path, self.transform, own_formats())
         except Exception as error:  # of almost any kind, out of what Pillow can open and not convert
             raise InputError(
                 f"{printable(path)} cannot be read any more; run `search.py index` again"

@@ -23,8 +23,10 @@ from sprc.errors import InputError
 from sprc.files import file_digest
 from sprc.models.checkpoint import load_checkpoint
 from sprc.models.device import choose_device, place
+from sprc.models.reranker import load_reranker
 from sprc.scoring.ranking import block_scores, top_k
 from sprc.scoring.retriever import Retriever
+from sprc.scoring.settings import RERANK_TOP
 from sprc.search.index import (
     PictureIndex,
     Result,
@@ -135,7 +137,7 @@ class Searcher:
         given = str(model_path or told["model_path"])
         refuse_other_model(index.path, index.identity, told["model_path"], identity, given)
         place(retriever.model, on)
-        second = SecondStage.load(settings, retriever)
+        second = load_second_stage(settings, retriever)
         return cls(index, retriever, settings.engine, settings.candidates, second)
 
     def with_index(self, index: PictureIndex) -> Searcher:
@@ -399,6 +401,20 @@ def import_faiss() -> Any:
             "--engine faiss needs the package faiss-cpu: pip install -e '.[search]', or leave --engine out"
         ) from error
     return faiss
+
+
+def load_second_stage(settings: EngineSettings, first: Retriever) -> SecondStage | None:
+    """The re-ranker that ``settings`` name, on the first stage's device, if they name one.
+
+    Raises :class:`InputError`, see :func:`sprc.models.reranker.load_reranker`.
+    """
+    if settings.rerank is None:
+        return None
+    model = load_reranker(settings.rerank, first.model, any_first_stage=settings.rerank_any)
+    place(model, first.device)
+    (weight,) = settings.rerank_weight or (1.0,)
+    transform, top = upright_first(first.transform), settings.rerank_top or RERANK_TOP
+    return SecondStage(model, transform, first.model.temp.item(), top, weight)
 
 
 def load_model(
