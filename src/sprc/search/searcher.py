@@ -235,7 +235,8 @@ class Searcher:
         seconds = time.perf_counter() - start
         if second is None:
             return Answer(results, seconds)
-        results = second.rank_again(self.index, results, prompts, text)
+        # Rounded as validation keeps them.
+        results = second.rank_again(self.index, results, prompts.half(), text)
         looked_at = min(second.top, len(results))
         return Answer(results[:top], seconds, looked_at, time.perf_counter() - start - seconds)
 
