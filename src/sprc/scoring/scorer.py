@@ -99,7 +99,7 @@ class Scorer:
         helps = [flag for flag in SCORING_HELPS if not in_use.get(flag)]
         return memory_explained(self.checkpoint.model.device, settings["batch_size"], helps)
 
-    def open(self, splits: list[Split]) -> Loader:
+    def loader(self, splits: list[Split]) -> Loader:
         """What reads the images of the splits, all of which are looked at before."""
         settings = self.settings
         return open_images(
@@ -125,7 +125,7 @@ class Scorer:
             reranker = load_reranker(second.rerank, first, any_first_stage=second.rerank_any)
             place(reranker, first.device)
             top = second.rerank_top or RERANK_TOP
-        load = self.open(splits)
+        load = self.loader(splits)
         reading = {name: settings[name] for name in ("batch_size", "num_workers")}
         encoding = reading | {name: settings[name] for name in ("save_memory", "gallery_dtype")}
         with self.memory_explained():
