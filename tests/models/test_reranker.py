@@ -327,7 +327,7 @@ def test_a_re_ranker_is_no_first_stage(saved):
         with pytest.raises(InputError) as caught:
             load(saved)
         assert f"{saved} holds a re-ranker, {RERANKER}" in str(caught.value)
-        assert "this one as --rerank" in str(caught.value)
+        assert "the re-ranker itself as --rerank" in str(caught.value)
     with pytest.raises(InputError, match=f"--blip-model-name {RERANKER} needs a first stage .*--model-path"):
         start_model(RERANKER, "tiny", switches={})
 

@@ -55,7 +55,8 @@ def brute_force(checkpoint, pictures, reranker, first_stage):
         for name in (result.name for result in first_stage):
             pixels = load_image(pictures / name, transform)[None]
             features = first.target_features(first.encode_image(pixels))[0].half().float()  # as indexed
-            match = second.match(second.encode_image(pixels), second.beside(prompts, [TEXT]))
+            beside = second.beside(prompts.half(), [TEXT])  # as validation keeps them
+            match = second.match(second.encode_image(pixels), beside)
             found[name] = (max((vector @ feature).item() for feature in features), match.item())
         return found, first.temp.item()
 

@@ -302,7 +302,7 @@ def test_too_few_images_are_drawn_more_than_once_and_none_is_one_clear_line(tmp_
     for name in MANY:
         (tmp_path / name).write_text("the same")
     items = make_items(tmp_path, queries(2, with_sets=False), per_query=3, batch_size=2)
-    with pytest.raises(InputError, match="too few training images for 3 negatives a query"):
+    with pytest.raises(InputError, match="has no other image than its targets"):
         items[0]
 
 

@@ -139,8 +139,8 @@ def load_checkpoint(
     cls = model_class(name)
     if not issubclass(cls, Blip2QformerCirAlignPrompt):
         raise InputError(
-            f"{path} holds a re-ranker, {name}, which scores what a first stage finds; give that stage's "
-            "checkpoint here, and this one as --rerank"
+            f"{path} holds a re-ranker, {name}; give the checkpoint of its first stage here (scoring and "
+            "search take the re-ranker itself as --rerank)"
         )
     model = filled(cls, config, tokenizer, contents, path, new_fusion=switches is not None and not has_fusion)
 

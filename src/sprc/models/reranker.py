@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from sprc.config import RERANKER, ModelConfig
+from sprc.config import MODEL_SWITCHES, RERANKER, ModelConfig
 from sprc.errors import InputError
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.blip2_qformer_cir_rerank import Blip2QformerCirRerank
 from sprc.models.checkpoint import filled, fingerprint, read_contents, read_vocabulary
-from sprc.models.switches import FUSION, VIT
+from sprc.models.switches import FUSION, SWITCHES, VIT
 
 
 def start_reranker(first_stage: Blip2QformerCirAlignPrompt) -> Blip2QformerCirRerank:
@@ -31,9 +33,15 @@ def start_reranker(first_stage: Blip2QformerCirAlignPrompt) -> Blip2QformerCirRe
 
 
 def digest_of_weights(first_stage: Blip2QformerCirAlignPrompt) -> str:
-    """What tells a first stage from all others, of all its weights but the vision transformer's."""
+    """What tells a first stage from all others: of its switches, and all weights but the frozen ones'."""
     state = first_stage.state_dict()
-    return fingerprint({name: value for name, value in state.items() if not name.startswith(VIT)})
+    weights = {k: value for k, value in state.items() if not k.startswith(VIT) and k != SWITCHES}
+    # Those at their default are left out: a later version may know more of them.
+    usual = ModelConfig()
+    own = {k: getattr(first_stage.config, k) for k in MODEL_SWITCHES}
+    unusual = {k: value for k, value in own.items() if value != getattr(usual, k)}
+    words = json.dumps([fingerprint(weights), unusual], sort_keys=True)
+    return hashlib.blake2b(words.encode(), digest_size=16).hexdigest()
 
 
 def load_reranker(

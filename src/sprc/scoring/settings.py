@@ -184,8 +184,9 @@ class RerankSettings:
     def check_rerank(self) -> None:
         """Raise :class:`InputError` for a flag that has nothing to act on, or a value that cannot work."""
         if self.rerank is None:
-            for name in ("rerank_top", "rerank_weight", "rerank_any"):
-                if getattr(self, name):
+            for name, default in (("rerank_top", None), ("rerank_weight", ()), ("rerank_any", False)):
+                value = getattr(self, name)
+                if (tuple(value) if isinstance(value, list) else value) != default:
                     flag = f"--{name.replace('_', '-')}"
                     raise InputError(f"{flag}: nothing re-ranks; give --rerank FILE, or leave it out")
         for weight in self.rerank_weight:

@@ -20,7 +20,7 @@ def run_validation(settings: ValidationSettings) -> dict[str, float | str]:
 
     With ``save_rankings`` write each query's top 50, with ``save_ranks`` its target's ranks. With the
     settings of its training, the default, the figures of "val" are those that training wrote. With
-    ``rerank`` all of it is of both stages.
+    ``rerank`` all of it is of both stages, and ``rerank_top`` is to be that of the re-ranker's training.
     """
     settings.check_rerank()
     if settings.split != "val" and len(settings.rerank_weight) > 1:

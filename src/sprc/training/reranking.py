@@ -119,9 +119,9 @@ class RerankItems(Dataset):
             pool = [pool[place] for place in (similar + noise).topk(wanted).indices.tolist()]
         found += pool
         if short := self.per_query - len(found):
-            others = sorted(set(range(len(self.names))) - refused - set(found))
+            others = sorted(set(range(len(self.names))) - refused - set(found)) or found
             if not others:
-                raise InputError(f"there are too few training images for {self.per_query} negatives a query")
+                raise InputError("a training query has no other image than its targets; train on more images")
             draw = generator.sample if len(others) >= short else generator.choices
             found += draw(others, k=short)
         return found
