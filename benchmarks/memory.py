@@ -136,6 +136,16 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: int, chunk: 
     take_step(model, optimizer, samples, cache, mixed_precision)
 
 
+def stepped_once(model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer, with AdamW's moments there and no gradient."""
+    optimizer = make_optimizer(model, 1e-5)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return optimizer
+
+
 def peak_of(config: ModelConfig, batch: int, chunk: int, *, cached: bool) -> float:
     """The most GB that live at once in a step, AdamW's moments being there."""
     peak = Peak()
@@ -143,11 +153,7 @@ def peak_of(config: ModelConfig, batch: int, chunk: int, *, cached: bool) -> flo
         model = make_model(config)
         if cached:
             model.visual_encoder = nn.Identity()  # it waits on the CPU
-        optimizer = make_optimizer(model, 1e-5)
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer = stepped_once(model)
         peak.most = peak.now
         step(model, optimizer, batch, chunk, cached=cached)
     return peak.most / 1e9
@@ -177,11 +183,7 @@ def peak_of_reranker(config: ModelConfig, batch: int, negatives: int, chunk: int
     mixed_precision = partial(torch.autocast, "cpu", torch.bfloat16)
     with as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True), peak:
         model = make_reranker(config)
-        optimizer = make_optimizer(model, 1e-5)
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer = stepped_once(model)
         peak.most = peak.now
         tokens = (config.num_patches**2 + 1, config.vit_width)
         samples = {

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.runner import assert_one_clear_line, read_csv, run, train
 from helpers.small_models import CAPTIONS
+from helpers.stopping import Stop, go_on
 from helpers.wider import (
     IMAGES,
     TRIPLETS,
@@ -209,10 +210,6 @@ def test_mixed_precision_is_close_on_a_cpu(tmp_path):
     assert all(math.isfinite(p.grad.sum()) for p in model.parameters() if p.grad is not None)
 
 
-class Stop(Exception):
-    pass
-
-
 def six_steps(folder, stop_at=None):
     """Three epochs with dropout, from the state in the folder on. Bank and draws of epoch 0 serve epoch 1."""
     folder.mkdir(exist_ok=True)
@@ -222,14 +219,7 @@ def six_steps(folder, stop_at=None):
     trainer = make_trainer(
         folder, model, make_negatives(folder, model, **flags), batch_size=8, checkpoint_every=1
     )
-    trainer.load_state()
-
-    def after_backward():
-        if (trainer.progress.epoch, trainer.progress.step) == stop_at:
-            raise Stop
-
-    trainer.after_backward = after_backward
-    trainer.train(lambda _: {"recall": 0.0}, lambda *_: None)
+    go_on(trainer, stop_at)
     return model.state_dict()
 
 

@@ -12,6 +12,7 @@ import torch
 from helpers.reranking import IMAGES, Pixels, make_first_stage, make_reranker, make_task, make_trainer
 from helpers.runner import assert_one_clear_line, read_csv, run, train
 from helpers.small_models import CAPTIONS
+from helpers.stopping import Stop, go_on
 
 from sprc.config import RERANKER
 from sprc.data.captions import process_caption
@@ -350,10 +351,6 @@ def test_the_figures_of_validation_are_those_of_both_stages(tmp_path):
     assert torch.equal(ranked().set_ranks, expected.set_ranks)
 
 
-class Stop(Exception):
-    pass
-
-
 def nine_steps(folder, stop_at=None, **config):
     """Three epochs with dropout, from the state in the folder on."""
     folder.mkdir(exist_ok=True)
@@ -361,14 +358,7 @@ def nine_steps(folder, stop_at=None, **config):
     model = make_reranker(make_first_stage(dropout=0.2))
     torch.manual_seed(5)
     trainer = make_trainer(folder, model, make_task(folder, first, model), checkpoint_every=1, **config)
-    trainer.load_state()
-
-    def after_backward():
-        if (trainer.progress.epoch, trainer.progress.step) == stop_at:
-            raise Stop
-
-    trainer.after_backward = after_backward
-    trainer.train(lambda _: {"recall": 0.0}, lambda *_: None)
+    go_on(trainer, stop_at)
     return model.state_dict()
 
 

@@ -124,7 +124,7 @@ class Scorer:
         if second is not None and second.rerank is not None:
             reranker = load_reranker(second.rerank, first, any_first_stage=second.rerank_any)
             place(reranker, first.device)
-            top = second.rerank_top or RERANK_TOP
+            top = second.top_again
         load = self.loader(splits)
         reading = {name: settings[name] for name in ("batch_size", "num_workers")}
         encoding = reading | {name: settings[name] for name in ("save_memory", "gallery_dtype")}

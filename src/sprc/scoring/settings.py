@@ -181,6 +181,16 @@ class RerankSettings:
         False, help="take it although it was trained on another first stage", group=RERANK
     )
 
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """``rerank_weight``, or its default."""
+        return tuple(self.rerank_weight) or (1.0,)
+
+    @property
+    def top_again(self) -> int:
+        """``rerank_top``, or its default."""
+        return self.rerank_top or RERANK_TOP
+
     def check_rerank(self) -> None:
         """Raise :class:`InputError` for a flag that has nothing to act on, or a value that cannot work."""
         if self.rerank is None:

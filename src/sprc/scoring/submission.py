@@ -50,7 +50,7 @@ def run_submission(settings: SubmissionSettings) -> tuple[Path, Path]:
     scorer = Scorer.from_settings(settings, device)
     with scorer.memory_explained():
         stages = scorer.stages([split], settings)
-        (weight,) = settings.rerank_weight or (1.0,)
+        (weight,) = settings.weights
         return from_main(
             lambda: write_submission(
                 split, stages.rankings(weight, TOP)[0], settings.out, name, settings.data_path

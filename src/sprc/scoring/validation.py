@@ -67,7 +67,7 @@ def chosen_rankings(settings: ValidationSettings, benchmark: Benchmark, stages: 
         return stages.rankings(k=k)
     print(f"first stage: {benchmark.summary(benchmark.metrics(stages.first_rankings()))}")
     found = {}
-    for weight in settings.rerank_weight or (1.0,):
+    for weight in settings.weights:
         rankings = stages.rankings(weight, k)
         metrics = benchmark.metrics(rankings)
         print(f"both, --rerank-weight {weight:g}: {benchmark.summary(metrics)}")

@@ -26,7 +26,6 @@ from sprc.models.device import choose_device, place
 from sprc.models.reranker import load_reranker
 from sprc.scoring.ranking import block_scores, top_k
 from sprc.scoring.retriever import Retriever
-from sprc.scoring.settings import RERANK_TOP
 from sprc.search.index import (
     PictureIndex,
     Result,
@@ -413,8 +412,8 @@ def load_second_stage(settings: EngineSettings, first: Retriever) -> SecondStage
         return None
     model = load_reranker(settings.rerank, first.model, any_first_stage=settings.rerank_any)
     place(model, first.device)
-    (weight,) = settings.rerank_weight or (1.0,)
-    transform, top = upright_first(first.transform), settings.rerank_top or RERANK_TOP
+    (weight,) = settings.weights
+    transform, top = upright_first(first.transform), settings.top_again
     return SecondStage(model, transform, first.model.temp.item(), top, weight)
 
 

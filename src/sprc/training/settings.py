@@ -341,10 +341,10 @@ class TrainingSettings(
                     f"--{name.replace('_', '-')} {value}: a re-ranker's model is that of its first stage; "
                     "leave the flag out"
                 )
-        for name, least in (("rerank_negatives", 1), ("rerank_top", 1)):
+        for name in ("rerank_negatives", "rerank_top"):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"--{name.replace('_', '-')} {value} is too small; the least is {least}")
+            if value is not None and value < 1:
+                raise InputError(f"--{name.replace('_', '-')} {value} is too small; the least is 1")
 
     def reranker_where_unset(self) -> dict[str, int]:
         """What a re-ranker's training takes where the user gives nothing."""
