@@ -34,9 +34,9 @@ def setting(
     *,
     help: str | None = None,
     choices: Collection[str] | None = None,
-    metavar: str | None = None,
+    metavar: str | tuple[str, ...] | None = None,
     parse: Callable[[str], Any] | None = None,
-    nargs: str | None = None,
+    nargs: str | int | None = None,
     positional: bool = False,
     negatable: bool = False,
     unset: str | None = None,
@@ -48,9 +48,9 @@ def setting(
         default: also the flag's; without one the flag must be given.
         help: `%(default)s` in it is the default.
         choices: the values that are taken.
-        metavar: what stands for the value in the help.
+        metavar: what stands for the value in the help, or for each of several.
         parse: from the word on the command line to the value; by default the field's type.
-        nargs: of a sequence, "+" (the default) or "*".
+        nargs: of a sequence, "+" (the default), "*", or how many values each time.
         positional: a word without a flag; ``nargs`` may be "?" then.
         negatable: of a `bool`, so that --no-NAME turns it off.
         unset: the help of a further flag, --no-NAME, that sets None.

@@ -10,11 +10,12 @@ Shapes: T queries, R queries of a block, G gallery images, Q tokens an image, E 
 of a set.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 # Queries scored at once, and gallery images a matrix product. On a CPU a chunk's products, (64 x 32 x 128)
 # floats, stay in its cache; a GPU wants larger products.
@@ -57,6 +58,14 @@ def block_scores(queries: Tensor, gallery: Tensor) -> Tensor:
             "similarities are not finite: the model's weights or features hold NaN or inf"
         )
     return scores.T.contiguous()
+
+
+def mean_query(queries: Sequence[Tensor]) -> Tensor:
+    """The query of several rounds: the mean of their vectors, each (..., E), normalised again: (..., E).
+
+    What was asked for in earlier rounds of a dialogue still counts ("history averaging").
+    """
+    return normalize(torch.stack(list(queries)).mean(dim=0), dim=-1)
 
 
 class Ranking(NamedTuple):

@@ -113,26 +113,38 @@ class Scorer:
         """The splits as vectors, all their images looked at before the first is encoded."""
         return self.stages(splits).encoded
 
+    def encode_one(self, split: Split, load: Loader) -> EncodedSplit:
+        """The vectors of a split whose images ``load``, of :meth:`loader`, reads."""
+        return encode_split(self.checkpoint.model, split, load, **self._encoding)
+
+    @property
+    def _reading(self) -> dict[str, Any]:
+        return {name: self.settings[name] for name in ("batch_size", "num_workers")}
+
+    @property
+    def _encoding(self) -> dict[str, Any]:
+        return self._reading | {name: self.settings[name] for name in ("save_memory", "gallery_dtype")}
+
     def stages(self, splits: list[Split], second: RerankSettings | None = None) -> Stages:
         """The splits as this model sees them, and as the re-ranker that ``second`` names does, if any.
 
         Several ranks share the work, and all get the whole result. Raises :class:`InputError`, see
         :func:`sprc.models.reranker.load_reranker`.
         """
-        first, settings = self.checkpoint.model, self.settings
+        first = self.checkpoint.model
         reranker, top = None, RERANK_TOP
         if second is not None and second.rerank is not None:
             reranker = load_reranker(second.rerank, first, any_first_stage=second.rerank_any)
             place(reranker, first.device)
             top = second.top_again
         load = self.loader(splits)
-        reading = {name: settings[name] for name in ("batch_size", "num_workers")}
-        encoding = reading | {name: settings[name] for name in ("save_memory", "gallery_dtype")}
         with self.memory_explained():
             prompts = reranker is not None
-            encoded = [encode_split(first, one, load, **encoding, with_prompts=prompts) for one in splits]
+            encoded = [
+                encode_split(first, one, load, **self._encoding, with_prompts=prompts) for one in splits
+            ]
             matches = None
             if reranker is not None:
                 parts = zip(splits, encoded, strict=True)
-                matches = [match_split(reranker, *part, load, top=top, **reading) for part in parts]
+                matches = [match_split(reranker, *part, load, top=top, **self._reading) for part in parts]
         return Stages(splits, encoded, matches, first.temp.item())

@@ -242,6 +242,29 @@ class SubmissionSettings(RerankSettings, ScoringSettings):
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class DialogueSettings(ScoringSettings):
+    """Of ``check_dialogue.py``."""
+
+    data_path: Path = like(
+        DataSettings,
+        "data_path",
+        ROOT / "demo",
+        help="the built-in data in CIRR's format; default: %(default)s",
+    )
+    split: str = like(ValidationSettings, "split", "test1", help="default: %(default)s")
+    rounds: int = setting(
+        3, metavar="N", help="of each dialogue, the query's own included; default: %(default)s"
+    )
+    seed: int = setting(0, help="of what is said in the rounds after the first; default: %(default)s")
+    out: Path | None = setting(None, metavar="FILE", help="CSV: the printed table")
+
+    def check(self) -> None:
+        """Raise :class:`InputError` for a number that cannot be."""
+        if self.rounds < 1:
+            raise InputError(f"--rounds {self.rounds}: give a whole number of at least 1")
+
+
 EXTRACTED = ("train", "val", "test")
 SPELLINGS = (*EXTRACTED, "test1")  # CIRR's own name of its test split
 

@@ -99,6 +99,8 @@ def run_query(settings: QuerySettings) -> None:
     """Print the best pictures for a reference and a text; draw them too, with ``sheet``."""
     device = start_device(settings.device, file=sys.stderr)  # stdout is the results' alone
     require_words(settings.text, "--text")
+    for said in settings.history[1::2]:
+        require_words(said, "--history")
     if settings.top < 1:
         raise InputError(f"--top {settings.top}: give a whole number of at least 1")
     check_settings(settings)
@@ -107,8 +109,12 @@ def run_query(settings: QuerySettings) -> None:
         require_file_place("--sheet", sheet)
     index = open_index(settings.index)
     path, _ = find_reference(index, settings.image, "--image")
+    pairs = zip(settings.history[::2], settings.history[1::2], strict=True)
+    history = [(find_reference(index, picture, "--history")[0], said) for picture, said in pairs]
     searcher = Searcher.of(index, replace(settings, device=str(device)))
-    answer = searcher.ask(path, settings.text, top=settings.top, keep_reference=settings.keep_reference)
+    answer = searcher.ask(
+        path, settings.text, history=history, top=settings.top, keep_reference=settings.keep_reference
+    )
     results, is_reranked = answer.results, searcher.second is not None
     if is_reranked:
         print(f"found in {answer.time}", file=sys.stderr)

@@ -5,7 +5,6 @@ is looked up among the index's names and never made a path; a picture that is se
 texts are shown by ``st.text``, which knows no markup; all other elements get fixed words and numbers alone.
 """
 
-import hashlib
 import random
 import sys
 from collections.abc import Callable
@@ -14,8 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import streamlit as st
-from PIL import Image
-from torch import Tensor
 
 from sprc.data.captions import process_caption
 from sprc.data.cirr import load_cirr
@@ -23,8 +20,21 @@ from sprc.data.images import own_formats
 from sprc.errors import InputError
 from sprc.figures import OPACITY
 from sprc.search.index import printable
-from sprc.search.pictures import as_bytes, on_square, read_picture, thumbnail
+from sprc.search.pictures import read_picture
 from sprc.search.searcher import Answer, Searcher, SharedSearcher
+from sprc.search.session import (
+    MOST_BYTES,
+    MOST_INDEXED,
+    MOST_LETTERS,
+    MOST_PIXELS,
+    Step,
+    go_back,
+    start_state,
+    take,
+    take_upload,
+    try_sample,
+    turn,
+)
 from sprc.search.shown import (
     SIDE,
     SMALL,
@@ -37,31 +47,9 @@ from sprc.search.shown import (
     small_bytes,
 )
 
-MOST_BYTES = 10 * 2**20  # of a picture that is sent
-MOST_PIXELS = 40 * 10**6
-MOST_INDEXED = Image.MAX_IMAGE_PIXELS or MOST_PIXELS  # of a picture of the index
-MOST_LETTERS = 500  # of a text
-MOST_STEPS = 30  # kept of a chain of edits
 ON_PAGE = 12  # pictures to pick from at once
 SAMPLES = 6
 STYLE = ".stMainBlockContainer { padding-top: 3rem; } .stText { overflow-wrap: anywhere; }"
-
-
-class Reference(NamedTuple):
-    """The picture that a search starts from."""
-
-    tokens: Tensor  # (1, N, D), on the model's device
-    digest: str  # of its file's bytes: the same pictures of the index are no results
-    name: str
-    small: bytes  # a picture to be shown
-    pixels: Tensor  # (3, S, S)
-
-
-class Step(NamedTuple):
-    """A link of the chain: a picture and what was asked of it."""
-
-    reference: Reference
-    text: str
 
 
 def current_searcher(**settings: Any) -> Searcher:
@@ -112,93 +100,21 @@ def small_picture(searcher: Searcher, name: str) -> bytes | None:
         return None
 
 
-# --- references
-
-
-def take(searcher: Searcher, name: str) -> None:
-    """Make a picture of the index the reference."""
-    try:
-        data = searcher.index.path_of(name).read_bytes()
-        image = read_picture(data, MOST_INDEXED)
-    except (InputError, OSError):  # whose words tell of this machine's folders
-        shown = shortened(printable(name), 80, end=True)
-        st.session_state.problem = f"{shown} is not in the index, or is gone or broken since it was indexed."
-        return
-    index = searcher.index
-    use(searcher, image, index.pictures[index.number[name]].digest, name)
-
-
-def take_upload(searcher: Searcher, key: str) -> None:
-    """Make the picture that was sent the reference; it is kept in memory alone."""
-    sent = st.session_state[key]
-    if sent is None:
-        return
-    st.session_state.uploads += 1  # an empty uploader for the next one
-    try:
-        if sent.size > MOST_BYTES:
-            raise InputError(f"the file has {sent.size / 2**20:.0f} MB; the most is {MOST_BYTES // 2**20} MB")
-        data = sent.getvalue()
-        image = read_picture(data, MOST_PIXELS)
-    except InputError as error:
-        st.session_state.problem = f"This picture was refused: {error}."
-        return
-    use(searcher, image, hashlib.blake2b(data, digest_size=16).hexdigest(), "your picture")
-
-
-def use(searcher: Searcher, image: Image.Image, digest: str, name: str) -> None:
-    """Make ``image`` the reference; what was searched before becomes a step of the chain."""
-    try:
-        pixels = searcher.pixels(image)
-    except Exception:  # of almost any kind, out of what Pillow can open and not convert
-        st.session_state.problem = "This picture cannot be brought into the form that the model takes."
-        return
-    state = st.session_state
-    text = state.get("text", "")  # Streamlit drops it while its field is not on the page
-    if state.reference is not None and process_caption(text):
-        state.steps = [*state.steps, Step(state.reference, text)][-MOST_STEPS:]
-    small = as_bytes(on_square(thumbnail(image, SMALL), SMALL))
-    state.reference = Reference(searcher.encode(pixels), digest, name, small, pixels)
-    state.text = ""
-
-
-def go_back(number: int) -> None:
-    """To step ``number`` of the chain; what came after it is dropped."""
-    state = st.session_state
-    state.reference, state.text = state.steps[number]
-    state.steps = state.steps[:number]
-
-
-def try_sample(searcher: Searcher, name: str, text: str) -> None:
-    """Ask a ready query; a new chain starts."""
-    st.session_state.reference, st.session_state.steps = None, []
-    take(searcher, name)
-    st.session_state.text = text
-
-
-def turn(by: int) -> None:
-    """Other pictures to pick from."""
-    st.session_state.page += by
-
-
-def start_state(searcher: Searcher) -> None:
-    """What a browser starts with, and with another model: nothing, or the query that its address names."""
-    state = st.session_state
-    if state.get("identity") == searcher.index.identity:
-        return
-    state.identity = searcher.index.identity  # another model's tokens are of no use to it
-    state.steps, state.reference, state.text = [], None, ""
-    state.uploads, state.page, state.problem = 0, 0, None
-    state.index, state.found = searcher.index, {}
-    if name := st.query_params.get("reference"):
-        take(searcher, name)
-        state.text = st.query_params.get("text", "")[:MOST_LETTERS]
-
-
 # --- searching
 
 
-def search(searcher: Searcher, text: str, strength: float, top: int, again: bool) -> Answer:
-    """The results and the time they took, perhaps by a re-ranker too; the last queries are remembered.
+class Query(NamedTuple):
+    """What is asked of the present reference."""
+
+    text: str
+    strength: float
+    top: int
+    again: bool  # by the re-ranker too
+    average: bool  # with the queries of the chain
+
+
+def search(searcher: Searcher, query: Query) -> Answer:
+    """The results and the time they took; the last queries are remembered.
 
     Raises :class:`InputError`, see :meth:`Searcher.answer`.
     """
@@ -206,14 +122,22 @@ def search(searcher: Searcher, text: str, strength: float, top: int, again: bool
     if state.index is not searcher.index:
         state.index, state.found = searcher.index, {}
     reference, found = state.reference, state.found
-    key = (id(reference), text, strength, top, again)
+    steps: list[Step] = state.steps if query.average else []
+    key = (id(reference), query, *((id(step.reference), step.text) for step in steps))
     if key not in found:
-        others = searcher.copies(digest=reference.digest)
-        answer = searcher.answer(reference.tokens, text, top, others, strength=strength, again=again)
+        shown = [reference, *(step.reference for step in steps)]
+        others = sorted({number for one in shown for number in searcher.copies(digest=one.digest)})
+        earlier = [searcher.compose(step.reference.tokens, step.text, query.strength) for step in steps]
+        answer = searcher.answer(
+            *(reference.tokens, query.text, query.top, others),
+            strength=query.strength,
+            again=query.again,
+            earlier=earlier,
+        )
         while len(found) >= 32:
             found.pop(next(iter(found)))
-        # With the object whose number is in the key, so that no other gets its number.
-        found[key] = answer, reference
+        # With the objects whose numbers are in the key, so that no other gets their numbers.
+        found[key] = answer, shown
     return found[key][0]
 
 
@@ -284,7 +208,7 @@ def show_query(searcher: Searcher) -> None:
     with st.container(horizontal=True, key="query"):
         picture = st.container(width=SIDE, gap="xsmall")
         controls = st.container(width=420)
-    strength, compare, opacity, again = 1.0, False, OPACITY, False
+    strength, compare, opacity, again, average = 1.0, False, OPACITY, False, False
     shown, words = None, None
     with controls:
         st.text_input(
@@ -304,6 +228,12 @@ def show_query(searcher: Searcher) -> None:
             )
         if searcher.second is not None:
             again = st.toggle("Re-rank the first results", True, key="again")
+        if state.steps:
+            average = st.toggle(
+                "Average with the earlier edits",
+                key="average",
+                help="What was asked for before still counts: the query is the mean of those of the chain.",
+            )
         with st.expander("More"):
             top = st.slider("Results", 4, 40, 8, 4, key="top")
             if text and searcher.has_fusion:
@@ -322,7 +252,7 @@ def show_query(searcher: Searcher) -> None:
             model, reference = searcher.retriever.model, state.reference
             show_words(model, reference.tokens, reference.pixels, text, strength, words, opacity)
     if not compare:
-        show_results(searcher, (text, strength, top, again), "on")
+        show_results(searcher, Query(text, strength, top, again, average), "on")
         return
     st.caption(
         "Both sides are the same trained weights. Without the edit, the Q-Former reads the reference as it "
@@ -331,7 +261,7 @@ def show_query(searcher: Searcher) -> None:
     for column, kind, used in zip(st.columns(2), ("on", "off"), (strength, 0.0), strict=True):
         with column:
             st.markdown("**With the edit**" if kind == "on" else "**Without the edit**")
-            show_results(searcher, (text, used, top, again), kind)
+            show_results(searcher, Query(text, used, top, again, average), kind)
 
 
 def show_reference(shown: Map | None, opacity: float) -> None:
@@ -343,10 +273,10 @@ def show_reference(shown: Map | None, opacity: float) -> None:
         st.caption(f"map, dark to bright: {shown.scale[0]:.3g} to {shown.scale[1]:.3g}")
 
 
-def show_results(searcher: Searcher, query: tuple[str, float, int, bool], kind: str) -> None:
+def show_results(searcher: Searcher, query: Query, kind: str) -> None:
     """A grid of the pictures that :func:`search` finds for ``query``, each a button to go on from."""
     try:
-        results, *_ = answer = search(searcher, *query)
+        results, *_ = answer = search(searcher, query)
     except InputError as error:  # whose words tell of this machine's folders
         print(f"error: {error}", file=sys.stderr, flush=True)
         st.info(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,8 +25,8 @@ from sprc.files import file_digest
 from sprc.models.checkpoint import load_checkpoint
 from sprc.models.device import choose_device, place
 from sprc.models.reranker import load_reranker
-from sprc.scoring.ranking import block_scores, top_k
-from sprc.scoring.retriever import Retriever
+from sprc.scoring.ranking import block_scores, mean_query, top_k
+from sprc.scoring.retriever import Picture, Retriever
 from sprc.search.index import (
     PictureIndex,
     Result,
@@ -154,6 +155,7 @@ class Searcher:
         image: str | Path | Image.Image,
         text: str,
         *,
+        history: Sequence[tuple[Picture, str]] = (),
         top: int = QuerySettings.top,
         keep_reference: bool = False,
         strength: float = 1.0,
@@ -163,22 +165,28 @@ class Searcher:
         Args:
             image: the reference: a file, the name of a picture of the index, or a PIL image.
             text: what to change, such as "make it red".
+            history: earlier rounds of the same search, oldest first: what was the reference then, and what
+                was to change. The query is the mean of all rounds' query vectors, so that what was asked for
+                before still counts. A re-ranker reads the present round alone.
             top: how many pictures.
-            keep_reference: let the reference, and copies of it, be results too. A PIL image's copies cannot
-                be known, and may be results always.
+            keep_reference: let the references, and copies of them, be results too. A PIL image's copies
+                cannot be known, and may be results always.
             strength: of the fusion's edit, as in the model's ``compose``.
 
         Raises:
             InputError: there is no such picture, it cannot be read, or the text holds no word; or a re-ranker
                 cannot read one of the first pictures any more.
         """
-        return self.ask(image, text, top=top, keep_reference=keep_reference, strength=strength).results
+        return self.ask(
+            image, text, history=history, top=top, keep_reference=keep_reference, strength=strength
+        ).results
 
     def ask(
         self,
         image: str | Path | Image.Image,
         text: str,
         *,
+        history: Sequence[tuple[Picture, str]] = (),
         top: int = QuerySettings.top,
         keep_reference: bool = False,
         strength: float = 1.0,
@@ -186,20 +194,29 @@ class Searcher:
         """:meth:`search` with the time that it took."""
         start = time.perf_counter()
         require_words(text, "the text")
+        for number, (_, said) in enumerate(history, start=1):
+            require_words(said, f"the text of round {number}")
         if top < 1:
             raise InputError(f"top {top}: give a whole number of at least 1")
-        leave_out = []
+        rounds = [(picture, f"the picture of round {n}") for n, (picture, _) in enumerate(history, start=1)]
+        read = [self._read(picture, what) for picture, what in (*rounds, (image, "the picture"))]
+        copies = {number for _, numbers in read for number in numbers}
+        *before, tokens = (self.encode(pixels) for pixels, _ in read)
+        earlier = [
+            self.compose(shown, said, strength) for shown, (_, said) in zip(before, history, strict=True)
+        ]
+        seconds = time.perf_counter() - start
+        leave_out = [] if keep_reference else sorted(copies)
+        answer = self.answer(tokens, text, top, leave_out, strength=strength, earlier=earlier)
+        return answer._replace(seconds=seconds + answer.seconds)
+
+    def _read(self, image: Picture, what: str) -> tuple[Tensor, list[int]]:
+        """A reference's (3, S, S) pixels, and the gallery indices of its copies; errors call it ``what``."""
+        transform = upright_first(self.retriever.transform)
         if isinstance(image, Image.Image):
-            pixels = prepare_image(image, upright_first(self.retriever.transform), "the picture")
-        else:
-            path, name = find_reference(self.index, str(image), "the picture")
-            pixels = load_image(path, upright_first(self.retriever.transform), own_formats())
-            if not keep_reference:
-                leave_out = self.copies(digest=file_digest(path), name=name)
-        tokens = self.encode(pixels)
-        read = time.perf_counter() - start
-        answer = self.answer(tokens, text, top, leave_out, strength=strength)
-        return answer._replace(seconds=read + answer.seconds)
+            return prepare_image(image, transform, what), []
+        path, name = find_reference(self.index, str(image), what)
+        return load_image(path, transform, own_formats()), self.copies(digest=file_digest(path), name=name)
 
     def answer(
         self,
@@ -210,6 +227,7 @@ class Searcher:
         *,
         strength: float = 1.0,
         again: bool = True,
+        earlier: Sequence[Tensor] = (),
     ) -> Answer:
         """The ``top`` pictures for (1, N, D) image tokens and a text, by both stages where there are two.
 
@@ -223,12 +241,15 @@ class Searcher:
             leave_out: gallery indices.
             strength: of the fusion's edit.
             again: use the second stage, if there is one.
+            earlier: the queries (E,) of earlier rounds, which the first stage takes the mean with.
 
         Raises:
             InputError: the second stage cannot read one of the first pictures any more.
         """
         start = time.perf_counter()
         prompts, query = self._prompts_and_query(tokens, text, strength)
+        if earlier:
+            query = mean_query([*earlier, query])
         second = self.second if again else None
         results = self.best(query, top if second is None else max(top, second.top), leave_out)
         seconds = time.perf_counter() - start

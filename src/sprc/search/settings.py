@@ -58,9 +58,17 @@ class QuerySettings(EngineSettings):
     """Of ``search.py query``."""
 
     image: str = setting(metavar="PICTURE", help="the reference: a file, or a name in the index")
+    history: Sequence[str] = setting(
+        (),
+        nargs=2,
+        metavar=("PICTURE", "TEXT"),
+        parse=text,
+        help="an earlier round of this search, and again for each, oldest first: the query is the mean of "
+        "the rounds' queries; default: none",
+    )
     text: str = setting(parse=text, help="what to change, such as 'make it red'")
     top: int = setting(10, metavar="N", help="how many pictures to print; default: %(default)s")
-    keep_reference: bool = setting(False, help="let the reference, and copies of it, be results too")
+    keep_reference: bool = setting(False, help="let the references, and copies of them, be results too")
     sheet: Path | None = setting(None, metavar="FILE", help="PNG: the reference, the text, the results")
     json: bool = setting(
         False, help="print JSON: image, text, results (rank, score, path; with --rerank also match)"

@@ -2,15 +2,18 @@
 
 import itertools
 import random
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 from sprc.data.edits import KINDS
-from sprc.data.synthetic.scenes import edit_between, render, write_caption
+from sprc.data.synthetic.scenes import Scene, edit_between, render, write_caption
 from sprc.data.synthetic.splits import (
     ImageSet,
+    Part,
     Query,
     SyntheticConfig,
     draw_double_queries,
@@ -44,37 +47,59 @@ def make_cirr(out: Path, config: SyntheticConfig) -> None:
     write_once(out / "cirr_dataset", config, _write_benchmark)
 
 
+def split_name(part: Part) -> str:
+    """The split in CIRR's files."""
+    return "test1" if part.split == "test" else part.split
+
+
+class DrawnSet(NamedTuple):
+    """An image set of a split, its images by the names they get, and its queries with kind and caption."""
+
+    number: int  # of its family
+    names: dict[Scene, str]
+    queries: list[tuple[Query, str, str]]
+
+
+def draw_sets(part: Part, config: SyntheticConfig) -> Iterator[DrawnSet]:
+    """Draw the image sets of a split, six a family."""
+    top = SPLIT_FOLDERS[split_name(part)]
+    count = config.train_queries_per_set if part.split == "train" else config.eval_queries_per_set
+    decks: dict[str, list[str]] = {}
+    for (family, image_sets), number in product(enumerate(part.families), range(6)):
+        scenes = part.rng.sample([scene for row in image_sets[number] for scene in row], 6)
+        names = {scene: f"{top}-{family}-{number}-img{i}" for i, scene in enumerate(scenes)}
+        queries = [
+            (query, *_write_caption(query, image_sets, decks, part.rng))
+            for query in _draw_queries(image_sets[number], count, part.rng)
+        ]
+        yield DrawnSet(family, names, queries)
+
+
 def _write_benchmark(root: Path, config: SyntheticConfig) -> None:
     for folder in ("captions", "image_splits"):
         (root / "cirr" / folder).mkdir(parents=True)
     pair_ids, set_ids = itertools.count(), itertools.count()
     images = 36 * (config.val_families + config.test_families + config.train_families)
     bar = tqdm(total=images, desc="made data", unit="image")
-    for part, _, families, rng in draw_parts(config, SHADES):
-        split = "test1" if part == "test" else part
-        queries_per_set = config.train_queries_per_set if split == "train" else config.eval_queries_per_set
+    for part in draw_parts(config, SHADES):
+        split, top = split_name(part), SPLIT_FOLDERS[split_name(part)]
         paths, entries, edits = {}, [], {}
-        decks: dict[str, list[str]] = {}
-        for (family, image_sets), number in product(enumerate(families), range(6)):
-            top = SPLIT_FOLDERS[split]
+        for family, names, queries in draw_sets(part, config):
             folder = f"{top}/{family % 100}" if split == "train" else top
             (root / folder).mkdir(parents=True, exist_ok=True)
-            scenes = rng.sample([scene for row in image_sets[number] for scene in row], 6)
-            names = {scene: f"{top}-{family}-{number}-img{i}" for i, scene in enumerate(scenes)}
             for scene, name in names.items():
                 render(scene, config.image_size).save(root / folder / f"{name}.png")
                 paths[name] = f"./{folder}/{name}.png"
                 bar.update()
-            set_id = next(set_ids)
-            for query in _draw_queries(image_sets[number], queries_per_set, rng):
+            set_id, places = next(set_ids), list(names)
+            for query, kind, caption in queries:
                 reference, target = query.reference, query.target
-                kind, caption = _write_caption(query, image_sets, decks, rng)
                 image_set = {"id": set_id, "members": list(names.values())}
-                image_set["reference_rank"] = scenes.index(reference)
+                image_set["reference_rank"] = places.index(reference)
                 entry = {"pairid": next(pair_ids), "reference": names[reference]}
                 if split != "test1":
                     entry |= {"target_hard": names[target], "target_soft": {names[target]: 1.0}}
-                    image_set["target_rank"] = scenes.index(target)
+                    image_set["target_rank"] = places.index(target)
                 entry |= {"caption": caption, "img_set": image_set}
                 entries.append(entry)
                 cells = list(dict.fromkeys(cell for edit in query.edits for cell in edit.cells))
