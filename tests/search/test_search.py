@@ -110,6 +110,52 @@ def test_lines_are_rank_score_and_path(picture_index, pictures, searcher, capsys
         assert line == f"  {rank}  {result.score:.4f}  {pictures / result.name}"
 
 
+CHAIN = [("a/dev-0-0-img0.png", TEXT), ("b/dev-0-0-img1.png", "add a green star")]
+
+
+def test_a_chain_of_rounds_is_searched_by_the_mean_of_their_queries(
+    picture_index, pictures, searcher, tmp_path, capsys
+):
+    last = ("c/dev-0-0-img2.png", "remove the square")
+    model, transform = searcher.retriever.model, searcher.retriever.transform
+    with torch.no_grad():
+        queries = [
+            model.compose(
+                model.encode_image(load_image(pictures / name, transform)[None]), model.tokenize([text])
+            )
+            for name, text in (*CHAIN, last)
+        ]
+    mean = sum(queries)[0] / sum(queries)[0].norm()
+    scores = (searcher.index.gallery.float() @ mean).amax(dim=1)
+    order = scores.argsort(descending=True).tolist()
+    names = searcher.index.names
+    expected = [names[row] for row in order if names[row] not in [name for name, _ in (*CHAIN, last)]]
+    found = searcher.search(*last, history=CHAIN, top=40)
+    assert [result.name for result in found] == expected
+    expected_scores = [scores[names.index(name)].item() for name in expected]
+    assert [result.score for result in found] == pytest.approx(expected_scores, abs=1e-5)  # of rounding
+    assert [result.name for result in searcher.search(*last, top=40)][:5] != expected[:5]
+    assert len(searcher.search(*last, history=CHAIN, top=40, keep_reference=True)) == 36
+    # PIL images as well; copies of these cannot be known.
+    with Image.open(pictures / CHAIN[0][0]) as first:
+        mixed = searcher.search(*last, history=[(first, CHAIN[0][1]), CHAIN[1]], top=40)
+    assert [result.name for result in mixed if result.name != CHAIN[0][0]] == expected
+    query(picture_index, top=3, image=last[0], text=last[1], history=[word for one in CHAIN for word in one])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines] == [str(pictures / name) for name in expected[:3]]
+
+
+def test_a_round_that_cannot_be_is_named(searcher, picture_index):
+    with pytest.raises(InputError, match=r"the text of round 2"):
+        searcher.search(*CHAIN[0], history=[CHAIN[0], (CHAIN[1][0], " . ")])
+    with pytest.raises(InputError, match=r"the picture of round 1 gone.png is neither a file nor"):
+        searcher.search(*CHAIN[0], history=[("gone.png", TEXT)])
+    with pytest.raises(InputError, match=r"--history"):
+        query(picture_index, history=[CHAIN[0][0], ""])
+    with pytest.raises(InputError, match=r"--history gone.png"):
+        query(picture_index, history=["gone.png", TEXT])
+
+
 def test_ranks_are_validation_s(data, searcher):
     split = load_cirr(data, "val")
     retriever = searcher.retriever

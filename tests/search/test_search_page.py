@@ -117,6 +117,28 @@ def test_a_chain_of_edits_and_the_way_back(picture_index):
     assert "back" not in [button.key for button in page.button]
 
 
+def test_a_switch_averages_with_the_chain(picture_index):
+    searcher = Searcher.open(picture_index)
+    page = open_page(picture_index)
+    press(page, "pick-0-go")
+    ask(page, TEXT)
+    assert "average" not in [toggle.key for toggle in page.toggle]  # there is nothing to average with
+    press(page, "result-on-2-go")
+    ask(page, "add a green star")
+    middle = names_found(searcher, NAME, TEXT)[2].name
+    alone = names_found(searcher, middle, "add a green star")
+    assert [score for score, _ in results(page)] == [f"{n}: {r.score:.4f}" for n, r in enumerate(alone, 1)]
+    page.toggle(key="average").set_value(True)
+    run(page)
+    both = searcher.search(middle, "add a green star", history=[(NAME, TEXT)], top=8)
+    assert [score for score, _ in results(page)] == [f"{n}: {r.score:.4f}" for n, r in enumerate(both, 1)]
+    assert [result.name for result in both] != [result.name for result in alone]
+    page.slider(key="strength").set_value(0.5)  # of all rounds
+    run(page)
+    both = searcher.search(middle, "add a green star", history=[(NAME, TEXT)], top=8, strength=0.5)
+    assert [score for score, _ in results(page)] == [f"{n}: {r.score:.4f}" for n, r in enumerate(both, 1)]
+
+
 def test_on_and_off_stand_side_by_side_and_strength_scales_the_edit(picture_index):
     searcher = Searcher.open(picture_index)
     page = open_page(picture_index, reference=NAME, text=TEXT)

@@ -108,7 +108,7 @@ def run_dialogue(settings: DialogueSettings) -> list[dict[str, Any]]:
         require_file_place("--out", settings.out)
     split_name = CIRR.split_name(settings.split)
     scenes = scenes_of(settings.data_path, split_name)
-    benchmark = CIRR.load(settings.data_path, None, split_name)
+    benchmark = CIRR.load(settings.data_path, None, split_name, missing_images=settings.missing_images)
     (split,) = benchmark.splits
     scorer = Scorer.from_settings(settings, device)
     load = scorer.loader([split])
