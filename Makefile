@@ -107,12 +107,13 @@ test-quick: .venv/ready
 NUMERIC := .venv/bin/python -m pytest -q -m numeric -k 'not compiled' tests/models/test_fusion.py tests/models/test_model_calls.py \
 	tests/models/test_losses.py tests/models/test_vision_groups.py tests/training/test_grad_cache.py \
 	tests/scoring/test_feature_cache.py
+# Two passes at a time, a core each; threads and kernels of each are in its name.
 test-numeric: .venv/ready
-	env OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default $(NUMERIC) tests/models/test_against_lavis.py
-	env OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 $(NUMERIC) tests/models/test_against_lavis.py
-	env OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=default $(NUMERIC)
-	env OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=avx2 $(NUMERIC)
-	env -u ATEN_CPU_CAPABILITY OMP_NUM_THREADS=2 $(NUMERIC)
+	$(MAKE) --no-print-directory -j 2 $(addprefix numeric-,1-default 1-avx2 2-default 2-avx2 2-own)
+
+numeric-%:
+	env $(if $(findstring own,$*),-u ATEN_CPU_CAPABILITY,ATEN_CPU_CAPABILITY=$(word 2,$(subst -, ,$*))) \
+		OMP_NUM_THREADS=$(word 1,$(subst -, ,$*)) $(NUMERIC) $(if $(findstring 1-,$*),tests/models/test_against_lavis.py)
 
 test-browser: .venv/ready
 	.venv/bin/python -m pytest -m browser tests/search/test_browser.py
