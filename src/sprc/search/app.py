@@ -46,8 +46,7 @@ def run_app(settings: AppSettings) -> None:
         index = settings.data_path / "picture_index"
         index_demo(settings.data_path, demo, settings.models_path, index, device)
     # Here and not at the first visit, which then has its answer at once. The page finds them loaded.
-    from sprc.search.page import current_searcher, warm_up
-    from sprc.search.session import MOST_BYTES
+    from sprc.search.page import MOST_BYTES, current_searcher, warm_up
 
     of_page: dict[str, Any] = {
         "index": str(index.resolve()),

@@ -5,14 +5,16 @@ is looked up among the index's names and never made a path; a picture that is se
 texts are shown by ``st.text``, which knows no markup; all other elements get fixed words and numbers alone.
 """
 
+import hashlib
 import random
 import sys
-from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import streamlit as st
+from PIL import Image
+from torch import Tensor
 
 from sprc.data.captions import process_caption
 from sprc.data.cirr import load_cirr
@@ -20,21 +22,8 @@ from sprc.data.images import own_formats
 from sprc.errors import InputError
 from sprc.figures import OPACITY
 from sprc.search.index import printable
-from sprc.search.pictures import read_picture
+from sprc.search.pictures import as_bytes, on_square, read_picture, thumbnail
 from sprc.search.searcher import Answer, Searcher, SharedSearcher
-from sprc.search.session import (
-    MOST_BYTES,
-    MOST_INDEXED,
-    MOST_LETTERS,
-    MOST_PIXELS,
-    Step,
-    go_back,
-    start_state,
-    take,
-    take_upload,
-    try_sample,
-    turn,
-)
 from sprc.search.shown import (
     SIDE,
     SMALL,
@@ -43,13 +32,36 @@ from sprc.search.shown import (
     draw_map,
     edit_maps,
     shortened,
+    show_grid,
     show_words,
-    small_bytes,
+    small_picture,
 )
 
+MOST_BYTES = 10 * 2**20  # of a picture that is sent
+MOST_PIXELS = 40 * 10**6
+MOST_INDEXED = Image.MAX_IMAGE_PIXELS or MOST_PIXELS  # of a picture of the index
+MOST_LETTERS = 500  # of a text
+MOST_STEPS = 30  # kept of a chain of edits
 ON_PAGE = 12  # pictures to pick from at once
 SAMPLES = 6
 STYLE = ".stMainBlockContainer { padding-top: 3rem; } .stText { overflow-wrap: anywhere; }"
+
+
+class Reference(NamedTuple):
+    """The picture that a search starts from."""
+
+    tokens: Tensor  # (1, N, D), on the model's device
+    digest: str  # of its file's bytes: the same pictures of the index are no results
+    name: str
+    small: bytes  # a picture to be shown
+    pixels: Tensor  # (3, S, S)
+
+
+class Step(NamedTuple):
+    """A link of the chain: a picture and what was asked of it."""
+
+    reference: Reference
+    text: str
 
 
 def current_searcher(**settings: Any) -> Searcher:
@@ -84,20 +96,90 @@ def warm_up(searcher: Searcher, samples: Path | None) -> None:
         return
     query = searcher.compose(searcher.encode(pixels), "make it red")
     for name in [result.name for result in searcher.best(query, 8)] + [name for name, _ in found]:
-        small_picture(searcher, name)
+        small_picture(searcher.index, name)
     draw_map(pixels, None, OPACITY)
 
 
-# --- pictures
+# --- references
 
 
-def small_picture(searcher: Searcher, name: str) -> bytes | None:
-    """A picture of the index; None if it is gone or broken since it was indexed."""
-    index = searcher.index
+def take(searcher: Searcher, name: str) -> None:
+    """Make a picture of the index the reference."""
     try:
-        return small_bytes(index.path_of(name), index.pictures[index.number[name]].digest)
-    except InputError:
-        return None
+        data = searcher.index.path_of(name).read_bytes()
+        image = read_picture(data, MOST_INDEXED)
+    except (InputError, OSError):  # whose words tell of this machine's folders
+        shown = shortened(printable(name), 80, end=True)
+        st.session_state.problem = f"{shown} is not in the index, or is gone or broken since it was indexed."
+        return
+    index = searcher.index
+    use(searcher, image, index.pictures[index.number[name]].digest, name)
+
+
+def take_upload(searcher: Searcher, key: str) -> None:
+    """Make the picture that was sent the reference; it is kept in memory alone."""
+    sent = st.session_state[key]
+    if sent is None:
+        return
+    st.session_state.uploads += 1  # an empty uploader for the next one
+    try:
+        if sent.size > MOST_BYTES:
+            raise InputError(f"the file has {sent.size / 2**20:.0f} MB; the most is {MOST_BYTES // 2**20} MB")
+        data = sent.getvalue()
+        image = read_picture(data, MOST_PIXELS)
+    except InputError as error:
+        st.session_state.problem = f"This picture was refused: {error}."
+        return
+    use(searcher, image, hashlib.blake2b(data, digest_size=16).hexdigest(), "your picture")
+
+
+def use(searcher: Searcher, image: Image.Image, digest: str, name: str) -> None:
+    """Make ``image`` the reference; what was searched before becomes a step of the chain."""
+    try:
+        pixels = searcher.pixels(image)
+    except Exception:  # of almost any kind, out of what Pillow can open and not convert
+        st.session_state.problem = "This picture cannot be brought into the form that the model takes."
+        return
+    state = st.session_state
+    text = state.get("text", "")  # Streamlit drops it while its field is not on the page
+    if state.reference is not None and process_caption(text):
+        state.steps = [*state.steps, Step(state.reference, text)][-MOST_STEPS:]
+    small = as_bytes(on_square(thumbnail(image, SMALL), SMALL))
+    state.reference = Reference(searcher.encode(pixels), digest, name, small, pixels)
+    state.text = ""
+
+
+def go_back(number: int) -> None:
+    """To step ``number`` of the chain; what came after it is dropped."""
+    state = st.session_state
+    state.reference, state.text = state.steps[number]
+    state.steps = state.steps[:number]
+
+
+def try_sample(searcher: Searcher, name: str, text: str) -> None:
+    """Ask a ready query; a new chain starts."""
+    st.session_state.reference, st.session_state.steps = None, []
+    take(searcher, name)
+    st.session_state.text = text
+
+
+def turn(by: int) -> None:
+    """Other pictures to pick from."""
+    st.session_state.page += by
+
+
+def start_state(searcher: Searcher) -> None:
+    """What a browser starts with, and with another model: nothing, or the query that its address names."""
+    state = st.session_state
+    if state.get("identity") == searcher.index.identity:
+        return
+    state.identity = searcher.index.identity  # another model's tokens are of no use to it
+    state.steps, state.reference, state.text = [], None, ""
+    state.uploads, state.page, state.problem = 0, 0, None
+    state.index, state.found = searcher.index, {}
+    if name := st.query_params.get("reference"):
+        take(searcher, name)
+        state.text = st.query_params.get("text", "")[:MOST_LETTERS]
 
 
 # --- searching
@@ -292,29 +374,8 @@ def show_results(searcher: Searcher, query: Query, kind: str) -> None:
     def below(number: int) -> None:
         st.text(f"{number + 1}: {results[number].scores}")
 
-    show_grid(searcher, [result.name for result in results], f"result-{kind}", "Edit this", below)
-
-
-def show_grid(
-    searcher: Searcher, names: list[str], key: str, label: str, below: Callable[[int], object]
-) -> None:
-    """Pictures of the index; ``below`` draws what stands under the picture of a number."""
-    with st.container(horizontal=True, key=f"{key}s"):
-        for number, name in enumerate(names):
-            with st.container(width=SMALL, gap="xsmall", key=f"{key}-{number}"):
-                picture = small_picture(searcher, name)
-                if picture is None:
-                    st.text("gone, or broken by now")
-                else:
-                    st.image(picture, width=SMALL, alt=printable(name))
-                below(number)
-                st.button(
-                    label,
-                    key=f"{key}-{number}-go",
-                    on_click=take,
-                    args=(searcher, name),
-                    disabled=picture is None,
-                )
+    names = [result.name for result in results]
+    show_grid(searcher.index, names, f"result-{kind}", "Edit this", partial(take, searcher), below)
 
 
 def show_choice(searcher: Searcher, samples: str | None) -> None:
@@ -334,7 +395,7 @@ def show_choice(searcher: Searcher, samples: str | None) -> None:
         with tabs["Ready queries"], st.container(horizontal=True):
             for number, (name, text) in enumerate(ready):
                 with st.container(width=SMALL, gap="xsmall", key=f"sample-{number}"):
-                    if picture := small_picture(searcher, name):
+                    if picture := small_picture(searcher.index, name):
                         st.image(picture, width=SMALL, alt=printable(name))
                     st.text(shortened(text, 100))
                     st.button(
@@ -366,10 +427,11 @@ def show_pictures(searcher: Searcher) -> None:
     page = state.page % pages
     shown = names[page * ON_PAGE : (page + 1) * ON_PAGE]
     show_grid(
-        searcher,
+        searcher.index,
         shown,
         "pick",
         "Use this",
+        partial(take, searcher),
         lambda number: st.text(shortened(printable(shown[number]), 40, end=True)),
     )
     with st.container(horizontal=True, vertical_alignment="center"):

@@ -1,5 +1,6 @@
-"""What the page shows of a picture: small, or under maps of the edit; and of a text, as much as fits."""
+"""What the page shows of pictures, small, in a grid, or under maps of the edit; and of texts, as much as fits."""
 
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -9,9 +10,11 @@ from PIL import Image
 from torch import Tensor
 
 from sprc.data.transforms import denormalise
+from sprc.errors import InputError
 from sprc.figures import FIXED, colored, own_scale, scale_from_zero
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.fusion_maps import fusion_maps, why_no_word_maps, word_maps
+from sprc.search.index import PictureIndex, printable
 from sprc.search.pictures import as_bytes, on_square, open_thumbnail
 
 SIDE = 224  # of the reference
@@ -88,6 +91,37 @@ def show_words(
 def small_bytes(path: Path, _digest: str) -> bytes:
     """A small picture, as a file of bytes; one that changes and is indexed again has another digest."""
     return as_bytes(on_square(open_thumbnail(path, SMALL), SMALL))
+
+
+def small_picture(index: PictureIndex, name: str) -> bytes | None:
+    """A picture of the index; None if it is gone or broken since it was indexed."""
+    try:
+        return small_bytes(index.path_of(name), index.pictures[index.number[name]].digest)
+    except InputError:
+        return None
+
+
+def show_grid(
+    index: PictureIndex,
+    names: list[str],
+    key: str,
+    label: str,
+    take: Callable[[str], None],
+    below: Callable[[int], object],
+) -> None:
+    """Pictures of the index; ``below`` draws what stands under that of a number, ``take`` gets its name."""
+    with st.container(horizontal=True, key=f"{key}s"):
+        for number, name in enumerate(names):
+            with st.container(width=SMALL, gap="xsmall", key=f"{key}-{number}"):
+                picture = small_picture(index, name)
+                if picture is None:
+                    st.text("gone, or broken by now")
+                else:
+                    st.image(picture, width=SMALL, alt=printable(name))
+                below(number)
+                st.button(
+                    label, key=f"{key}-{number}-go", on_click=take, args=(name,), disabled=picture is None
+                )
 
 
 def draw_map(pixels: Tensor, shown: Map | None, opacity: float) -> bytes:
