@@ -1,4 +1,4 @@
-"""What the page shows of pictures, small, in a grid, or under maps of the edit; and of texts, as much as fits."""
+"""What the page shows of pictures (small, in a grid, under maps of the edit) and, shortened, of texts."""
 
 from collections.abc import Callable
 from functools import lru_cache
