@@ -10,7 +10,7 @@ from pathlib import Path
 from sprc.errors import InputError
 
 START = "clip_finetuned_on_"  # of every run folder's name
-# What a run keeps of a benchmark's best epoch, and the weights that `Retriever.save_pretrained` writes, and wrote.
+# What a run keeps of a benchmark's best epoch, the weights of a saved model, and what these once were called.
 BEST = ("tuned_clip_arithmetic.pt", "tuned_clip_best.pt")
 HUB_WEIGHTS = "model.safetensors"
 PRETRAINED = "model.pt"
@@ -155,7 +155,14 @@ class RunFolder(os.PathLike[str]):
 
 
 def name_of_checkpoint(path: Path) -> str:
-    """What a checkpoint is called: the name of its run's folder, or its own where it is in none."""
+    """What a checkpoint is called: the name of its run's folder, or its own where it is in none.
+
+    A saved model is called as its folder is; the model hub's cache has the model's name two folders above.
+    """
+    if path.name == HUB_WEIGHTS:
+        folder = path.absolute().parent
+        snapshots = folder.parent
+        return (snapshots.parent if snapshots.name == "snapshots" else folder).name.removeprefix("models--")
     folder = path.resolve().parent
     return folder.parent.name if folder.name == "saved_models" else path.stem
 
@@ -169,8 +176,8 @@ def find_checkpoint(path: Path) -> Path:
     if not path.is_dir():
         if not path.exists():
             raise InputError(
-                f"{path} does not exist; give a checkpoint (.pt), the folder of a run or of a saved model, a name of "
-                "sprc.list_pretrained(), or one of the model hub (USER/NAME)"
+                f"{path} does not exist; give a checkpoint (.pt), the folder of a run or of a saved model, "
+                "a name of sprc.list_pretrained(), or one of the model hub (USER/NAME)"
             )
         return path
     saved = RunFolder(path).checkpoints
@@ -189,8 +196,8 @@ def find_checkpoint(path: Path) -> Path:
     if not numbered:
         if pickles := sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES):
             raise InputError(
-                f"{folder} holds {pickles[0]} and no {HUB_WEIGHTS}; a pickle can run code, so of a folder safetensors "
-                "alone are taken: ask for the model in that format"
+                f"{folder} holds {pickles[0]} and no {HUB_WEIGHTS}; a pickle can run code, so of a "
+                "folder safetensors alone are taken: ask for the model in that format"
             )
         names = ", ".join((*BEST, "tuned_clip_N.pt", HUB_WEIGHTS))
         raise InputError(

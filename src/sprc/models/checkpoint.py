@@ -1,7 +1,7 @@
 """Checkpoints: SPRC's two entries, `epoch` and the state dict, and what is needed to rebuild the model.
 
 A published SPRC checkpoint has the two entries alone, and so has one that SPRC's own scripts save; they load
-too, their backbone named on the command line. So do a saved model's folder, and the files of SPRC's descendants.
+too, their backbone named on the command line. So do a saved model's folder, and files of SPRC's descendants.
 Ours leave out a frozen vision transformer, which the backbone provides, and hold its fingerprint instead.
 """
 
@@ -191,7 +191,7 @@ def load_checkpoint(
         cls = CLASSES[kind]
         if switches is not None:
             raise InputError(
-                f"{path} holds {TITLES[kind]}, which is scored and searched with here, and not trained; start from "
+                f"{path} holds {TITLES[kind]}, which is scored with here, and not trained; start from "
                 "a checkpoint of SPRC"
             )
     model = filled(cls, config, tokenizer, contents, path, new_fusion=switches is not None and not has_fusion)

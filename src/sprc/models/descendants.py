@@ -106,7 +106,7 @@ def as_sprc_s(contents: dict[str, Any]) -> dict[str, Any]:
 
 
 def parameters_of(published: Published) -> dict[str, torch.Size]:
-    """The names of a published checkpoint's parameters, and their shapes, as this project's classes have them.
+    """The names of a published checkpoint's parameters, and their shapes, as the classes here have them.
 
     `position_ids`, constants, may be missing in its file.
     """

@@ -31,7 +31,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def fetch(name: str, revision: str | None = None) -> Path:
-    """Where the weights of a model of the hub are on this machine, fetched if need be with the files beside them.
+    """Where a model's weights are on this machine, fetched if need be, with the files beside them.
 
     Args:
         name: USER/NAME.
@@ -86,12 +86,15 @@ def explanation(error: Exception, name: str, revision: str | None, doing: str) -
             f"{cannot}: it has no revision {revision!r}; give a branch, a tag or a commit of {where}/{name}"
         )
     if isinstance(error, errors.RepositoryNotFoundError):
-        return f"{cannot}: {where} has no such model, or it is private; correct the name, or {token} as who may see it"
+        return (
+            f"{cannot}: {where} has no such model, or it is private; correct the name, or {token} as who may "
+            "see it"
+        )
     if isinstance(error, errors.EntryNotFoundError) and status == 404:
         missing = next((file for file in (CONFIG, WORDS, WEIGHTS) if file in str(error)), "a file")
         return (
-            f"{cannot}: it has no {missing}; safetensors alone are taken, as save_pretrained or export_model.py "
-            "writes them (a .bin or another pickle can run code)"
+            f"{cannot}: it has no {missing}; safetensors alone are taken, as save_pretrained or "
+            "export_model.py writes them (a .bin or another pickle can run code)"
         )
     if status == 401:
         return f"{cannot}: {where} does not know the token; {token} with one that is valid"
@@ -104,8 +107,8 @@ def explanation(error: Exception, name: str, revision: str | None, doing: str) -
     module = type(error).__module__.split(".")[0]
     if module in LIBRARIES or isinstance(error, (OSError, errors.LocalEntryNotFoundError)):
         return (
-            f"{cannot}: {where} cannot be reached, or the connection was cut ({first_line(error)}); run the same "
-            "again, and it goes on, or give a folder"
+            f"{cannot}: {where} cannot be reached, or the connection was cut ({first_line(error)}); run the "
+            "same again, and it goes on, or give a folder"
         )
     return None
 

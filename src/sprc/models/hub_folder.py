@@ -5,8 +5,8 @@
     vocab.txt          its words, one a line, in the order of their ids
     README.md          a model card, see sprc.models.model_card
 
-No file can run anything. `config.json` is written last, and has the SHA-256 of the other two that a model is made of:
-what was cut short, or is of two models, is refused.
+No file can run anything. `config.json` is written last, and has the SHA-256 of the two before it: what was
+cut short, or is of two models, is refused.
 """
 
 from __future__ import annotations
@@ -97,6 +97,8 @@ def write_parts(folder: Path, saved: Saved) -> None:
             raise OSError(str(error)) from error
     words = "".join(f"{word}\n" for word in saved.contents["vocabulary"])
     write_atomically(folder / WORDS, lambda file: file.write(words.encode()))
+    # safetensors writes for its owner alone; this is as every other file is.
+    os.chmod(folder / WEIGHTS, (folder / WORDS).stat().st_mode)
     digests = {name: hash_file(folder / name, hashlib.sha256()) for name in (WEIGHTS, WORDS)}
     text = json.dumps(config_of(saved, digests), indent=2, sort_keys=True) + "\n"
     write_atomically(folder / CONFIG, lambda file: file.write(text.encode()))
@@ -149,8 +151,8 @@ def read_folder(weights: Path) -> dict[str, Any]:
             raise InputError(f"{folder / name} cannot be read ({error.strerror}); {again}") from error
         if found != digests.get(name):
             raise InputError(
-                f"{folder / name} is not the file that {CONFIG} beside it was written with: it was cut short, "
-                f"damaged or replaced; {again}"
+                f"{folder / name} is not the file that {CONFIG} beside it was written with: it was cut "
+                f"short, damaged or replaced; {again}"
             )
     from safetensors.torch import load_file
 
@@ -170,8 +172,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(
-            f"{path} is missing: the saving of the model was cut short, or {WEIGHTS} is another project's; save the "
-            "model again, or give the folder that sprc wrote"
+            f"{path} is missing: the saving of the model was cut short, or {WEIGHTS} is another project's; "
+            "save the model again, or give the folder that sprc wrote"
         ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON; save the model again, or fetch it again") from error

@@ -1,4 +1,4 @@
-"""A model as huggingface_hub's mixin keeps it: saved into a folder, pushed to the hub, and read from either."""
+"""A model as huggingface_hub's mixin keeps it: saved into a folder, pushed to the hub, read from either."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model card of a saved model: what it is, how it was made, what it scores, how it is used, what it cannot do.
+"""The model card of a saved model: what it is, how it was made, what it scores, and what it cannot do.
 
 All of it is read from the checkpoint and from its run's folder. What neither says is said to be unknown.
 """
@@ -19,11 +19,11 @@ TAGS = ["composed-image-retrieval", "image-retrieval", "image-text-retrieval", "
 TASK = "image-feature-extraction"
 DATASETS = {"cirr": "CIRR", "fashioniq": "FashionIQ"}
 PROTOCOLS = {
-    "cirr": "validation split (val), all of its images as the gallery, the reference taken out of each ranking; "
-    "group_recall is within the image set",
+    "cirr": "validation split (val), all of its images as the gallery, the reference taken out of each "
+    "ranking; group_recall is within the image set",
     "fashioniq": "validation split (val), each type in its own gallery ({} protocol), the reference left in",
 }
-REPOSITORY_FLAGS = ("dataset", "seed", "num_epochs", "batch_size", "learning_rate", "amp", "ranks")
+SHOWN = ("seed", "num_epochs", "batch_size", "learning_rate", "amp", "ranks")
 UNKNOWN = "unknown: the checkpoint does not say it"
 
 SNIPPET = """\
@@ -44,15 +44,23 @@ INSTALL = "It needs the package `sprc` ({library}, version {version} or later)."
 LIMITS = """\
 - It ranks what is in the gallery, and always puts something first: there is no answer "nothing fits", and a
   similarity is no probability.
-- It reads one reference and one English text, of at most {tokens} tokens; what is longer is cut. Pictures become
-  {size} x {size} pixels, so small things and writing are lost.
-- Negation, counting and two changes at once are where models of its kind fail most: of SPRC a study of 2026 found
-  9.5 % right at negation and 41.0 % at counting, against 73.0 % where something is changed (recall at 1, CIRR).
-- Recall on one data set says little about another, and a part of such queries can be answered from the text or the
-  picture alone.
-- Its backbone was trained on pictures and texts from the web, and has what bias they have. Nobody has looked for it.
+- It reads one reference and one English text, of at most {tokens} tokens; what is longer is cut. Pictures
+  become {size} x {size} pixels, so small things and writing are lost.
+- Negation, counting and two changes at once are where models of its kind fail most: of SPRC a study of 2026
+  found 9.5 % right at negation and 41.0 % at counting, against 73.0 % where something is changed (recall at
+  1, CIRR).
+- Recall on one data set says little about another, and a part of such queries can be answered from the text
+  or the picture alone.
+{bias}
 - It is not for telling who somebody is, nor for decisions about people.
 - The weights' licence is not stated here: those of the backbone and of the data set apply."""
+
+BIAS = """\
+- Its backbone was trained on pictures and texts from the web, and has what bias they have. Nobody has
+  looked for it."""
+TINY = """\
+- Its backbone `tiny` knows made scenes of coloured shapes and the words of their captions, and nothing else:
+  no photograph."""
 
 
 def facts_of(weights: Path, epoch: int | None) -> dict[str, Any]:
@@ -141,24 +149,26 @@ def card_text(saved: Saved, name: str) -> str:
     what = "a re-ranker behind SPRC" if second else f"SPRC, {fusion}"
     left_out = contents.get("left_out")
     where = (
-        f"left out: loading takes it from the files of the backbone `{told['backbone']}` and checks that it is the same"
+        f"left out: loading takes it from the files of the backbone `{told['backbone']}` and checks that it "
+        "is the same"
         if left_out
         else "in the file"
     )
-    limits = LIMITS.format(tokens=config["max_txt_len"], size=config["image_size"])
+    bias = TINY if told["backbone"] == "tiny" else BIAS
+    limits = LIMITS.format(tokens=config["max_txt_len"], size=config["image_size"], bias=bias)
     if second:
         limits = f"- It scores nothing alone: it looks again at what its first stage finds.\n{limits}"
     snippet = (SECOND_STAGE if second else SNIPPET).format(name=name)
     install = INSTALL.format(library="sprc-gated-fusion", version=library_version())
     sections = {
-        f"{name}": f"Composed image retrieval: a reference image and a text that says what to change, to the image "
-        f"that is meant. This is {what}, with the backbone `{told['backbone']}`.",
+        f"{name}": f"Composed image retrieval: a reference image and a text that says what to change, to the "
+        f"image that is meant. This is {what}, with the backbone `{told['backbone']}`.",
         "Use": f"{install}\n\n{snippet}",
         "Data and training": training_of(told, run, weights),
         "Results": results_text(told, run, weights),
-        "Files": f"`model.safetensors` has the parameters in {len(config)} settings' model, `config.json` those "
-        f"settings, `vocab.txt` its words. The vision transformer is {where}. Pictures are prepared with "
-        f"`{told['transform']}`, ratio {told['target_ratio']}.",
+        "Files": f"`model.safetensors` has the parameters, `config.json` the settings, `vocab.txt` the "
+        f"words. The vision transformer is {where}. Pictures are prepared with `{told['transform']}`, ratio "
+        f"{told['target_ratio']}.",
         "What it cannot do": limits,
     }
     (title, lead), *others = sections.items()
@@ -176,10 +186,11 @@ def training_of(told: dict[str, Any], run: dict[str, Any], weights: Path | None)
             )
         return f"Data set, command, seed and versions are {UNKNOWN}."
     command = run.get("command")
+    digest = told.get("digests", {}).get("data_path", UNKNOWN)
     lines = [
-        f"- data set: {data_of(told)}; training split, digest `{told.get('digests', {}).get('data_path', UNKNOWN)}`",
+        f"- data set: {data_of(told)}; training split, digest `{digest}`",
         "- command: " + (f"\n\n  ```sh\n  {command}\n  ```\n" if command else UNKNOWN),
-        *(f"- {name.replace('_', ' ')}: {told[name]}" for name in REPOSITORY_FLAGS[1:] if name in told),
+        *(f"- {name.replace('_', ' ')}: {told[name]}" for name in SHOWN if name in told),
         f"- versions: torch {told.get('torch', UNKNOWN)}; saved by sprc {library_version()}",
     ]
     if recipe := run.get("recipe"):

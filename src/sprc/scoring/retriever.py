@@ -52,12 +52,12 @@ def load(
     """A trained model with its preprocessing.
 
     Args:
-        path: a run's folder, of which the best checkpoint is taken, else the last; a checkpoint; a folder that
-            :meth:`Retriever.save_pretrained` wrote; USER/NAME of the model hub, where such a folder was pushed;
-            or a name of :func:`sprc.list_pretrained`.
+        path: a run's folder, of which the best checkpoint is taken, else the last; a checkpoint; a folder
+            that :meth:`Retriever.save_pretrained` wrote; USER/NAME of the model hub, where one was pushed; or
+            a name of :func:`sprc.list_pretrained`.
         revision: of the model hub's: a branch, a tag or a commit; by default the newest.
-        backbone: "pretrain", "pretrain_vitL" or "coco", which a published SPRC checkpoint does not say, unless
-            its file has the name of :func:`sprc.list_pretrained`.
+        backbone: "pretrain", "pretrain_vitL" or "coco", which a published SPRC checkpoint does not say,
+            unless its file has the name of :func:`sprc.list_pretrained`.
         model_name: likewise; by default `blip2_cir_align_prompt`.
         vocab: `vocab.txt` of bert-base-uncased for a published checkpoint; by default the model hub's.
         device: "cpu", "cuda", "cuda:1", ...; by default a GPU, if there is one.
@@ -240,7 +240,8 @@ class Retriever:
                 backbone's files, and checks that it is the same.
 
         Raises:
-            InputError: the folder cannot be made, or a vision transformer left out that is not the backbone's.
+            InputError: the folder cannot be made, or the vision transformer that is to be left out is not
+                the backbone's.
             OSError: a file cannot be written, on a full disk for one.
         """
         from sprc.models.hub_model import save
