@@ -69,6 +69,9 @@ def explanation(error: Exception, name: str, revision: str | None, doing: str) -
 
     if isinstance(error, ImportError):
         return None
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        # It is not in the cache either: why it was not fetched is what matters.
+        return explanation(error.__cause__, name, revision, doing)
     cannot, where = f"{name} cannot be {doing}", constants.ENDPOINT
     status = getattr(getattr(error, "response", None), "status_code", None)
     token = "log in with `hf auth login`, or set HF_TOKEN"

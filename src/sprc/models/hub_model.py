@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, ModelHubMixin
 from sprc.errors import InputError
 from sprc.models.hub import explained
 from sprc.models.hub_folder import WEIGHTS, Saved, put_in_place, read_folder, staged, write_parts
-from sprc.models.model_card import card_metadata, card_text, results_of
+from sprc.models.model_card import card_metadata, card_text, results_of, title_of
 from sprc.models.model_path import find_model
 
 
@@ -32,7 +32,7 @@ class HubModel(ModelHubMixin):
         saved = self.saved
         told = saved.contents["hyperparameters"]
         results = [EvalResult(**one) for one in results_of(told, saved.run)]
-        data = ModelCardData(**card_metadata(told, name), eval_results=results or None)
+        data = ModelCardData(**card_metadata(told, title_of(name)), eval_results=results or None)
         text = card_text(saved, name)
         return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
@@ -63,7 +63,7 @@ def save(saved: Saved, folder: Path) -> Path:
 
 
 def push(saved: Saved, name: str, *, revision: str | None = None, private: bool | None = None) -> str:
-    """Upload a model to the hub as USER/NAME, made there if need be; the address of the commit.
+    """Upload a model to the hub as USER/NAME, made there if need be; the address of its files.
 
     Raises :class:`InputError` where the hub does not take it.
     """

@@ -105,6 +105,11 @@ def data_of(told: dict[str, Any]) -> str:
     return name
 
 
+def title_of(name: str) -> str:
+    """What a model is called: the last part of its folder, or of its name on the hub."""
+    return Path(name).absolute().name
+
+
 def card_metadata(told: dict[str, Any], name: str) -> dict[str, Any]:
     """The arguments of ``ModelCardData`` but for the results, see :func:`results_of`."""
     metadata: dict[str, Any] = {
@@ -161,7 +166,9 @@ def card_text(saved: Saved, name: str) -> str:
     snippet = (SECOND_STAGE if second else SNIPPET).format(name=name)
     install = INSTALL.format(library="sprc-gated-fusion", version=library_version())
     sections = {
-        f"{name}": f"Composed image retrieval: a reference image and a text that says what to change, to the "
+        title_of(
+            name
+        ): f"Composed image retrieval: a reference image and a text that says what to change, to the "
         f"image that is meant. This is {what}, with the backbone `{told['backbone']}`.",
         "Use": f"{install}\n\n{snippet}",
         "Data and training": training_of(told, run, weights),

@@ -18,7 +18,7 @@ from sprc.models.checkpoint import (
 from sprc.models.hub_folder import Saved
 from sprc.models.hub_model import push, save
 from sprc.models.model_path import find_model
-from sprc.scoring.retriever import Retriever
+from sprc.scoring.retriever import PREPROCESSING, Retriever
 from sprc.scoring.settings import ExportSettings
 
 
@@ -56,6 +56,7 @@ def load_saved(settings: ExportSettings) -> Saved:
         model = filled(Blip2QformerCirRerank, config, tokenizer, contents, path).eval()
         source = source_of(path, contents, RERANKER, told["backbone"])
         print(f"{path}: re-ranker, epoch {contents['epoch']}", flush=True)
+        told = {**PREPROCESSING, **told}
         return saved_of(model, contents["epoch"], told, source, full=settings.save_full)
     del contents
     checkpoint = load_checkpoint(

@@ -251,7 +251,7 @@ class Retriever:
     def push_to_hub(
         self, name: str, *, revision: str | None = None, private: bool | None = None, save_full: bool = False
     ) -> str:
-        """Upload the same to the model hub, with huggingface_hub's own mixin; the address of the commit.
+        """Upload the same to the model hub, with huggingface_hub's own mixin; the address of its files.
 
         Args:
             name: USER/NAME; it is made if need be.
