@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from sprc.config import ModelConfig, read_backbone, switches_from_environment
+from sprc.config import RERANKER, ModelConfig, read_backbone, switches_from_environment
 from sprc.errors import InputError
 from sprc.files import verify_archive, write_atomically
 from sprc.models.blip2_qformer import Blip2Qformer
@@ -122,7 +122,17 @@ def saved_of(
                 f"the vision transformer of {source.path} cannot be left out: {error}; --save-full "
                 "(save_full=True) keeps it in the file"
             ) from error
-    return Saved(contents, STATE, source.run or facts_of(source.path, epoch), source.path)
+    run = source.run or facts_of(source.path, epoch)
+    return Saved(contents, STATE, run, holds(model.config, contents[STATE], source), source.path)
+
+
+def holds(config: ModelConfig, state: Mapping[str, Tensor], source: Source) -> str:
+    """What kind of model a state dict is of, in words."""
+    if source.called["blip_model_name"] == RERANKER:
+        return "a re-ranker behind SPRC"
+    if (kind := kind_of(state)) != "sprc":
+        return TITLES[kind]
+    return "SPRC with gated fusion" if config.use_gated_fusion else "plain SPRC"
 
 
 def load_checkpoint(
@@ -196,8 +206,8 @@ def load_checkpoint(
             )
     model = filled(cls, config, tokenizer, contents, path, new_fusion=switches is not None and not has_fusion)
 
-    holds = "SPRC with gated fusion" if has_fusion else "plain SPRC" if kind == "sprc" else TITLES[kind]
-    found = f"{path}: {holds}, epoch {'unknown' if contents['epoch'] is None else contents['epoch']}"
+    what = "SPRC with gated fusion" if has_fusion else "plain SPRC" if kind == "sprc" else TITLES[kind]
+    found = f"{path}: {what}, epoch {'unknown' if contents['epoch'] is None else contents['epoch']}"
     if published is not None:
         found += f"; {published.check(path)}"
     if kind != "sprc":

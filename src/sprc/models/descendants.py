@@ -13,6 +13,7 @@ They are not trained here: what made them is not built.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ OWN = {
 }
 
 
-def kind_of(state: dict[str, Tensor]) -> str:
+def kind_of(state: Mapping[str, Tensor]) -> str:
     """Whose state dict it is, by the names that it alone has: a key of ``CLASSES``."""
     if any(name.startswith(SPN4CIR) for name in state):
         return "spn4cir"

@@ -41,6 +41,7 @@ class Saved(NamedTuple):
     ]  # see sprc.models.checkpoint.contents_of; `hyperparameters` has the preprocessing, too
     state: str  # the entry of the state dict in it
     run: dict[str, Any]  # see sprc.models.model_card.facts_of
+    holds: str  # what kind of model it is, in words
     weights: Path | None  # where it was read
 
 
@@ -65,6 +66,7 @@ def config_of(saved: Saved, digests: dict[str, str]) -> dict[str, Any]:
         "library": LIBRARY,
         "library_version": library_version(),
         "model_type": told["blip_model_name"],
+        "holds": saved.holds,
         "backbone": told["backbone"],
         "preprocessing": {
             "transform": told["transform"],
@@ -131,7 +133,7 @@ def read_folder(weights: Path) -> dict[str, Any]:
     """What a checkpoint would hold, from `model.safetensors` and the files beside it.
 
     Its entries' kinds are :func:`sprc.models.checkpoint.read_contents`'s to look at. The state dict is under
-    `state`, and `run` is what the config says of the run.
+    `state`, and `run` and `holds` are what the config says of the run.
 
     Raises:
         InputError: a file is missing, broken, or not the one that `config.json` was written with.
@@ -162,7 +164,8 @@ def read_folder(weights: Path) -> dict[str, Any]:
     except Exception as error:  # broken bytes raise safetensors' own
         raise InputError(f"{weights} cannot be read as safetensors; {again}") from error
     entries = {name: config[name] for name in ENTRIES if name in config}
-    return {**entries, "vocabulary": words, "state": state, "run": config.get("run", {})}
+    beside = {"run": config.get("run", {}), "holds": str(config.get("holds", "a model"))}
+    return {**entries, "vocabulary": words, "state": state, **beside}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class HubModel(ModelHubMixin):
                 f"{model_id} is a checkpoint and no saved model; give what save_pretrained wrote"
             )
         contents = read_folder(weights)
-        return cls(Saved(contents, "state", contents["run"], weights))
+        return cls(Saved(contents, "state", contents["run"], contents["holds"], weights))
 
 
 def save(saved: Saved, folder: Path) -> Path:

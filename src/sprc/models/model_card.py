@@ -148,10 +148,7 @@ def card_text(saved: Saved, name: str) -> str:
     contents, run, weights = saved.contents, saved.run, saved.weights
     told, config = contents["hyperparameters"], contents["model_config"]
     second = told["blip_model_name"] == RERANKER
-    fusion = (
-        f"gated fusion, strategy `{config['fusion_strategy']}`" if config["use_gated_fusion"] else "no fusion"
-    )
-    what = "a re-ranker behind SPRC" if second else f"SPRC, {fusion}"
+    fusion = f" (strategy `{config['fusion_strategy']}`)" if config["use_gated_fusion"] else ""
     left_out = contents.get("left_out")
     where = (
         f"left out: loading takes it from the files of the backbone `{told['backbone']}` and checks that it "
@@ -166,10 +163,8 @@ def card_text(saved: Saved, name: str) -> str:
     snippet = (SECOND_STAGE if second else SNIPPET).format(name=name)
     install = INSTALL.format(library="sprc-gated-fusion", version=library_version())
     sections = {
-        title_of(
-            name
-        ): f"Composed image retrieval: a reference image and a text that says what to change, to the "
-        f"image that is meant. This is {what}, with the backbone `{told['backbone']}`.",
+        title_of(name): f"Composed image retrieval: a reference image and a text that says what to change, "
+        f"to the image that is meant. This is {saved.holds}{fusion}, with the backbone `{told['backbone']}`.",
         "Use": f"{install}\n\n{snippet}",
         "Data and training": training_of(told, run, weights),
         "Results": results_text(told, run, weights),
