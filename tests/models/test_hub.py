@@ -265,6 +265,7 @@ def test_a_re_ranker_is_exported_and_re_ranks_as_before(checkpoint, tmp_path):
     ("flags", "message"),
     [
         ({"revision": "next"}, "--revision next is about the model hub; give --push-to"),
+        ({"push_to": "a/b/c"}, "--push-to 'a/b/c' is no name of the model hub; give USER/NAME"),
         ({"private": True}, "--private is about the model hub"),
         ({"out": Path(__file__)}, "is a file; give a folder"),
         ({"model_path": Path("nothing.pt")}, "nothing.pt does not exist"),
@@ -349,7 +350,7 @@ def test_a_cut_connection_is_one_line_and_the_next_try_goes_on(hub, folder, retr
     message = refused(lambda: sprc.load("user/model"))
     assert "user/model cannot be fetched" in message
     assert "the connection was cut" in message
-    assert "run the same again" in message
+    assert "run the same again, and it goes on" in message
     hub.cut_after = None
     same_answers(sprc.load("user/model", device="cpu"), retriever)
 

@@ -57,6 +57,11 @@ def explained(name: str, revision: str | None = None, doing: str = "fetched") ->
         yield
     except InputError:
         raise
+    except ImportError as error:
+        raise InputError(
+            f"{name} is a name of the model hub, which needs the package huggingface_hub: pip install "
+            "huggingface_hub"
+        ) from error
     except Exception as error:
         if (told := explanation(error, name, revision, doing)) is None:
             raise
@@ -67,8 +72,6 @@ def explanation(error: Exception, name: str, revision: str | None, doing: str) -
     """What an error of the hub asks of the user; None where it is none of the hub's."""
     from huggingface_hub import constants, errors
 
-    if isinstance(error, ImportError):
-        return None
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         # It is not in the cache either: why it was not fetched is what matters.
         return explanation(error.__cause__, name, revision, doing)
@@ -110,8 +113,8 @@ def explanation(error: Exception, name: str, revision: str | None, doing: str) -
     module = type(error).__module__.split(".")[0]
     if module in LIBRARIES or isinstance(error, (OSError, errors.LocalEntryNotFoundError)):
         return (
-            f"{cannot}: {where} cannot be reached, or the connection was cut ({first_line(error)}); run the "
-            "same again, and it goes on, or give a folder"
+            f"{cannot}: {where} cannot be reached, or the connection was cut ({type(error).__name__}); run "
+            "the same again, and it goes on, or give a folder"
         )
     return None
 

@@ -15,6 +15,7 @@ from sprc.models.checkpoint import (
     saved_of,
     source_of,
 )
+from sprc.models.hub import NAME
 from sprc.models.hub_folder import Saved
 from sprc.models.hub_model import push, save
 from sprc.models.model_path import find_model
@@ -32,6 +33,8 @@ def export_model(settings: ExportSettings) -> None:
     if settings.push_to is None and (settings.revision or settings.private):
         flag = f"--revision {settings.revision}" if settings.revision else "--private"
         raise InputError(f"{flag} is about the model hub; give --push-to USER/NAME, or leave it out")
+    if settings.push_to is not None and not NAME.fullmatch(settings.push_to):
+        raise InputError(f"--push-to {settings.push_to!r} is no name of the model hub; give USER/NAME")
     if settings.out.exists() and not settings.out.is_dir():
         raise InputError(f"--out {settings.out} is a file; give a folder")
     saved = load_saved(settings)
