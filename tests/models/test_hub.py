@@ -3,20 +3,28 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.model_hub import Hub, commit_of
-from helpers.searching import save_model, save_reranker
+from helpers.runner import run
+from helpers.searching import make_index, save_model, save_reranker
 from PIL import Image
 
 import sprc
 from sprc.errors import InputError
-from sprc.models.checkpoint import load_checkpoint, read_contents
+from sprc.models.checkpoint import load_checkpoint, read_contents, start_model
+from sprc.models.model_card import results_text
+from sprc.models.model_path import named_model
 from sprc.models.reranker import load_reranker
+from sprc.run_folder import name_of_checkpoint
 from sprc.scoring.exporting import export_model
-from sprc.scoring.settings import ExportSettings
+from sprc.scoring.retriever import Retriever
+from sprc.scoring.settings import ExportSettings, ValidationSettings
+from sprc.scoring.validation import run_validation
+from sprc.training.resume import absolute_paths
 
 pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
 from huggingface_hub import constants, file_download
@@ -228,6 +236,23 @@ def test_the_card_says_of_a_run_what_its_folder_says(trained, tmp_path):
         assert "--seed" not in words  # it was not given
 
 
+def test_the_card_names_the_recipe(trained, tmp_path):
+    stage = tmp_path / "my recipe" / "second"
+    shutil.copytree(trained[0], stage / trained[0].name)
+    told = {"start": "first", "flags": {"negatives": "bank"}}
+    (stage / "stage.json").write_text(json.dumps(told))
+    sprc.load(stage / trained[0].name, device="cpu").save_pretrained(tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert '- recipe: `my recipe`, stage `second`, from the stage `first`: `{"negatives": "bank"}`' in text
+
+
+def test_figures_on_fashioniq_name_their_gallery():
+    told = {"dataset": "fashioniq", "backbone": "pretrain", "fiq_protocol": "val-split"}
+    text = results_text(told, {"metrics": {"average_recall_at10": 61.239}}, None)
+    assert "each type in its own gallery (val-split protocol), the reference left in" in text
+    assert "| average_recall_at10 | 61.24 |" in text
+
+
 def test_what_no_run_says_is_unknown_and_not_invented(retriever, folder, tmp_path):
     text = (folder / "README.md").read_text()
     assert "Data set, command, seed and versions are unknown" in text
@@ -245,7 +270,41 @@ def test_a_published_checkpoint_s_figures_are_told_as_its_authors(retriever, tmp
     assert "model-index" not in text
 
 
+# --- what --model-path takes
+
+
+def test_a_folder_and_a_run_s_folder_do_as_model_path(folder, trained, data, pictures, tmp_path, capsys):
+    recall = run_validation(
+        ValidationSettings(dataset="CIRR", data_path=data, model_path=folder, device="cpu", num_workers=0)
+    )
+    assert "model.safetensors: SPRC with gated fusion, epoch 3" in capsys.readouterr().out
+    assert 0 < recall["recall_at50"] <= 100
+    make_index(tmp_path / "index", pictures, folder)
+    assert len(sprc.Searcher.open(tmp_path / "index", device="cpu").search(PICTURES[0], TEXT, top=3)) == 3
+    assert named_model(trained[0]) == trained[0] / "saved_models" / "tuned_clip_arithmetic.pt"
+    assert named_model(folder) == folder / "model.safetensors"
+    assert name_of_checkpoint(folder / "model.safetensors") == folder.name
+    assert named_model(Path("nothing.pt")) == Path("nothing.pt")  # who opens it says that it is missing
+
+
+def test_a_training_starts_from_a_name(hub, folder, tmp_path):
+    hub.models["user/model"] = [files_of(folder)]
+    flags = absolute_paths({"model_path": Path("user/model"), "data_path": Path("user/model")})
+    assert flags["data_path"] == Path.cwd() / "user/model"
+    assert flags["model_path"].name == "model.safetensors"
+    assert flags["model_path"].parent.name == commit_of(0)
+    assert name_of_checkpoint(flags["model_path"]) == "user--model"
+    start = start_model("blip2_cir_align_prompt", "tiny", model_path=flags["model_path"], switches={})
+    assert torch.equal(start.text_proj.weight, load_checkpoint(folder).model.text_proj.weight)
+
+
 # --- export_model.py
+
+
+def test_the_script_writes_what_load_reads(checkpoint, retriever, tmp_path):
+    stdout, _ = run("export_model.py", "--model-path", checkpoint, "--out", tmp_path / "out", "--save-full")
+    assert stdout.splitlines()[-1] == f"wrote {tmp_path / 'out'}"
+    same_answers(Retriever.from_pretrained(tmp_path / "out", device="cpu"), retriever)
 
 
 def test_a_re_ranker_is_exported_and_re_ranks_as_before(checkpoint, tmp_path):
@@ -256,7 +315,7 @@ def test_a_re_ranker_is_exported_and_re_ranks_as_before(checkpoint, tmp_path):
     for name, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"--rerank {tmp_path / 'out'}" in card
+    assert "--rerank out\n" in card
     assert "It scores nothing alone" in card
     assert "holds a re-ranker" in refused(lambda: sprc.load(tmp_path / "out"))
 

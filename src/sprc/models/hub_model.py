@@ -57,7 +57,7 @@ def save(saved: Saved, folder: Path) -> Path:
         OSError: a file cannot be written, on a full disk for one; what was there is untouched.
     """
     with staged(folder) as made:
-        HubModel(saved).save_pretrained(made, model_card_kwargs={"name": str(folder)})
+        HubModel(saved).save_pretrained(made, model_card_kwargs={"name": folder.absolute().name})
         put_in_place(Path(made), folder)
     return folder
 

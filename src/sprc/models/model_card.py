@@ -30,7 +30,7 @@ SNIPPET = """\
 ```python
 import sprc
 
-model = sprc.load("{name}")
+model = sprc.load("{name}")  # this folder, by its path or its name on the hub
 query = model.encode_query("reference.jpg", "make it red")
 gallery = model.encode_document(["a.jpg", "b.jpg"])
 print(model.similarity(query, gallery))  # (1, 2): the larger, the better
@@ -106,8 +106,8 @@ def data_of(told: dict[str, Any]) -> str:
 
 
 def title_of(name: str) -> str:
-    """What a model is called: the last part of its folder, or of its name on the hub."""
-    return Path(name).absolute().name
+    """What a model is called: its folder's name, or the last part of its name on the hub."""
+    return name.rpartition("/")[2]
 
 
 def card_metadata(told: dict[str, Any], name: str) -> dict[str, Any]:

@@ -52,6 +52,14 @@ class Published:
         names = CIRR_NAMES if self.dataset == "cirr" else FIQ_NAMES
         return dict(zip(names, self.figures or (), strict=bool(self.figures)))
 
+    def __str__(self) -> str:
+        figures = ", ".join(f"{name} {value:.2f}" for name, value in self.metrics.items())
+        published = f"{figures} ({self.protocol})" if figures else "figures unknown here"
+        there = "there" if self.path.is_file() else self.how_to_get()
+        return (
+            f"{self.name}: {self.method}, {self.dataset}, {self.backbone}; {published}; {self.path}: {there}"
+        )
+
     def how_to_get(self) -> str:
         """In words: where it is, and what to do with it."""
         theirs = "" if self.called in (None, self.file) else f", where it is called {self.called},"

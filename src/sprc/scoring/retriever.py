@@ -228,6 +228,11 @@ class Retriever:
             return torch.empty(0, len(documents))
         return torch.cat([scores for _, scores in score_blocks(queries, documents)])
 
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, revision: str | None = None, **given: Any) -> Retriever:
+        """:func:`load` under the model hub's verb."""
+        return load(name, revision=revision, **given)
+
     def save_pretrained(self, folder: str | Path, *, save_full: bool = False) -> Path:
         """Write the model into ``folder``, made if need be, and return the folder.
 
