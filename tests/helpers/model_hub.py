@@ -103,7 +103,7 @@ class Answers(BaseHTTPRequestHandler):
             told = json.loads(text)
             name = f"{told.get('organization', 'user')}/{told['name']}"
             hub.models.setdefault(name, [{}])
-            if told.get("private"):
+            if told.get("private") or told.get("visibility") == "private":
                 hub.private.add(name)
             return self.answer(200, {"url": f"{hub.address}/{name}"})
         name = re.search(

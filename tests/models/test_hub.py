@@ -28,7 +28,11 @@ from sprc.training.resume import absolute_paths
 
 pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
 from huggingface_hub import constants, file_download
-from huggingface_hub.utils import reset_sessions
+
+try:
+    from huggingface_hub.utils import reset_sessions
+except ImportError:  # from version 1 on
+    from huggingface_hub.utils import close_session as reset_sessions
 
 TEXT = "make it red"
 PICTURES = [Image.new("RGB", (60, 40), colour) for colour in ("red", "blue")]
@@ -49,15 +53,13 @@ def hub(monkeypatch, tmp_path):
     """The stand-in, in the place of the hub for this process; its cache is new."""
     server = Hub()
     monkeypatch.setattr(constants, "ENDPOINT", server.address)
-    monkeypatch.setattr(
-        file_download,
-        "HUGGINGFACE_CO_URL_TEMPLATE",
-        server.address + "/{repo_id}/resolve/{revision}/{filename}",
-    )
+    template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
+    for module in (constants, file_download):
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(file_download.time, "sleep", lambda _: None)  # between the tries of a download
+    monkeypatch.setattr("time.sleep", lambda _: None)  # between the tries of a download
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("HF_TOKEN", "good")
     reset_sessions()

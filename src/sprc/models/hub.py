@@ -17,7 +17,8 @@ from sprc.errors import InputError
 from sprc.models.hub_folder import CONFIG, WEIGHTS, WORDS
 
 NAME = re.compile(r"[\w.-]+/[\w.-]+")
-LIBRARIES = ("requests", "urllib3", "httpx", "httpcore", "http")  # that raise what a network does
+# That raise what a network does, under whatever number: httpx2 is one.
+LIBRARIES = ("requests", "urllib", "httpx", "httpcore", "http", "h")
 
 
 def is_hub_name(name: str) -> bool:
@@ -110,8 +111,12 @@ def explanation(error: Exception, name: str, revision: str | None, doing: str) -
         return f"{cannot}: {where} answered {status} ({first_line(error)}); try again later"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{cannot}: the disk of {constants.HF_HUB_CACHE} is full; free some space, or set HF_HOME"
-    module = type(error).__module__.split(".")[0]
-    if module in LIBRARIES or isinstance(error, (OSError, errors.LocalEntryNotFoundError)):
+    module = type(error).__module__.split(".")[0].rstrip("0123456789")
+    if (
+        "Consistency check failed" in str(error)
+        or module in LIBRARIES
+        or isinstance(error, (OSError, errors.LocalEntryNotFoundError))
+    ):
         return (
             f"{cannot}: {where} cannot be reached, or the connection was cut ({type(error).__name__}); run "
             "the same again, and it goes on, or give a folder"

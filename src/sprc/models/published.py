@@ -55,9 +55,9 @@ class Published:
     def __str__(self) -> str:
         figures = ", ".join(f"{name} {value:.2f}" for name, value in self.metrics.items())
         published = f"{figures} ({self.protocol})" if figures else "figures unknown here"
-        there = "there" if self.path.is_file() else self.how_to_get()
+        there = "is there" if self.path.is_file() else f"is missing: {self.how_to_get()}"
         return (
-            f"{self.name}: {self.method}, {self.dataset}, {self.backbone}; {published}; {self.path}: {there}"
+            f"{self.name}: {self.method}, {self.dataset}, {self.backbone}; {published}; {self.path} {there}"
         )
 
     def how_to_get(self) -> str:
