@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 
 import sprc
 from sprc.errors import InputError
+from sprc.models import published
 from sprc.models.checkpoint import load_checkpoint, read_contents, start_model
 from sprc.models.model_card import results_text
 from sprc.models.model_path import named_model
@@ -262,10 +264,12 @@ def test_what_no_run_says_is_unknown_and_not_invented(retriever, folder, tmp_pat
     assert "model-index" not in text
 
 
-def test_a_published_checkpoint_s_figures_are_told_as_its_authors(retriever, tmp_path):
+def test_a_published_checkpoint_s_figures_are_told_as_its_authors(retriever, tmp_path, monkeypatch):
+    entry = replace(published.published_as("sprc-cirr"), backbone="tiny")
+    monkeypatch.setattr(published, "PUBLISHED", (entry,))
     state = {name: v for name, v in retriever.model.state_dict().items() if "gated_fusion" not in name}
     torch.save({"epoch": 1, "Blip2QformerCirAlignPrompt": state}, tmp_path / "sprc_cirr.pt")
-    model = sprc.load(tmp_path / "sprc_cirr.pt", backbone="tiny", device="cpu")
+    model = sprc.load(tmp_path / "sprc_cirr.pt", device="cpu")
     text = (model.save_pretrained(tmp_path / "out") / "README.md").read_text()
     assert "As its authors published them, not measured here: in percent, CIRR's test split" in text
     assert "| recall_at1 | 51.96 |" in text

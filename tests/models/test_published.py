@@ -139,6 +139,12 @@ def test_one_that_is_there_loads_by_its_name_and_needs_no_backbone(models_folder
         assert torch.equal(loaded.model.state_dict()[key], value), key
 
 
+def test_another_backbone_than_the_published_one_is_refused(models_folder, tokenizer):
+    write(models_folder / "sprc_cirr_vitl.pt", made("sprc", tokenizer))
+    with pytest.raises(InputError, match=r"--backbone 'pretrain', but .* says 'pretrain_vitL'; leave"):
+        load_checkpoint(Path("sprc-cirr-vitl"), backbone="pretrain")
+
+
 def test_a_checksum_that_is_known_is_compared(models_folder, tokenizer, monkeypatch):
     one = published.published_as("sprc-cirr")
     file = write(models_folder / one.file, made("sprc", tokenizer))

@@ -162,14 +162,14 @@ def load_checkpoint(
     contents = read_contents(path)
     hyperparameters = contents.get("hyperparameters", {})
     published = None if "model_config" in contents else published_in(path)
-    if published is not None:
-        backbone = backbone or published.backbone
+    by_its_name = None if published is None else published.backbone
     for flag, given, own in (
         ("--blip-model-name", model_name, hyperparameters.get("blip_model_name")),
-        ("--backbone", backbone, hyperparameters.get("backbone")),
+        ("--backbone", backbone, hyperparameters.get("backbone", by_its_name)),
     ):
         if given and own and given != own:
             raise InputError(f"{flag} {given!r}, but {path} says {own!r}; leave the flag out or give {own}")
+    backbone = backbone or by_its_name
     if "model_config" in contents:
         backbone = hyperparameters["backbone"]
         values, tokenizer = contents["model_config"], read_vocabulary(contents["vocabulary"], path)

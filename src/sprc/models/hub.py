@@ -112,11 +112,8 @@ def explanation(error: Exception, name: str, revision: str | None, doing: str) -
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{cannot}: the disk of {constants.HF_HUB_CACHE} is full; free some space, or set HF_HOME"
     module = type(error).__module__.split(".")[0].rstrip("0123456789")
-    if (
-        "Consistency check failed" in str(error)
-        or module in LIBRARIES
-        or isinstance(error, (OSError, errors.LocalEntryNotFoundError))
-    ):
+    cut = "Consistency check failed" in str(error)  # a file that came down too short
+    if cut or module in LIBRARIES or isinstance(error, (OSError, errors.LocalEntryNotFoundError)):
         return (
             f"{cannot}: {where} cannot be reached, or the connection was cut ({type(error).__name__}); run "
             "the same again, and it goes on, or give a folder"
