@@ -1,6 +1,6 @@
 """SPRC with gated fusion: composed image retrieval on CIRR and FashionIQ.
 
-model = sprc.load("models/clip_finetuned_on_.../")        # or a checkpoint, or what save_pretrained wrote
+model = sprc.load("models/clip_finetuned_on_.../")        # or a checkpoint, a saved model, a name of the hub
 query = model.encode_query("shoe.jpg", "make it red")      # (1, E)
 gallery = model.encode_document(["a.jpg", "b.jpg"])        # (G, Q, E)
 scores = model.similarity(query, gallery)                  # (1, G)
@@ -17,6 +17,7 @@ _HOMES = {
     "InputError": "sprc.errors",
     "Retriever": "sprc.scoring.retriever",
     "Searcher": "sprc.search.searcher",
+    "list_pretrained": "sprc.models.published",
     "load": "sprc.scoring.retriever",
 }
 __all__ = sorted(_HOMES)

@@ -84,6 +84,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             temporary.unlink()
 
 
+def absolute(path: Path) -> Path:
+    """``path`` from the root on. Names of links are kept, unless a ``..`` makes it matter where they lead."""
+    return path.resolve() if ".." in path.parts else path.absolute()
+
+
 def require_file_place(flag: str, path: Path) -> None:
     """Raise :class:`InputError` if no file can be written at ``path``, which ``flag`` gave."""
     if path.is_dir():

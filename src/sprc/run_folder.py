@@ -10,9 +10,11 @@ from pathlib import Path
 from sprc.errors import InputError
 
 START = "clip_finetuned_on_"  # of every run folder's name
-# What a run keeps of a benchmark's best epoch, and what `Retriever.save_pretrained` writes.
+# What a run keeps of a benchmark's best epoch, the weights of a saved model, and what these once were called.
 BEST = ("tuned_clip_arithmetic.pt", "tuned_clip_best.pt")
+HUB_WEIGHTS = "model.safetensors"
 PRETRAINED = "model.pt"
+PICKLES = (".bin", ".pkl", ".pickle", ".ckpt", ".pth")
 
 
 class RunFolder(os.PathLike[str]):
@@ -153,7 +155,14 @@ class RunFolder(os.PathLike[str]):
 
 
 def name_of_checkpoint(path: Path) -> str:
-    """What a checkpoint is called: the name of its run's folder, or its own where it is in none."""
+    """What a checkpoint is called: the name of its run's folder, or its own where it is in none.
+
+    A saved model is called as its folder is; the model hub's cache has the model's name two folders above.
+    """
+    if path.name == HUB_WEIGHTS:
+        folder = path.absolute().parent
+        snapshots = folder.parent
+        return (snapshots.parent if snapshots.name == "snapshots" else folder).name.removeprefix("models--")
     folder = path.resolve().parent
     return folder.parent.name if folder.name == "saved_models" else path.stem
 
@@ -166,11 +175,14 @@ def find_checkpoint(path: Path) -> Path:
     """
     if not path.is_dir():
         if not path.exists():
-            raise InputError(f"{path} does not exist; give a checkpoint (.pt) or the folder of a run")
+            raise InputError(
+                f"{path} does not exist; give a checkpoint (.pt), the folder of a run or of a saved model, "
+                "a name of sprc.list_pretrained(), or one of the model hub (USER/NAME)"
+            )
         return path
     saved = RunFolder(path).checkpoints
     folder = saved if saved.is_dir() else path
-    chosen = [folder / name for name in (*BEST, PRETRAINED) if (folder / name).is_file()]
+    chosen = [folder / name for name in (*BEST, HUB_WEIGHTS, PRETRAINED) if (folder / name).is_file()]
     if len(chosen) > 1:
         names = " and ".join(file.name for file in chosen)
         raise InputError(f"{folder} holds {names}; give the path of one of them")
@@ -182,7 +194,12 @@ def find_checkpoint(path: Path) -> Path:
         if (found := re.fullmatch(r"tuned_clip_(\d+)\.pt", file.name))
     }
     if not numbered:
-        names = ", ".join((*BEST, "tuned_clip_N.pt", PRETRAINED))
+        if pickles := sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES):
+            raise InputError(
+                f"{folder} holds {pickles[0]} and no {HUB_WEIGHTS}; a pickle can run code, so of a "
+                "folder safetensors alone are taken: ask for the model in that format"
+            )
+        names = ", ".join((*BEST, "tuned_clip_N.pt", HUB_WEIGHTS))
         raise InputError(
             f"{folder} holds no checkpoint ({names}); give the folder of a run that was trained with "
             "--save-training, or the path of a checkpoint"

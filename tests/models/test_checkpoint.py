@@ -88,7 +88,7 @@ def test_whatever_is_no_checkpoint_of_this_model_is_refused_in_one_line(model, s
     words, config = contents["vocabulary"], contents["model_config"]
     foreign = {key: value for key, value in state.items() if "text_proj" not in key} | {"x": torch.ones(1)}
     cases = {
-        "is missing": lambda: saved.unlink(),
+        "does not exist; give a checkpoint": lambda: saved.unlink(),
         "cut short": lambda: saved.write_bytes(whole[: len(whole) // 2]),
         "no checkpoint": lambda: saved.write_bytes(b"PNG, or whatever"),
         "cannot be loaded safely": lambda: saved.write_bytes(pickle.dumps(Payload())),

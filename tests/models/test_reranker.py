@@ -285,7 +285,7 @@ def test_what_cannot_re_rank_for_a_first_stage_is_refused_in_one_line(first, tmp
     with torch.no_grad():
         other_vit.visual_encoder.cls_token.add_(0.1)
     cases = [
-        (lambda: path.unlink(), "is missing; give the path of a checkpoint"),
+        (lambda: path.unlink(), "does not exist; give a checkpoint"),
         (
             # Here, and below, said to be of this first stage: nothing else is in the way.
             lambda: save(path, make_reranker(narrow), first),

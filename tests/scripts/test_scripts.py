@@ -108,7 +108,7 @@ def test_every_switch_reaches_the_json_and_the_checkpoint(data, tmp_path, flags)
     assert written.pop("model_config") == contents["model_config"]
     # A checkpoint says what its training was, and not where.
     of_the_machine = ("data_path", "models_path", "model_path", "feature_cache", "vocab", "num_workers")
-    of_the_machine += ("extra_triplets",)
+    of_the_machine += ("extra_triplets", "command")
     told = {name: value for name, value in written.items() if name not in of_the_machine}
     assert contents["hyperparameters"] == told
     assert written["seed"] == 5

@@ -143,7 +143,7 @@ def test_flags_that_contradict_the_checkpoint_are_refused(data, trained, trained
         "--split test1: FashionIQ's runs are scored on its validation split": (
             *("--dataset", "fashioniq", "--split", "test1"),
         ),
-        "x.pt is missing": ("--model-path", folder / "x.pt"),
+        "x.pt does not exist": ("--model-path", folder / "x.pt"),
     }
     for message, flags in cases.items():
         given = ("--dataset", "CIRR", "--model-path", checkpoint, "--data-path", data, *flags)

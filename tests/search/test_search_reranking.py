@@ -232,7 +232,7 @@ def test_what_is_no_re_ranker_is_refused(picture_index, checkpoint, reranker, tm
         InputError, match=f"--rerank {checkpoint} holds blip2_cir_align_prompt and no re-ranker"
     ):
         query(picture_index, rerank=checkpoint)
-    with pytest.raises(InputError, match=r"nothing\.pt is missing"):
+    with pytest.raises(InputError, match=r"nothing\.pt does not exist"):
         query(picture_index, rerank=tmp_path / "nothing.pt")
     with pytest.raises(InputError, match="holds a re-ranker"):
         make_index(tmp_path / "index", open_index(picture_index).folder, reranker[0])

@@ -107,7 +107,7 @@ def test_a_feature_cache_is_computed_at_its_new_place_and_can_be_left(data, tmp_
     told = torch.load(checkpoint, weights_only=True)["hyperparameters"]
     assert found.items() >= told.items()
     lacks = found.keys() - told.keys()
-    assert lacks == {*PATHS, "num_workers", "model_config"}
+    assert lacks == {*PATHS, "num_workers", "model_config", "command"}
     assert str(tmp_path) not in json.dumps(told)
     shutil.rmtree(old)
     place = place.rename(tmp_path / "moved")

@@ -49,6 +49,7 @@ class Text(NamedTuple):
     call_2: Layout  # call 4 has the same rows
     calls_2_and_4: Layout  # both as one batch of 2 B
     alone: Layout  # the words without queries
+    words_of_call_2: Tensor | None = None  # where a second Q-Former has its own
 
 
 class Blip2QformerCirAlignPrompt(Blip2Qformer):

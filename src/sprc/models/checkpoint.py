@@ -1,7 +1,7 @@
 """Checkpoints: SPRC's two entries, `epoch` and the state dict, and what is needed to rebuild the model.
 
 A published SPRC checkpoint has the two entries alone, and so has one that SPRC's own scripts save; they load
-too, their backbone named on the command line.
+too, their backbone named on the command line. So do a saved model's folder, and files of SPRC's descendants.
 Ours leave out a frozen vision transformer, which the backbone provides, and hold its fingerprint instead.
 """
 
@@ -15,12 +15,17 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from sprc.config import ModelConfig, read_backbone, switches_from_environment
+from sprc.config import RERANKER, ModelConfig, read_backbone, switches_from_environment
 from sprc.errors import InputError
 from sprc.files import verify_archive, write_atomically
 from sprc.models.blip2_qformer import Blip2Qformer
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
+from sprc.models.descendants import CLASSES, OWN, TITLES, as_sprc_s, kind_of
 from sprc.models.factory import M, backbone_weights, create_model, model_class, tokenizer_of
+from sprc.models.hub_folder import Saved, read_folder
+from sprc.models.model_card import facts_of
+from sprc.models.model_path import find_model
+from sprc.models.published import published_in
 from sprc.models.switches import FUSION, SWITCHES, VIT, mismatches, read_switches, sizes_of, vocabulary_digest
 from sprc.models.tokenizer import SPECIAL_TOKENS, WordPiece, read_bert_vocabulary
 from sprc.models.weights import weights_path
@@ -30,13 +35,23 @@ FINGERPRINTS: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 STATE = Blip2QformerCirAlignPrompt.__name__
 
 
+class Source(NamedTuple):
+    """Where a checkpoint was read."""
+
+    path: Path
+    vit_is_backbone_s: bool  # its vision transformer was taken from the backbone's files
+    run: dict[str, Any]  # what a saved model's config says of its run
+    called: dict[str, Any]  # `blip_model_name` and `backbone`, which a published file does not say
+
+
 class Checkpoint(NamedTuple):
     """A loaded checkpoint: the model in eval mode on the CPU, and what the run was told."""
 
     model: Blip2QformerCirAlignPrompt
-    epoch: int
+    epoch: int | None  # None where the file does not say it
     hyperparameters: dict[str, Any]  # empty for a published checkpoint
     found: str  # one line for the user: what the file holds
+    source: Source
 
     def told(self) -> list[str]:
         """Lines for the user: what the file holds, and what its training left out."""
@@ -63,6 +78,14 @@ def save_checkpoint(
     A frozen vision transformer, which the backbone's files hold, is left out, unless ``full``; ``left_out``
     in the file says so.
     """
+    contents = contents_of(model, epoch, hyperparameters, full=full)
+    write_atomically(path, lambda file: torch.save(contents, file))
+
+
+def contents_of(
+    model: Blip2Qformer, epoch: int | None, hyperparameters: dict[str, Any], *, full: bool = False
+) -> dict[str, Any]:
+    """What a checkpoint of the model holds, see :func:`save_checkpoint`."""
     tokenizer = model.tokenizer
     state = model.state_dict()
     left_out = None
@@ -73,7 +96,7 @@ def save_checkpoint(
         if encoder not in FINGERPRINTS:
             FINGERPRINTS[encoder] = fingerprint(vit)
         left_out = {"backbone": hyperparameters["backbone"], "fingerprint": FINGERPRINTS[encoder]}
-    contents = {
+    return {
         "epoch": epoch,
         STATE: state,
         "model_config": asdict(model.config),
@@ -81,7 +104,35 @@ def save_checkpoint(
         "hyperparameters": hyperparameters,
         "left_out": left_out,
     }
-    write_atomically(path, lambda file: torch.save(contents, file))
+
+
+def saved_of(
+    model: Blip2Qformer, epoch: int | None, told: dict[str, Any], source: Source, *, full: bool
+) -> Saved:
+    """What a folder keeps of a loaded model; ``told`` are its hyperparameters, and its preprocessing.
+
+    Raises :class:`InputError` where a vision transformer is to be left out that is not the backbone's.
+    """
+    contents = contents_of(model, epoch, {**source.called, **told}, full=full)
+    if contents["left_out"] is not None and not source.vit_is_backbone_s:
+        try:
+            vit_of_backbone(model.config, contents["left_out"], source.path)
+        except InputError as error:
+            raise InputError(
+                f"the vision transformer of {source.path} cannot be left out: {error}; --save-full "
+                "(save_full=True) keeps it in the file"
+            ) from error
+    run = source.run or facts_of(source.path, epoch)
+    return Saved(contents, STATE, run, holds(model.config, contents[STATE], source), source.path)
+
+
+def holds(config: ModelConfig, state: Mapping[str, Tensor], source: Source) -> str:
+    """What kind of model a state dict is of, in words."""
+    if source.called["blip_model_name"] == RERANKER:
+        return "a re-ranker behind SPRC"
+    if (kind := kind_of(state)) != "sprc":
+        return TITLES[kind]
+    return "SPRC with gated fusion" if config.use_gated_fusion else "plain SPRC"
 
 
 def load_checkpoint(
@@ -95,9 +146,9 @@ def load_checkpoint(
     """Rebuild the model of a checkpoint, ours or a published one.
 
     Args:
-        path: the file.
+        path: the file, or what else :func:`sprc.models.model_path.find_model` takes.
         model_name: what the user says it holds; checked against a file of ours.
-        backbone: likewise; a published file needs it.
+        backbone: likewise; a published file needs it, unless it has the name that the registry gives it.
         vocab: BERT's `vocab.txt` for a published file, see :func:`sprc.models.tokenizer.bert_tokenizer`. A
             file of ours carries its vocabulary, and this must be the same.
         switches: None to score the model as it is. To start a training: fields of :class:`ModelConfig`
@@ -107,14 +158,18 @@ def load_checkpoint(
         InputError: the file is missing, is no checkpoint, is cut short, holds a pickle payload, is one of
             another model or backbone, or lacks parameters or has some too many (they are listed).
     """
+    path = find_model(path)
     contents = read_contents(path)
     hyperparameters = contents.get("hyperparameters", {})
+    published = None if "model_config" in contents else published_in(path)
+    by_its_name = None if published is None else published.backbone
     for flag, given, own in (
         ("--blip-model-name", model_name, hyperparameters.get("blip_model_name")),
-        ("--backbone", backbone, hyperparameters.get("backbone")),
+        ("--backbone", backbone, hyperparameters.get("backbone", by_its_name)),
     ):
         if given and own and given != own:
             raise InputError(f"{flag} {given!r}, but {path} says {own!r}; leave the flag out or give {own}")
+    backbone = backbone or by_its_name
     if "model_config" in contents:
         backbone = hyperparameters["backbone"]
         values, tokenizer = contents["model_config"], read_vocabulary(contents["vocabulary"], path)
@@ -142,10 +197,22 @@ def load_checkpoint(
             f"{path} holds a re-ranker, {name}; give the checkpoint of its first stage here (scoring and "
             "search take the re-ranker itself as --rerank)"
         )
+    if (kind := kind_of(state)) != "sprc":
+        cls = CLASSES[kind]
+        if switches is not None:
+            raise InputError(
+                f"{path} holds {TITLES[kind]}, which is scored with here, and not trained; start from "
+                "a checkpoint of SPRC"
+            )
     model = filled(cls, config, tokenizer, contents, path, new_fusion=switches is not None and not has_fusion)
 
-    found = f"{path}: {'SPRC with gated fusion' if has_fusion else 'plain SPRC'}, epoch {contents['epoch']}"
-    if not has_fusion:
+    what = "SPRC with gated fusion" if has_fusion else "plain SPRC" if kind == "sprc" else TITLES[kind]
+    found = f"{path}: {what}, epoch {'unknown' if contents['epoch'] is None else contents['epoch']}"
+    if published is not None:
+        found += f"; {published.check(path)}"
+    if kind != "sprc":
+        found += f"; {OWN[kind]}"
+    elif not has_fusion:
         if switches is None:
             found += "; fusion is off for scoring"
         else:
@@ -157,7 +224,14 @@ def load_checkpoint(
         )
     if config.vit_depth != usual:
         found += f"; its vision transformer has {config.vit_depth} blocks, that of {backbone} has {usual}"
-    return Checkpoint(model.eval(), contents["epoch"], hyperparameters, found)
+    source = source_of(path, contents, name, backbone)
+    return Checkpoint(model.eval(), contents["epoch"], hyperparameters, found, source)
+
+
+def source_of(path: Path, contents: dict[str, Any], name: str, backbone: str) -> Source:
+    """Where a file's ``contents`` are from, and what the model in it is called."""
+    called = {"blip_model_name": name, "backbone": backbone}
+    return Source(path, contents.get("left_out") is not None, contents.get("run", {}), called)
 
 
 def start_model(
@@ -228,7 +302,13 @@ def read_vocabulary(words: list[str], path: Path) -> WordPiece:
 
 
 def read_contents(path: Path) -> dict[str, Any]:
-    """Read the file's dictionary without running anything in it, and check its entries' kinds."""
+    """Read the file's dictionary without running anything in it, and check its entries' kinds.
+
+    A `model.safetensors` is read with what is beside it, and a descendant's file as one of SPRC's.
+    """
+    if path.suffix == ".safetensors":
+        contents = read_folder(path)
+        return check_contents({**contents, STATE: contents.pop("state")}, path)
     try:
         verify_archive(path)
         contents = torch.load(path, map_location="cpu", weights_only=True)
@@ -243,7 +323,12 @@ def read_contents(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(contents, dict):
         raise InputError(f"{path} is not a checkpoint of this model: it lacks a dictionary")
-    kinds = {STATE: dict, "epoch": int}
+    return check_contents(as_sprc_s(contents), path)
+
+
+def check_contents(contents: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What :func:`read_contents` read, if its entries are of the right kinds."""
+    kinds: dict[str, Any] = {STATE: dict, "epoch": (int, type(None)) if "epoch" in contents else int}
     ours = {"model_config": dict, "vocabulary": list, "hyperparameters": dict}
     if any(key in contents for key in ours):
         kinds |= ours

@@ -15,6 +15,7 @@ from sprc.errors import InputError
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.blip2_qformer_cir_rerank import Blip2QformerCirRerank
 from sprc.models.checkpoint import filled, fingerprint, read_contents, read_vocabulary
+from sprc.models.model_path import find_model
 from sprc.models.switches import FUSION, SWITCHES, VIT
 
 
@@ -54,6 +55,7 @@ def load_reranker(
             re-ranker; one whose images or prompts are others than the first stage's; or, unless
             ``any_first_stage``, one of another first stage.
     """
+    path = find_model(path)
     contents = read_contents(path)
     told = contents.get("hyperparameters", {})
     if told.get("blip_model_name") != RERANKER:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from sprc.models.checkpoint import start_model
 from sprc.models.device import default_workers, place, start_device
+from sprc.models.model_path import with_files
 from sprc.scoring.benchmarks import benchmark_class
 from sprc.scoring.feature_cache import open_images
 from sprc.scoring.settings import ExtractionSettings
@@ -15,6 +16,7 @@ def extract_features(settings: ExtractionSettings) -> None:
     Raises :class:`InputError`, see :class:`sprc.scoring.feature_cache.FeatureCache`.
     """
     device = start_device(settings.device)
+    settings = with_files(settings)
     paths = image_paths(settings)
     model = start_model(
         settings.blip_model_name,

@@ -24,9 +24,10 @@ from sprc.data.shared_memory import check_shared_memory
 from sprc.data.transforms import make_transform
 from sprc.errors import InputError
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
-from sprc.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from sprc.models.checkpoint import Checkpoint, load_checkpoint, saved_of
 from sprc.models.device import choose_device, default_workers, memory_explained, place
-from sprc.run_folder import PRETRAINED, find_checkpoint
+from sprc.models.hub_folder import Saved
+from sprc.models.model_path import find_model
 from sprc.scoring.feature_cache import pixel_bytes
 from sprc.scoring.ranking import score_blocks
 from sprc.scoring.settings import SCORING_BATCH, ImageSettings
@@ -40,6 +41,7 @@ PREPROCESSING = {"transform": ImageSettings.transform, "target_ratio": ImageSett
 def load(
     path: str | Path,
     *,
+    revision: str | None = None,
     backbone: str | None = None,
     model_name: str | None = None,
     vocab: str | Path | None = None,
@@ -50,9 +52,12 @@ def load(
     """A trained model with its preprocessing.
 
     Args:
-        path: a run's folder, of which the best checkpoint is taken, else the last; a checkpoint; or a folder
-            that :meth:`Retriever.save_pretrained` wrote.
-        backbone: "pretrain", "pretrain_vitL" or "coco", which a published SPRC checkpoint does not say.
+        path: a run's folder, of which the best checkpoint is taken, else the last; a checkpoint; a folder
+            that :meth:`Retriever.save_pretrained` wrote; USER/NAME of the model hub, where one was pushed; or
+            a name of :func:`sprc.list_pretrained`.
+        revision: of the model hub's: a branch, a tag or a commit; by default the newest.
+        backbone: "pretrain", "pretrain_vitL" or "coco", which a published SPRC checkpoint does not say,
+            unless its file has the name of :func:`sprc.list_pretrained`.
         model_name: likewise; by default `blip2_cir_align_prompt`.
         vocab: `vocab.txt` of bert-base-uncased for a published checkpoint; by default the model hub's.
         device: "cpu", "cuda", "cuda:1", ...; by default a GPU, if there is one.
@@ -64,14 +69,11 @@ def load(
     """
     on = choose_device(None if device is None else str(device))
     checkpoint = load_checkpoint(
-        find_checkpoint(Path(path)),
+        find_model(path, revision),
         model_name=model_name,
         backbone=backbone,
         vocab=None if vocab is None else Path(vocab),
     )
-    # A published one does not say what it is: remember what it was called.
-    called = {"blip_model_name": model_name or "blip2_cir_align_prompt", "backbone": backbone}
-    checkpoint = checkpoint._replace(hyperparameters={**called, **checkpoint.hyperparameters})
     retriever = Retriever.of(checkpoint, transform=transform, target_ratio=target_ratio)
     place(retriever.model, on)
     return retriever
@@ -226,26 +228,57 @@ class Retriever:
             return torch.empty(0, len(documents))
         return torch.cat([scores for _, scores in score_blocks(queries, documents)])
 
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Write `model.pt` into ``folder``, made if need be, and return its path.
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, revision: str | None = None, **given: Any) -> Retriever:
+        """:func:`load` under the model hub's verb."""
+        return load(name, revision=revision, **given)
 
-        It is a checkpoint that holds all that is needed, a frozen vision transformer too. :func:`load` takes
-        the folder, and every script the file.
+    def save_pretrained(self, folder: str | Path, *, save_full: bool = False) -> Path:
+        """Write the model into ``folder``, made if need be, and return the folder.
 
-        Raises :class:`InputError` if the folder cannot be made.
+        `config.json`, `model.safetensors`, `vocab.txt`, and a model card, `README.md`. :func:`load` takes the
+        folder, and so does every script as --model-path.
+
+        Args:
+            folder: what is there under these names is replaced, once all of the new is written.
+            save_full: with a frozen vision transformer, which else is left out: loading takes it from the
+                backbone's files, and checks that it is the same.
+
+        Raises:
+            InputError: the folder cannot be made, or the vision transformer that is to be left out is not
+                the backbone's.
+            OSError: a file cannot be written, on a full disk for one.
         """
-        folder = Path(folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{folder} cannot be made ({error.strerror}); give another folder") from error
+        from sprc.models.hub_model import save
+
+        return save(self.saved(save_full=save_full), Path(folder))
+
+    def push_to_hub(
+        self, name: str, *, revision: str | None = None, private: bool | None = None, save_full: bool = False
+    ) -> str:
+        """Upload the same to the model hub, with huggingface_hub's own mixin; the address of its files.
+
+        Args:
+            name: USER/NAME; it is made if need be.
+            revision: the branch, by default `main`.
+            private: whether one that is made is private.
+            save_full: see :meth:`save_pretrained`.
+
+        Raises :class:`InputError` where the hub does not take it: what to do is in the message.
+        """
+        from sprc.models.hub_model import push
+
+        return push(self.saved(save_full=save_full), name, revision=revision, private=private)
+
+    def saved(self, *, save_full: bool) -> Saved:
+        """What is saved of the model; see :meth:`save_pretrained`."""
+        checkpoint = self.checkpoint
         told = {
-            **self.checkpoint.hyperparameters,
+            **checkpoint.hyperparameters,
             "transform": self.transform_name,
             "target_ratio": self.target_ratio,
         }
-        save_checkpoint(folder / PRETRAINED, self.model, self.checkpoint.epoch, told, full=True)
-        return folder / PRETRAINED
+        return saved_of(self.model, checkpoint.epoch, told, checkpoint.source, full=save_full)
 
     def _read(
         self,

@@ -148,7 +148,10 @@ def training_s_own(declared: type, name: str) -> Any:
 class CheckpointSettings(DeviceSettings, VocabSettings):
     """A checkpoint, and how its images are read: by default as its training did."""
 
-    model_path: Path = setting(metavar="FILE", help="the checkpoint")
+    model_path: Path = setting(
+        metavar="FILE",
+        help="the checkpoint, its run's folder, a saved model's, or a name: docs/checkpoints.md",
+    )
     blip_model_name: str | None = setting(None, metavar="NAME", help="default: what the checkpoint says")
     backbone: str | None = setting(None, metavar="NAME", help="default: what the checkpoint says")
     transform: str | None = training_s_own(ImageSettings, "transform")
@@ -294,3 +297,21 @@ class ExtractionSettings(
     )
     model_path: Path | None = like(StartSettings, "model_path", help="this checkpoint's vision transformer")
     batch_size: int = setting(64, help="images at once; default: %(default)s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings(VocabSettings):
+    """A checkpoint, and where it is saved for others."""
+
+    model_path: Path = like(CheckpointSettings, "model_path")
+    out: Path = setting(metavar="FOLDER", help="where it is written")
+    save_full: bool = setting(
+        False, help="with the frozen vision transformer, which loading else takes from the backbone"
+    )
+    push_to: str | None = setting(None, metavar="USER/NAME", help="upload it to the model hub, too")
+    revision: str | None = setting(None, metavar="BRANCH", help="with --push-to: another branch than main")
+    private: bool = setting(False, help="with --push-to: for you alone, if it is not there yet")
+    blip_model_name: str | None = like(CheckpointSettings, "blip_model_name")
+    backbone: str | None = like(CheckpointSettings, "backbone")
+    transform: str | None = like(CheckpointSettings, "transform")
+    target_ratio: float | None = like(CheckpointSettings, "target_ratio")

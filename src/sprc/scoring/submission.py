@@ -9,6 +9,7 @@ from sprc.distributed import from_main
 from sprc.errors import InputError
 from sprc.files import compact_json, write_atomically
 from sprc.models.device import start_device
+from sprc.models.model_path import with_files
 from sprc.run_folder import name_of_checkpoint
 from sprc.scoring.ranking import Ranking
 from sprc.scoring.scorer import Scorer
@@ -36,6 +37,7 @@ def run_submission(settings: SubmissionSettings) -> tuple[Path, Path]:
             "--missing-images skip: CIRR's server wants every query of test1, ranked over all its images; "
             "restore the files and leave the flag out"
         )
+    settings = with_files(settings)
     name = settings.name or name_of_checkpoint(settings.rerank or settings.model_path)
     if name != Path(name).name:
         raise InputError(f"--name {name} names a folder, too; give --out for the folder")

@@ -6,6 +6,7 @@ from sprc.distributed import from_main
 from sprc.errors import InputError
 from sprc.files import compact_json, require_file_place, write_atomically, write_csv
 from sprc.models.device import start_device
+from sprc.models.model_path import with_files
 from sprc.scoring.benchmarks import Benchmark, benchmark_class
 from sprc.scoring.ranking import Ranking
 from sprc.scoring.reranking import Stages
@@ -30,6 +31,7 @@ def run_validation(settings: ValidationSettings) -> dict[str, float | str]:
         file = getattr(settings, flag)
         if file is not None:
             require_file_place(f"--{flag.replace('_', '-')}", file)
+    settings = with_files(settings)
     benchmark = benchmark_class(settings.dataset).load(
         settings.data_path,
         settings.fiq_protocol,

@@ -14,8 +14,10 @@ import torch
 
 from sprc.data.split import triplets_of
 from sprc.errors import InputError, Interrupted
+from sprc.files import absolute
 from sprc.models.checkpoint import read_contents
 from sprc.models.device import start_device
+from sprc.models.model_path import with_files
 from sprc.run_folder import RunFolder
 from sprc.scoring.benchmarks import benchmark_class
 from sprc.search.commands import index_pictures
@@ -40,6 +42,7 @@ def run_app(settings: AppSettings) -> None:
     if not 1 <= settings.port <= 65535:
         raise InputError(f"--port {settings.port}: give a number from 1 to 65535")
     device = start_device(settings.device)
+    settings = with_files(settings)
     demo = settings.data_path / "cirr_dataset" / "dev"
     index = settings.index or INDEX
     if settings.index is None and not (INDEX / "index.json").exists():
@@ -81,7 +84,7 @@ def run_app(settings: AppSettings) -> None:
 
 def resolved(path: Path | None) -> str | None:
     """The whole path, as text."""
-    return None if path is None else str(path.resolve())
+    return None if path is None else str(absolute(path))
 
 
 def index_demo(data_path: Path, pictures: Path, models: Path, path: Path, device: torch.device) -> None:

@@ -13,8 +13,9 @@ from PIL import Image
 from sprc.data.images import own_formats
 from sprc.data.reading import require_words
 from sprc.errors import InputError, Interrupted
-from sprc.files import require_file_place
+from sprc.files import absolute, require_file_place
 from sprc.models.device import default_workers, memory_explained, place, start_device
+from sprc.models.model_path import with_files
 from sprc.scoring.retriever import Retriever
 from sprc.scoring.scorer import batch_size_of
 from sprc.search.folder import check_folder
@@ -32,6 +33,7 @@ def run_index(settings: IndexSettings) -> None:
     """Index a folder of pictures and print what was done; see :func:`sprc.search.indexing.update_index`."""
     device = start_device(settings.device)
     check_folder(settings.folder)
+    settings = with_files(settings)
     called: dict[str, Any] = {"blip_model_name": settings.blip_model_name, "backbone": settings.backbone}
     retriever = load_model(
         settings.model_path,
@@ -41,7 +43,7 @@ def run_index(settings: IndexSettings) -> None:
         target_ratio=settings.target_ratio,
     )
     # A published checkpoint does not say what it is: remember what it was called.
-    scored_as = {**called, "model_path": str(settings.model_path.resolve())}
+    scored_as = {**called, "model_path": str(absolute(settings.model_path))}
     if settings.vocab is not None:
         scored_as["vocab"] = str(settings.vocab.resolve())
     index_pictures(

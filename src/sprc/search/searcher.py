@@ -24,6 +24,7 @@ from sprc.errors import InputError
 from sprc.files import file_digest
 from sprc.models.checkpoint import load_checkpoint
 from sprc.models.device import choose_device, place
+from sprc.models.model_path import with_files
 from sprc.models.reranker import load_reranker
 from sprc.scoring.ranking import block_scores, mean_query, top_k
 from sprc.scoring.retriever import Picture, Retriever
@@ -118,6 +119,7 @@ class Searcher:
     def of(cls, index: PictureIndex, settings: EngineSettings) -> Searcher:
         """The same of an index that is open. Its features are mapped now: it may be replaced at any time."""
         map_features(index, settings.engine)
+        settings = with_files(settings)
         told, model_path = index.scored_as, settings.model_path
         if model_path is None and not Path(told["model_path"]).exists():
             raise InputError(

@@ -47,6 +47,7 @@ from sprc.training.resume import (
     absolute_paths,
     check_left_out,
     check_same,
+    command_of,
     digest_of_data,
     digest_of_file,
     resumed_flags,
@@ -138,6 +139,7 @@ def fine_tune(defaults: dict[str, Any], given: dict[str, Any]) -> Path:
     load = open_loader(settings, data, config, model)
     folder = make_folder(settings, data, resumed)
     hyperparameters = {**describe_run(settings, data, model), **begin.told(settings), "digests": digests}
+    hyperparameters["command"] = command_of(given) if resumed is None else resumed.flags.get("command")
     scalars = make_writer(folder.tensorboard) if make_writer is not None and rank() == 0 else None
     task = make_task(settings, data, begin, load, folder)
     del begin  # a first stage is not needed any more

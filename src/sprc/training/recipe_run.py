@@ -22,12 +22,12 @@ import torch
 
 from sprc.distributed import from_main
 from sprc.errors import InputError, Interrupted
-from sprc.files import write_csv, write_json
+from sprc.files import absolute, write_csv, write_json
 from sprc.run_folder import RunFolder, find_checkpoint
 from sprc.scoring.benchmarks import benchmark_class
 from sprc.training.fine_tuning import check_flags, fine_tune
 from sprc.training.recipe_file import Stage, read_recipe
-from sprc.training.resume import MAY_DIFFER, absolute, flag
+from sprc.training.resume import MAY_DIFFER, flag
 
 # What may differ when a recipe goes on. Of a stage that is done more epochs would be no other.
 FREE = MAY_DIFFER - {"num_epochs"}

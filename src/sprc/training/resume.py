@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,15 @@ from sprc.data.reading import quote, read_json
 from sprc.data.split import Split, Triplet
 from sprc.distributed import world_size
 from sprc.errors import InputError
-from sprc.files import file_digest
+from sprc.files import absolute, file_digest
+from sprc.models.model_path import named_model
 from sprc.run_folder import RunFolder
 from sprc.scoring.benchmarks import benchmark_class
 from sprc.training.state import saved_progress
 
 PATHS = ("data_path", "models_path", "model_path", "extra_triplets", "feature_cache", "vocab")
 # Of the machine that trained and not of the model: a checkpoint, which travels, does not tell it.
-OF_THE_MACHINE = (*PATHS, "num_workers")
+OF_THE_MACHINE = (*PATHS, "num_workers", "command")
 
 # What a run may be resumed with, because it cannot change what the run learns, or the user wants the change.
 # Every other flag has to be the run's own.
@@ -53,14 +56,11 @@ WRITTEN: dict[str, Any] = {
 def absolute_paths(flags: dict[str, Any]) -> dict[str, Any]:
     """The flags, those of files and folders absolute: a run may go on from another working directory."""
     return {
-        name: absolute(Path(value)) if name in PATHS and value is not None else value
+        name: absolute(named_model(Path(value)) if name == "model_path" else Path(value))
+        if name in PATHS and value is not None
+        else value
         for name, value in flags.items()
     }
-
-
-def absolute(path: Path) -> Path:
-    """``path`` from the root on. Names of links are kept, unless a ``..`` makes it matter where they lead."""
-    return path.resolve() if ".." in path.parts else path.absolute()
 
 
 def read_run(run_folder: Path) -> dict[str, Any]:
@@ -141,6 +141,24 @@ def flag(name: str, value: object) -> str:
     if value is None or value is False:
         return f"no {dashed}"
     return dashed if value is True else f"{dashed} {value}"
+
+
+def command_of(given: dict[str, Any]) -> str:
+    """The command that gives these flags, as a shell takes it; with several ranks torchrun's."""
+    ranks, here = world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    words = ["python"]
+    if ranks > 1:
+        words = ["torchrun", *(["--nnodes", str(ranks // here)] if ranks > here else [])]
+        words += ["--nproc-per-node", str(here)]
+    words.append("src/blip_fine_tune_2.py")
+    for name, value in given.items():
+        dashed = name.replace("_", "-")
+        if value is None or isinstance(value, bool):
+            words.append(f"--{dashed}" if value else f"--no-{dashed}")
+        else:
+            several = value if isinstance(value, (list, tuple)) else [value]
+            words += [f"--{dashed}", *map(str, several)]
+    return shlex.join(words)
 
 
 def check_cache(own: dict[str, Any], flags: dict[str, Any]) -> None:
