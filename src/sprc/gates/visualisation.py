@@ -106,11 +106,12 @@ def run_visualisation(settings: GateSettings) -> None:
 
 def load_split(settings: GateSettings) -> Split:
     """The split that the flags name; FashionIQ's is of one type."""
-    return benchmark_class(settings.dataset).read(
+    benchmark = benchmark_class(settings.dataset)
+    return benchmark.read(
         settings.data_path,
         settings.split,
         part=settings.fiq_type,
-        protocol=settings.fiq_protocol,
+        protocol=benchmark.protocol_of(settings),
         missing_images=settings.missing_images,
         with_targets=settings.probe,
     )
