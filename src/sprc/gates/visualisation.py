@@ -97,7 +97,7 @@ def run_visualisation(settings: GateSettings) -> None:
     if settings.probe:
         rows = [{**row, **left_out_columns([split])} for row in probe(scorer, benchmark, split)]
         write_csv(out / "probe.csv", rows)
-        shown = [name for name in rows[0] if "recall" in name or name.startswith("mean(")]
+        shown = [name for name in rows[0] if "recall" in name or name.startswith(("mean(", "map_"))]
         print(
             pd.DataFrame(rows).set_index("edit")[shown].to_string(float_format=lambda value: f"{value:.1f}")
         )
