@@ -6,8 +6,9 @@ import pytest
 from helpers.runner import assert_one_clear_line, run
 from PIL import Image
 
-from sprc.data.check import Findings, check_dataset, examine_circo
+from sprc.data.check import check_dataset, examine_circo
 from sprc.data.circo import ASPECTS, load_circo
+from sprc.data.findings import Findings
 from sprc.data.missing import left_out_columns
 from sprc.errors import InputError
 from sprc.scoring.benchmarks import CIRCO

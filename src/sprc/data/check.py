@@ -1,10 +1,10 @@
 """Everything that is wrong with a data set on disk, where training would stop at the first thing."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 
 from sprc.data import TYPES, circo, cirr, fashioniq
+from sprc.data.findings import Examine, Findings
 from sprc.data.images import inspect_images
 from sprc.data.missing import describe
 from sprc.data.reading import Report, quote, reporting
@@ -16,20 +16,6 @@ CIRR_SET_SIZE = 6
 CIRR_IMAGES = 21_551
 FASHIONIQ_ENTRIES, FASHIONIQ_IMAGES = 77_683, 74_381
 CIRCO_QUERIES, CIRCO_IMAGES = {"val": 220, "test": 800}, 123_403
-
-
-@dataclass
-class Findings:
-    """Lines for the user: what is there, what is worth knowing, what is wrong."""
-
-    counts: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    image_paths: dict[Path, None] = field(default_factory=dict)  # a set that keeps its order
-
-
-# What looks at a benchmark's annotations in a folder, notes its findings, and takes --missing-images.
-Examine = Callable[[Path, Findings, str], None]
 
 
 def check_dataset(

@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Self, TypeVar
 import numpy as np
 from torch import Tensor
 
-from sprc.data.check import Findings
 from sprc.data.extra import Keys
+from sprc.data.findings import Findings
 from sprc.data.missing import left_out_columns, left_out_text, tell_left_out
 from sprc.data.split import Split, Triplet
 from sprc.errors import InputError
