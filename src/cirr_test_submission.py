@@ -1,6 +1,7 @@
 """Write the two files that CIRR's evaluation server takes, for its test1 split, and say where to send them.
 
     python src/cirr_test_submission.py --model-path FILE
+For CIRCO's server: --dataset CIRCO, two files as well, without and with the shared concept in the query.
 A published SPRC checkpoint does not say what it is: add --backbone pretrain.
 """
 

@@ -1,13 +1,17 @@
-"""Make the built-in benchmark (scenes of colored shapes) in CIRR's or FashionIQ's format: no download."""
+"""Make the built-in benchmark, scenes of colored shapes: no download.
+
+In the format of CIRR, FashionIQ or CIRCO.
+"""
 
 import argparse
 from pathlib import Path
 
 from sprc.data import DATASETS, DATASETS_METAVAR
+from sprc.data.synthetic.circo import CIRCOConfig, make_circo
 from sprc.data.synthetic.cirr import make_cirr
 from sprc.data.synthetic.fashioniq import FashionIQConfig, make_fashioniq
 from sprc.data.synthetic.splits import SyntheticConfig
-from sprc.errors import run_script
+from sprc.errors import InputError, run_script
 
 SIZES = {
     "seed": "same seed and sizes: same files",
@@ -20,8 +24,20 @@ SIZES = {
 }
 
 
+CONFIGS = {"CIRR": SyntheticConfig, "FashionIQ": FashionIQConfig, "CIRCO": CIRCOConfig}
+
+
+def defaults_of(name: str) -> str:
+    """The defaults of a size, as the help says them: CIRR's, and those that are others."""
+    first, *others = ((dataset, getattr(config, name)) for dataset, config in CONFIGS.items())
+    differing = [f"{dataset} {default}" for dataset, default in others if default != first[1]]
+    if name.startswith("train"):
+        differing = [one for one in differing if not one.startswith("CIRCO")]  # it has no training split
+    return ", ".join([str(first[1]), *differing])
+
+
 def main() -> None:
-    """Parse the flags and write ``OUT/cirr_dataset`` or ``OUT/fashionIQ_dataset``."""
+    """Parse the flags and write ``OUT/cirr_dataset``, ``fashionIQ_dataset`` or ``circo_dataset``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--dataset",
@@ -33,10 +49,8 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("demo"), help="where it goes; default: demo")
     for name, meaning in SIZES.items():
-        default, fashioniq = getattr(SyntheticConfig, name), getattr(FashionIQConfig, name)
-        defaults = f"{default}" if default == fashioniq else f"{default}, FashionIQ {fashioniq}"
         flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, type=int, metavar="N", help=f"{meaning}; default: {defaults}")
+        parser.add_argument(flag, type=int, metavar="N", help=f"{meaning}; default: {defaults_of(name)}")
     parser.add_argument(
         "--png", action="store_true", help="FashionIQ: all images as PNG, for SPRC's own scripts; CIRR's are"
     )
@@ -44,6 +58,12 @@ def main() -> None:
     sizes = {name: getattr(arguments, name) for name in SIZES if getattr(arguments, name) is not None}
     if arguments.dataset == "cirr":
         make_cirr(arguments.out, SyntheticConfig(**sizes))
+    elif arguments.dataset == "circo":
+        for name in sizes:
+            if name.startswith("train"):
+                flag = "--" + name.replace("_", "-")
+                raise InputError(f"{flag}: CIRCO has no training split; leave the flag out")
+        make_circo(arguments.out, CIRCOConfig(**sizes))
     else:
         make_fashioniq(arguments.out, FashionIQConfig(**sizes, png=arguments.png))
 

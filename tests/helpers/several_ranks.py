@@ -27,6 +27,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from sprc.data.split import Split
+from sprc.data.synthetic.circo import CIRCOConfig, make_circo
 from sprc.data.transforms import make_transform
 from sprc.distributed import process_group, rank, world_size
 from sprc.errors import InputError, Interrupted, run_script
@@ -37,8 +38,9 @@ from sprc.models.tokenizer import WordPiece
 from sprc.scoring.encoding import encode_split
 from sprc.scoring.feature_cache import FeatureCache
 from sprc.scoring.reranking import match_split
-from sprc.scoring.settings import SubmissionSettings
+from sprc.scoring.settings import SubmissionSettings, ValidationSettings
 from sprc.scoring.submission import run_submission
+from sprc.scoring.validation import run_validation
 from sprc.training.fusion_log import FusionLog
 from sprc.training.loop import Trainer, TrainingConfig
 
@@ -351,6 +353,21 @@ def submit(folder, data, checkpoint):
     (folder / f"told_{rank()}.json").write_text(json.dumps([path.name for path in paths]))
 
 
+def score_circo(folder, data, checkpoint):
+    """Validation and submission on CIRCO."""
+    given = {
+        "dataset": "circo",
+        "data_path": data,
+        "model_path": checkpoint,
+        "batch_size": 7,
+        "num_workers": 0,
+    }
+    files = {"save_ranks": folder / "ranks.csv", "save_rankings": folder / "rankings.json"}
+    metrics = run_validation(ValidationSettings(**given, **files))
+    (folder / f"metrics_{rank()}.json").write_text(json.dumps(metrics))
+    run_submission(SubmissionSettings(**given, out=folder, name="test"))
+
+
 def fetch(folder):
     """A backbone's file: the first rank of the machine has it on the disk before the second asks."""
 
@@ -396,6 +413,9 @@ def main(out, data, checkpoint):
     on_ranks(2, out / "fetch", fetch)
     for ranks in (1, 2):
         on_ranks(ranks, out / f"submit_{ranks}", submit, data, checkpoint)
+    make_circo(out / "made", CIRCOConfig(image_size=24, val_families=1, test_families=1))
+    for ranks in (1, 2):
+        on_ranks(ranks, out / f"circo_{ranks}", score_circo, out / "made", checkpoint)
     on_ranks(2, out / "whole", with_dropout)
     on_ranks(2, out / "stopped", with_dropout, None, Signalled)
     shutil.copytree(out / "stopped", out / "stopped_too")

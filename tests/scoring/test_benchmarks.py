@@ -3,15 +3,21 @@
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from helpers.runner import run
 
-from sprc.data import DATASETS, DATASETS_METAVAR
+from sprc.data import DATASETS, DATASETS_METAVAR, TRAINED_ON
 from sprc.data.split import Split, Triplet
 from sprc.errors import InputError
-from sprc.scoring.benchmarks import BENCHMARKS, CIRR, Benchmark, benchmark_class, register_benchmark
+from sprc.scoring.benchmarks import (
+    BENCHMARKS,
+    CIRR,
+    Benchmark,
+    benchmark_class,
+    register_benchmark,
+    training_benchmark,
+)
 from sprc.scoring.ranking import Ranking, recall
 from sprc.scoring.validation import named_rankings, query_ranks
 from sprc.training.loop import TrainingConfig
@@ -19,7 +25,7 @@ from sprc.training.loop import TrainingConfig
 
 def test_the_names_that_help_shows_are_those_of_the_registry():
     assert {key: cls.name for key, cls in BENCHMARKS.items()} == DATASETS
-    assert DATASETS_METAVAR == "{CIRR,FashionIQ}"
+    assert DATASETS_METAVAR == "{CIRR,FashionIQ,CIRCO}"
 
 
 @pytest.mark.parametrize("name", ["cirr", "CIRR"])
@@ -32,14 +38,33 @@ def test_an_unknown_benchmark_is_refused_with_the_known_ones():
         benchmark_class("coco")
 
 
+def test_a_benchmark_is_trained_on_or_says_what_to_do_instead():
+    assert [training_benchmark(name).name for name in ("cirr", "FashionIQ")] == ["CIRR", "FashionIQ"]
+    assert list(TRAINED_ON) == ["cirr", "fashioniq"]
+    with pytest.raises(
+        InputError, match=r"CIRCO has no training split; train on CIRR, then .*--dataset CIRCO"
+    ):
+        training_benchmark("CIRCO")
+
+
+def test_a_command_s_settings_name_the_protocol_of_their_benchmark():
+    class Given:
+        fiq_protocol = "val-split"
+        circo_query = "concept"
+
+    found = [benchmark_class(name).protocol_of(Given) for name in DATASETS]
+    assert found == [None, "val-split", "concept"]
+    assert [benchmark_class(name).protocol_of(None) for name in DATASETS] == [None, "original", "caption"]
+
+
 def test_the_loop_s_own_schedule_is_cirr_s():
     config = TrainingConfig()
     own = (config.schedule_epochs, config.warm_up, config.start_divisor)
     assert own == (CIRR.schedule_span(config.num_epochs), CIRR.warm_up(80), CIRR.start_divisor)
 
 
-def test_one_class_makes_a_third_benchmark(monkeypatch):
-    monkeypatch.setattr("sprc.scoring.benchmarks.BENCHMARKS", dict(BENCHMARKS))
+def test_one_class_makes_another_benchmark(monkeypatch):
+    monkeypatch.setitem(BENCHMARKS, "colours", Benchmark)  # and is gone afterwards
 
     @register_benchmark("colours")
     class Colours(Benchmark):
@@ -59,14 +84,6 @@ def test_one_class_makes_a_third_benchmark(monkeypatch):
 
         def shown(self, metrics):
             return f"red {metrics['red@1']:.0f}"
-
-        @classmethod
-        def headline_scores(cls, ranks):
-            return np.zeros(len(ranks["rank"]))
-
-        @classmethod
-        def warm_up(cls, span):
-            return 0.5
 
     benchmark = benchmark_class("Colours").load(Path("folder"), None)
     assert [split.title for split in benchmark.splits] == ["val, red", "val, blue"]

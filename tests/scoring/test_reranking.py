@@ -101,11 +101,14 @@ def assert_same(ranking, other):
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
-@pytest.mark.parametrize("kind", ["cirr", "fashioniq"])
+@pytest.mark.parametrize("kind", ["cirr", "fashioniq", "circo"])
 @pytest.mark.parametrize("top", [1, 7, 100])
 def test_a_re_ranker_that_says_what_the_first_stage_says_changes_nothing(kind, top, weight):
     encoded = make_encoded(with_sets=kind == "cirr")
-    split = split_of(encoded, ranks_reference=kind == "fashioniq")
+    if kind == "circo":
+        others = encoded.targets[:, None] + torch.tensor([1, 2]) - len(encoded.gallery)
+        encoded = dataclasses.replace(encoded, also_targets=others.where(others >= 0, -1))
+    split = split_of(encoded, ranks_reference=kind != "cirr")
     matches = looked_at(encoded, similarities(encoded), top, split.ranks_reference)
     mine = rank_again(split, encoded, matches, temp=TEMP, weight=weight, k=20)
     assert_same(mine, rank_split(split, encoded, k=20))

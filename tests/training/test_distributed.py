@@ -201,6 +201,17 @@ def test_a_submission_of_two_ranks_is_that_of_one(out):
     assert told[0] == told[1] == ["recall_submission_test.json", "recall_subset_submission_test.json"]
 
 
+def test_two_ranks_score_circo_as_one_does(out):
+    assert codes(out / "circo_2") == [0, 0]
+    for name in ("ranks.csv", "rankings.json", "metrics_0.json"):
+        assert (out / "circo_2" / name).read_bytes() == (out / "circo_1" / name).read_bytes()
+    for query in ("caption", "concept"):
+        name = f"circo_submission_{query}_test.json"
+        assert (out / "circo_2" / name).read_bytes() == (out / "circo_1" / name).read_bytes()
+    metrics = [json.loads((out / "circo_2" / f"metrics_{number}.json").read_text()) for number in (0, 1)]
+    assert metrics[0] == metrics[1]
+
+
 def test_weights_are_fetched_by_one_rank_of_a_machine_first(out):
     assert codes(out / "fetch") == [0, 0]
     assert [path.name for path in (out / "fetch").glob("fetched_*")] == ["fetched_0"]

@@ -25,7 +25,7 @@ from sprc.figures import plt, save_figure
 from sprc.files import write_atomically, write_csv
 from sprc.models.checkpoint import FUSION, STATE
 from sprc.models.switches import SWITCHES as STATE_SWITCHES
-from sprc.scoring.benchmarks import Benchmark, benchmark_class
+from sprc.scoring.benchmarks import TrainingBenchmark, training_benchmark
 
 RESAMPLES = 10_000
 LEFT_OUT = ("missing_images", "dropped_triplets")  # columns of validation_metrics.csv
@@ -48,9 +48,9 @@ class CellResult:
     left_out: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
-    def benchmark(self) -> type[Benchmark]:
+    def benchmark(self) -> type[TrainingBenchmark]:
         """What it was trained and scored on."""
-        return benchmark_class(self.dataset)
+        return training_benchmark(self.dataset)
 
     @property
     def kept_validation(self) -> float:
@@ -76,7 +76,7 @@ def read_cell(folder: Path, cell: Cell) -> CellResult:
     run = find_run(folder)
     assert run is not None  # a cell that has finished has one
     settings = json.loads(run.hyperparameters.read_text(encoding="utf-8"))
-    benchmark, split = benchmark_class(settings["dataset"]), split_to_score(settings)
+    benchmark, split = training_benchmark(settings["dataset"]), split_to_score(settings)
     ranks = pd.read_csv(folder / "ranks.csv")
     return CellResult(
         cell=cell,

@@ -1,10 +1,10 @@
 """Everything that is wrong with a data set on disk, where training would stop at the first thing."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 
-from sprc.data import TYPES, cirr, fashioniq
+from sprc.data import TYPES, circo, cirr, fashioniq
+from sprc.data.findings import Examine, Findings
 from sprc.data.images import inspect_images
 from sprc.data.missing import describe
 from sprc.data.reading import Report, quote, reporting
@@ -15,20 +15,7 @@ CIRR_TRIPLETS = {"train": 28_225, "val": 4_181, "test1": 4_148}
 CIRR_SET_SIZE = 6
 CIRR_IMAGES = 21_551
 FASHIONIQ_ENTRIES, FASHIONIQ_IMAGES = 77_683, 74_381
-
-
-@dataclass
-class Findings:
-    """Lines for the user: what is there, what is worth knowing, what is wrong."""
-
-    counts: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    image_paths: dict[Path, None] = field(default_factory=dict)  # a set that keeps its order
-
-
-# What looks at a benchmark's annotations in a folder, notes its findings, and takes --missing-images.
-Examine = Callable[[Path, Findings, str], None]
+CIRCO_QUERIES, CIRCO_IMAGES = {"val": 220, "test": 800}, 123_403
 
 
 def check_dataset(
@@ -136,6 +123,28 @@ def examine_fashioniq(data_path: Path, findings: Findings, missing_images: str) 
         findings.notes.append(
             f"{found}; published are {FASHIONIQ_ENTRIES:,} entries of {FASHIONIQ_IMAGES:,} images"
         )
+
+
+def examine_circo(data_path: Path, findings: Findings, missing_images: str) -> None:
+    """CIRCO by the rules of :func:`sprc.data.circo.load_circo`."""
+    nothing_left = _on_nothing_left(findings, missing_images)
+    for split, published in CIRCO_QUERIES.items():
+        loaded = circo.load_circo(data_path, split, report=findings.problems.append)
+        rest = loaded
+        with reporting(nothing_left):
+            rest = circo.without_missing(loaded)
+        if rest.left_out.images:
+            findings.notes.append(describe(rest))
+        looked_at = rest if missing_images == "skip" else loaded
+        findings.image_paths |= dict.fromkeys(looked_at.image_paths.values())
+        targets = sum(1 + len(t.also_targets) for t in loaded.triplets if t.target is not None)
+        told = f"{targets:,} targets" if targets else "secret targets"
+        findings.counts.append(f"{split}: {len(loaded.triplets):,} queries, {told}")
+        if len(loaded.triplets) != published:
+            findings.notes.append(f"{split}: {len(loaded.triplets):,} queries; published are {published:,}")
+    findings.counts.append(f"in all: {len(loaded.image_paths):,} images")
+    if len(loaded.image_paths) != CIRCO_IMAGES:
+        findings.notes.append(f"{len(loaded.image_paths):,} images; published are {CIRCO_IMAGES:,}")
 
 
 def _on_nothing_left(findings: Findings, missing_images: str) -> Report:

@@ -11,9 +11,10 @@ class Triplet:
     """A query (reference and modification text) and its target.
 
     ``caption`` is raw. ``target`` is None where the benchmark keeps it secret. ``members`` are the names of
-    CIRR's image set, reference and target among them; empty for FashionIQ. ``training_captions`` are the
+    CIRR's image set, reference and target among them; empty elsewhere. ``training_captions`` are the
     texts of which training takes one at random, raw; empty where it takes ``caption`` (CIRR).
-    ``also_targets`` are the names of other images that CIRR's `target_soft` counts as a target.
+    ``also_targets`` are the names of the other images that count as a target: CIRR's `target_soft` names
+    some, CIRCO's `gt_img_ids` all. ``aspects`` are what CIRCO's authors say that the caption asks for.
     """
 
     pair_id: int
@@ -23,6 +24,7 @@ class Triplet:
     members: tuple[str, ...] = ()
     training_captions: tuple[str, ...] = ()
     also_targets: tuple[str, ...] = ()
+    aspects: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Split:
     dress_type: str = ""  # FashionIQ's
     # Whether a query's own reference is a candidate like any other, or is left out of its ranking.
     ranks_reference: bool = False
+    # Whether its metrics count all targets of a query, or only the one it was written for (CIRCO: all).
+    several_targets: bool = False
 
     @property
     def title(self) -> str:

@@ -5,22 +5,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sprc.data import TYPES
-from sprc.scoring.settings import DatasetSettings, DeviceSettings, ProtocolSettings, ScoringSettings
+from sprc.scoring.settings import DatasetSettings, DeviceSettings, QuerySettings, ScoringSettings
 from sprc.settings import setting, text
 
 
 @dataclass(frozen=True, kw_only=True)
-class GateSettings(ScoringSettings, ProtocolSettings, DatasetSettings):
+class GateSettings(ScoringSettings, QuerySettings, DatasetSettings):
     """Which queries are drawn, and what is measured."""
 
-    split: str = setting("val", help="train, val, or test1 (FashionIQ: test); default: %(default)s")
+    split: str = setting("val", help="train, val, or test1 (FashionIQ, CIRCO: test); default: %(default)s")
     fiq_type: str = setting(TYPES[0], choices=TYPES, help="FashionIQ's type; default: %(default)s")
     queries: int = setting(16, help="how many random ones are drawn; default: %(default)s")
     seed: int = setting(0, help="which ones; default: %(default)s")
     pairs: Sequence[int] | None = setting(
         None,
         metavar="ID",
-        help="these queries instead: CIRR's pair ids, FashionIQ's places in the captions file, from 0",
+        help="these queries instead: CIRR's and CIRCO's ids, FashionIQ's places in the captions file, from 0",
     )
     same_image: Sequence[str] | None = setting(
         None,

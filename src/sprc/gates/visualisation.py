@@ -100,7 +100,7 @@ def run_visualisation(settings: GateSettings) -> None:
     if settings.probe:
         rows = [{**row, **left_out_columns([split])} for row in probe(scorer, benchmark, split)]
         write_csv(out / "probe.csv", rows)
-        shown = [name for name in rows[0] if "recall" in name or name.startswith("mean(")]
+        shown = [name for name in rows[0] if "recall" in name or name.startswith(("mean(", "map_"))]
         print(
             pd.DataFrame(rows).set_index("edit")[shown].to_string(float_format=lambda value: f"{value:.1f}")
         )
@@ -109,11 +109,12 @@ def run_visualisation(settings: GateSettings) -> None:
 
 def load_split(settings: GateSettings) -> Split:
     """The split that the flags name; FashionIQ's is of one type."""
-    return benchmark_class(settings.dataset).read(
+    benchmark = benchmark_class(settings.dataset)
+    return benchmark.read(
         settings.data_path,
         settings.split,
         part=settings.fiq_type,
-        protocol=settings.fiq_protocol,
+        protocol=benchmark.protocol_of(settings),
         missing_images=settings.missing_images,
         with_targets=settings.probe,
     )

@@ -1,248 +1,60 @@
-"""What CIRR and FashionIQ differ in: a class each, by which training, scoring and the wings ask.
+"""What CIRR, FashionIQ and CIRCO differ in: a class each.
 
 Adding a benchmark is a reader in ``sprc.data``, one class in this file under ``@register_benchmark("name")``,
 and its name in ``sprc.data.DATASETS``, which `--help` shows.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean, geometric_mean, harmonic_mean
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
-from torch import Tensor
 
-from sprc.data import PROTOCOLS, TYPES
-from sprc.data.check import Findings, examine_cirr, examine_fashioniq
+from sprc.data import CIRCO_QUERIES, PROTOCOLS, TYPES
+from sprc.data.check import examine_circo, examine_cirr, examine_fashioniq
+from sprc.data.circo import ASPECTS, load_circo
 from sprc.data.cirr import canonical_split, edits_of_test1, load_cirr, load_cirr_test
 from sprc.data.extra import Keys
 from sprc.data.fashioniq import load_fashioniq
-from sprc.data.missing import left_out_columns, left_out_text, tell_left_out
-from sprc.data.split import Split, Triplet
+from sprc.data.split import Split
 from sprc.errors import InputError
-from sprc.scoring.ranking import Ranking, recall
+from sprc.scoring.benchmark import BENCHMARKS, Benchmark, TrainingBenchmark, known, register_benchmark
+from sprc.scoring.ranking import Ranking, average_precision, recall
 
-BENCHMARKS: dict[str, type["Benchmark"]] = {}
+__all__ = [
+    "BENCHMARKS",
+    "CIRCO",
+    "CIRR",
+    "Benchmark",
+    "FashionIQ",
+    "TrainingBenchmark",
+    "benchmark_class",
+    "register_benchmark",
+    "training_benchmark",
+]
 
 
-def register_benchmark(key: str) -> Callable[[type["Benchmark"]], type["Benchmark"]]:
-    """Make a class available as ``--dataset key``."""
-
-    def add(cls: type["Benchmark"]) -> type["Benchmark"]:
-        cls.key = key
-        BENCHMARKS[key] = cls
-        return cls
-
-    return add
-
-
-def benchmark_class(name: str) -> type["Benchmark"]:
+def benchmark_class(name: str) -> type[Benchmark]:
     """The class of a data set, by its name in any case; :class:`InputError` lists the known ones."""
     if name.lower() not in BENCHMARKS:
         raise InputError(f"--dataset {name!r} is unknown; choose from {', '.join(BENCHMARKS)}")
     return BENCHMARKS[name.lower()]
 
 
-@dataclass(frozen=True)
-class Benchmark(ABC):
-    """The splits to score, and in the class the published habits around them.
-
-    A split is in ``parts``, each with a gallery of its own: FashionIQ's types. CIRR's one part has no name.
-    """
-
-    splits: list[Split]  # one a part
-    protocol: str | None = None  # which gallery; its name stands beside every figure
-
-    key: ClassVar[str]  # of --dataset, and in a run's hyperparameters
-    name: ClassVar[str]  # as the authors write it
-    short_name: ClassVar[str]  # in the name of a run's folder
-    parts: ClassVar[tuple[str, ...]] = ("",)
-    part_column: ClassVar[str | None] = None  # of the file of ranks, where there are parts to tell apart
-    id_column: ClassVar[str]  # of the file of ranks: a triplet's pair_id
-    examine: ClassVar["staticmethod[[Path, Findings, str], None]"]  # for check_dataset
-    edits: ClassVar[str]  # where the built-in data in this format tell the edits of a split
-    protocols: ClassVar[tuple[str, ...]] = ()
-    training_protocol: ClassVar[str | None] = None
-    extra_keys: ClassVar[Keys]  # of --extra-triplets, those of its own captions files
-    scored: ClassVar[tuple[str, ...]] = ("val",)  # splits whose targets can be known
-
-    criterion: ClassVar[str]  # the metric whose best epoch is kept
-    checkpoint: ClassVar[str]  # under this name
-    headline: ClassVar[str]  # the metric that an ablation tests
-    plotted: ClassVar[tuple[str, ...]]  # the metrics that an ablation plots
-    unprinted: ClassVar[tuple[str, ...]] = ()  # the metrics that its printed table leaves out
-    by_kind: ClassVar[tuple[str, ...]]  # of sprc.scoring.kinds.CUTS, what it tells of each kind of edit
-
-    loss_weights: ClassVar[dict[str, float]]  # the published ones; a loss that is not named weighs 1
-    # The learning rate's one cycle: it spans the epochs that are run, and no fewer than these.
-    schedule_epochs: ClassVar[int]
-    schedule_in_words: ClassVar[str]
-    start_divisor: ClassVar[float]  # the peak rate over the first one
-
-    @classmethod
-    @abstractmethod
-    def read(
-        cls,
-        data_path: Path,
-        split: str,
-        *,
-        part: str,
-        protocol: str | None,
-        missing_images: str = "error",
-        with_targets: bool = False,
-    ) -> Split:
-        """Read and check one part of ``split``; :class:`InputError` names the file and the entry.
-
-        Args:
-            data_path: the folder that holds the data set's.
-            split: its name.
-            part: one of ``parts``.
-            protocol: one of ``protocols``; None where there are none.
-            missing_images: "skip" leaves out what has no file.
-            with_targets: read the targets of a test split where the built-in data hold them.
-        """
-
-    @classmethod
-    def read_parts(
-        cls,
-        data_path: Path,
-        names: Iterable[str],
-        protocol: str | None,
-        *,
-        missing_images: str = "error",
-        with_targets: bool = False,
-    ) -> list[Split]:
-        """All parts of the splits of these names, as :meth:`read` does; what was left out is printed.
-
-        Training needs the triplets' images alone, so "train" is read in the benchmark's smallest gallery.
-        """
-        splits = [
-            cls.read(
-                data_path,
-                name,
-                part=part,
-                protocol=cls.training_protocol if name == "train" else protocol,
-                missing_images=missing_images,
-                with_targets=with_targets,
-            )
-            for name in dict.fromkeys(map(cls.split_name, names))
-            for part in cls.parts
-        ]
-        if missing_images == "skip":
-            tell_left_out(splits)
-        return splits
-
-    @classmethod
-    def load(
-        cls, data_path: Path, protocol: str | None, split: str = "val", *, missing_images: str = "error"
-    ) -> Self:
-        """The benchmark with the parts of ``split``, which is to be scored.
-
-        ``split`` is "val" or, where the built-in data in CIRR's format hold its targets, "test1".
-        With ``missing_images`` "skip" what has no file is left out, and printed: :mod:`sprc.data.missing`.
-        Raises :class:`InputError` naming the file and the entry, or for a split without known targets.
-        """
-        if cls.split_name(split) not in cls.scored:
-            raise InputError(
-                f"--split {split}: {cls.name}'s runs are scored on its validation split; "
-                f"give {' or '.join(cls.scored)}"
-            )
-        splits = cls.read_parts(
-            data_path, [split], protocol, missing_images=missing_images, with_targets=True
+def training_benchmark(name: str) -> type[TrainingBenchmark]:
+    """The same of a data set that is trained on; :class:`InputError` for one without a training split."""
+    found = benchmark_class(name)
+    if not issubclass(found, TrainingBenchmark):
+        raise InputError(
+            f"--dataset {found.name}: {found.name} has no training split; train on CIRR, then score the "
+            f"checkpoint with blip_validate.py --dataset {found.name}"
         )
-        return cls(splits, protocol if cls.protocols else None)
-
-    @classmethod
-    def train_splits(cls, data_path: Path, *, missing_images: str = "error") -> list[Split]:
-        """The parts of the training split; ``missing_images`` as for :meth:`load`."""
-        return cls.read_parts(data_path, ["train"], cls.training_protocol, missing_images=missing_images)
-
-    @classmethod
-    def split_name(cls, name: str) -> str:
-        """The one name of a split that has several."""
-        return name
-
-    def image_paths(self) -> list[Path]:
-        """The images of the galleries."""
-        return [path for split in self.splits for path in split.image_paths.values()]
-
-    @classmethod
-    def edits_file(cls, data_path: Path, split: str, part: str) -> Path:
-        """The file of the edits of ``part`` of ``split``; only the built-in data have it."""
-        return Path(data_path) / cls.edits.format(split=split, part=part)
-
-    @classmethod
-    def split_to_report(cls, data_path: Path) -> str:
-        """The split for a table's figures: a held-out one where its targets are at hand, else "val"."""
-        return "val"
-
-    @classmethod
-    @abstractmethod
-    def metrics_of(cls, rankings: Mapping[str, Ranking]) -> dict[str, float]:
-        """The metrics in percent of the ranked parts, named and ordered as in SPRC's CSV files.
-
-        Raises :class:`ValueError` where a split keeps its targets secret: there is no rank.
-        """
-
-    def metrics(self, rankings: list[Ranking]) -> dict[str, float | str]:
-        """The metrics of the ranked splits in percent, named and ordered as in SPRC's CSV files.
-
-        After them comes what SPRC's files do not have: FashionIQ's protocol, and what the splits are without.
-        """
-        parts = [split.dress_type for split in self.splits]
-        values = self.metrics_of(dict(zip(parts, rankings, strict=True)))
-        protocol = {} if self.protocol is None else {"protocol": self.protocol}
-        return {**values, **protocol, **left_out_columns(self.splits)}
-
-    def summary(self, metrics: Mapping[str, Any]) -> str:
-        """The headline metrics in one line, and what was left out of the splits."""
-        return self.shown(metrics) + left_out_text(self.splits)
-
-    @abstractmethod
-    def shown(self, metrics: Mapping[str, Any]) -> str:
-        """The headline metrics in one line."""
-
-    @classmethod
-    @abstractmethod
-    def headline_scores(cls, ranks: Mapping[str, np.ndarray]) -> np.ndarray:
-        """What each query adds to the headline metric, (Q,), in percent, from the columns of a file of ranks.
-
-        The headline is their mean over the queries of each part, and then over the parts.
-        """
-
-    @classmethod
-    def query_columns(cls) -> list[str]:
-        """The columns of the file of ranks that tell a query from all others."""
-        return [cls.id_column] if cls.part_column is None else [cls.part_column, cls.id_column]
-
-    @classmethod
-    def query_key(cls, split: Split, triplet: Triplet) -> dict[str, int | str]:
-        """A query's ``query_columns``."""
-        part: dict[str, int | str] = {} if cls.part_column is None else {cls.part_column: split.dress_type}
-        return {**part, cls.id_column: triplet.pair_id}
-
-    @classmethod
-    def ranking_key(cls, split: Split, triplet: Triplet) -> dict[str, int | str]:
-        """What tells where a query is from in the file of rankings: its part, or without parts its id."""
-        if cls.part_column is None:
-            return {cls.id_column: triplet.pair_id}
-        return {cls.part_column: split.dress_type}
-
-    @classmethod
-    def schedule_span(cls, num_epochs: int) -> int:
-        """Epochs that the learning rate's schedule spans where ``num_epochs`` are run."""
-        return max(cls.schedule_epochs, num_epochs)
-
-    @classmethod
-    @abstractmethod
-    def warm_up(cls, span: int) -> float:
-        """The share of a schedule of ``span`` epochs after which the rate is at its peak."""
+    return found
 
 
 @register_benchmark("cirr")
-class CIRR(Benchmark):
+class CIRR(TrainingBenchmark):
     """Liu et al., ICCV 2021: one gallery, a reference left out of its own ranking, image sets of six."""
 
     name = "CIRR"
@@ -329,7 +141,7 @@ class CIRR(Benchmark):
 
 
 @register_benchmark("fashioniq")
-class FashionIQ(Benchmark):
+class FashionIQ(TrainingBenchmark):
     """Wu et al., CVPR 2021: a gallery a type, references among the candidates, two protocols."""
 
     name = "FashionIQ"
@@ -341,6 +153,7 @@ class FashionIQ(Benchmark):
     edits = "fashionIQ_dataset/edits.{part}.{split}.json"
     extra_keys = Keys("candidate", "target", "captions")
     protocols = PROTOCOLS
+    protocol_setting = "fiq_protocol"
     training_protocol = "val-split"  # the gallery of the triplets' images alone
     criterion = "average_recall"
     checkpoint = "tuned_clip_best"
@@ -400,8 +213,58 @@ class FashionIQ(Benchmark):
         return 1.5 / span
 
 
-def known(ranks: Tensor | None) -> Tensor:
-    """``ranks``, which are None where the targets are secret: then a :class:`ValueError`."""
-    if ranks is None:
-        raise ValueError("a ranking without targets has no recall; score a split whose targets are known")
-    return ranks
+@register_benchmark("circo")
+class CIRCO(Benchmark):
+    """Baldrati et al., ICCV 2023: several targets a query, references among the candidates, no training."""
+
+    name = "CIRCO"
+    id_column = "id"
+    examine = staticmethod(examine_circo)
+    edits = "circo_dataset/edits.{split}.json"
+    protocols = CIRCO_QUERIES
+    protocol_setting = "circo_query"
+    split_names = ("val", "test")
+    headline = "map_at5"
+    cuts: ClassVar[tuple[int, ...]] = (5, 10, 25, 50)
+
+    @classmethod
+    def read(
+        cls,
+        data_path: Path,
+        split: str,
+        *,
+        part: str = "",
+        protocol: str | None = None,
+        missing_images: str = "error",
+        with_targets: bool = False,
+    ) -> Split:
+        """The whole split, over all of COCO's unlabeled images."""
+        return load_circo(data_path, split, protocol or CIRCO_QUERIES[0], missing_images=missing_images)
+
+    @classmethod
+    def metrics_of(cls, rankings: Mapping[str, Ranking]) -> dict[str, float]:
+        """Mean average precision over all targets, then the recall of the one that was written for."""
+        (ranking,) = rankings.values()
+        ranks, also_ranks = known(ranking.ranks), known(ranking.also_ranks)
+        precision = {
+            f"map_at{k}": 100 * average_precision(ranks, also_ranks, k).mean().item() for k in cls.cuts
+        }
+        return precision | {f"recall_at{k}": recall(ranks, k) for k in cls.cuts}
+
+    def metrics_of_groups(self, rankings: list[Ranking]) -> dict[str, float]:
+        """Mean average precision at 10 of the queries of each semantic aspect that has any."""
+        (split,), (ranking,) = self.splits, rankings
+        precision = average_precision(known(ranking.ranks), known(ranking.also_ranks), 10).tolist()
+        found = {}
+        for aspect in ASPECTS:
+            own = [p for p, one in zip(precision, split.triplets, strict=True) if aspect in one.aspects]
+            if own:
+                found[f"map_at10_{aspect}"] = 100 * fmean(own)
+        return found
+
+    def shown(self, metrics: Mapping[str, Any]) -> str:
+        """Mean average precision, one recall, and the query's text."""
+        return (
+            f"mAP@5 {metrics['map_at5']:.2f}, mAP@10 {metrics['map_at10']:.2f}, "
+            f"R@10 {metrics['recall_at10']:.2f} ({self.protocol} query)"
+        )

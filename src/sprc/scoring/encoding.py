@@ -21,14 +21,18 @@ from sprc.models.qformer import ImageKeys
 
 @dataclass(frozen=True)
 class EncodedSplit:
-    """A split's gallery and its queries as vectors. T triplets, G images, Q tokens, E width, K members."""
+    """A split's gallery and its queries as vectors. T triplets, G images, Q tokens, E width, K members.
+
+    A query of CIRCO has up to A targets beside the first.
+    """
 
     gallery: Tensor  # (G, Q, E)
     composed: Tensor  # (T, E), reference and text
     text_only: Tensor  # (T, E), the text alone: SPRC's call 4
     references: Tensor  # (T,) gallery indices
     targets: Tensor | None  # (T,); None where the benchmark keeps them secret
-    members: Tensor  # (T, K); K is 0 for FashionIQ
+    members: Tensor  # (T, K); K is 0 where there are no image sets
+    also_targets: Tensor | None = None  # (T, A), -1 where a query has fewer; None where one target counts
     prompts: Tensor | None = None  # (T, Q, C) float16, the sentence prompts, if they were asked for
 
 
@@ -63,7 +67,7 @@ def encode_split(
 
     Args:
         model: on its device.
-        split: of CIRR or FashionIQ; without triplets there are no queries, and the gallery alone is encoded.
+        split: of any benchmark; without triplets there are no queries, and the gallery alone is encoded.
         load: reads an image by its path, see :func:`sprc.scoring.feature_cache.open_images`.
         batch_size: images, and queries, at once.
         num_workers: processes that read images.
@@ -102,6 +106,7 @@ def encode_split(
         references=torch.tensor([index[t.reference] for t in split.triplets], dtype=torch.int64),
         targets=target_indices(split, index),
         members=member_indices(split, index),
+        also_targets=other_target_indices(split, index),
     )
 
 
@@ -193,6 +198,19 @@ def target_indices(split: Split, index: dict[str, int]) -> Tensor | None:
     targets = [triplet.target for triplet in split.triplets]
     known = [index[target] for target in targets if target is not None]
     return torch.tensor(known, dtype=torch.int64) if len(known) == len(targets) else None
+
+
+def other_target_indices(split: Split, index: dict[str, int]) -> Tensor | None:
+    """Gallery indices of the targets beside the first, (T, A), -1 where a triplet has fewer.
+
+    None where one target counts, or where they are secret.
+    """
+    if not split.several_targets or any(triplet.target is None for triplet in split.triplets):
+        return None
+    most = max((len(triplet.also_targets) for triplet in split.triplets), default=0)
+    rows = [[index[name] for name in triplet.also_targets] for triplet in split.triplets]
+    filled = [row + [-1] * (most - len(row)) for row in rows]
+    return torch.tensor(filled, dtype=torch.int64).reshape(len(rows), most)
 
 
 def member_indices(split: Split, index: dict[str, int]) -> Tensor:

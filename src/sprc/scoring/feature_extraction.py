@@ -40,10 +40,12 @@ def extract_features(settings: ExtractionSettings) -> None:
 
 def image_paths(settings: ExtractionSettings) -> list[Path]:
     """The images that training on the splits, or scoring them, reads."""
-    splits = benchmark_class(settings.dataset).read_parts(
+    kind = benchmark_class(settings.dataset)
+    splits = kind.read_parts(
         settings.data_path,
-        settings.splits,
-        settings.fiq_protocol,
+        kind.split_names if settings.splits is None else settings.splits,
+        kind.protocol_of(settings),
         missing_images=settings.missing_images,
     )
-    return [path for split in splits for path in split.image_paths.values()]
+    # CIRCO's splits have the same gallery.
+    return list(dict.fromkeys(path for split in splits for path in split.image_paths.values()))

@@ -7,7 +7,7 @@ Similarities come in blocks of queries, and each block walks the gallery in chun
 gallery) nor a (queries x gallery x tokens) tensor exists, and memory does not grow with the queries' number.
 
 Shapes: T queries, R queries of a block, G gallery images, Q tokens an image, E embedding width, K members
-of a set.
+of a set, A targets of a query beside the first (CIRCO).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -75,6 +75,7 @@ class Ranking(NamedTuple):
     set_ranks: Tensor | None = None  # (T,), of the target in its image set
     top: Tensor | None = None  # (T, k) gallery indices, best first
     set_order: Tensor | None = None  # (T, K) gallery indices of the image set, best first, the reference last
+    also_ranks: Tensor | None = None  # (T, A), of the other targets in the gallery; -1 fills up
 
 
 def rank(
@@ -83,6 +84,7 @@ def rank(
     targets: Tensor | None,
     references: Tensor | None,
     members: Tensor | None,
+    also_targets: Tensor | None = None,
     k: int | None = None,
 ) -> Ranking:
     """Rank block by block.
@@ -92,6 +94,7 @@ def rank(
         targets: (T,) gallery indices, or None where they are secret.
         references: (T,) gallery indices taken out of the ranking (CIRR), or None (FashionIQ).
         members: (T, K) gallery indices of the image sets (CIRR), or None. They need ``references``.
+        also_targets: (T, A) gallery indices of the other targets (CIRCO), -1 where there are fewer; or None.
         k: how many candidates a query to return, or None for no ``top``.
     """
     rows: dict[str, list[Tensor]] = {name: [] for name in ("numbers", *Ranking._fields)}
@@ -102,6 +105,8 @@ def rank(
             rows["ranks"].append(target_ranks(scores, target, reference))
         if target is not None and reference is not None and group is not None:
             rows["set_ranks"].append(subset_ranks(scores, target, reference, group))
+        if also_targets is not None:
+            rows["also_ranks"].append(ranks_of_others(scores, also_targets[numbers], reference))
         if k is not None:
             rows["top"].append(top_k(scores, k, reference))
         if reference is not None and group is not None:
@@ -127,6 +132,19 @@ def target_ranks(scores: Tensor, targets: Tensor, references: Tensor | None = No
     if references is not None:
         before.scatter_(1, references[:, None], False)
     return before.sum(dim=1)
+
+
+def ranks_of_others(scores: Tensor, others: Tensor, references: Tensor | None = None) -> Tensor:
+    """Rank of each of a query's other targets in the whole gallery, from 0: as ``others``, (T, A), -1 kept.
+
+    Few queries have many, so that only the rows that have one more are looked at again.
+    """
+    ranks = torch.full_like(others, -1)
+    for place in range(others.shape[1]):
+        rows = (others[:, place] >= 0).nonzero()[:, 0]
+        own = None if references is None else references[rows]
+        ranks[rows, place] = target_ranks(scores[rows], others[rows, place], own)
+    return ranks
 
 
 def subset_ranks(scores: Tensor, targets: Tensor, references: Tensor, members: Tensor) -> Tensor:
@@ -178,6 +196,25 @@ def subset_order(scores: Tensor, references: Tensor, members: Tensor) -> Tensor:
     members = members.sort(dim=1).values  # so that a stable sort breaks ties by gallery index
     among = scores.gather(1, members).masked_fill(members == references[:, None], -torch.inf)
     return members.gather(1, among.sort(dim=1, descending=True, stable=True).indices)
+
+
+def average_precision(ranks: Tensor, also_ranks: Tensor, k: int) -> Tensor:
+    """Average precision at k of each query from the ranks of all its targets: (T,) float64, from 0 to 1.
+
+    It is the sum, over the targets among the first k, of the precision down to each, divided by the number
+    of targets or by k, whichever is less: 1 where the first candidates are all targets.
+
+    Args:
+        ranks: (T,) of one target, from 0.
+        also_ranks: (T, A) of the others, -1 where a query has fewer.
+        k: how many candidates count.
+    """
+    every = torch.cat([ranks[:, None], also_ranks], dim=1)
+    targets = (every >= 0).sum(dim=1)
+    places = every.masked_fill(every < 0, k).sort(dim=1).values  # what fills up is found nowhere
+    found = torch.arange(1, every.shape[1] + 1, dtype=torch.float64)  # targets down to each
+    precision = torch.where(places < k, found / (places + 1), 0.0)
+    return precision.sum(dim=1) / targets.clamp(max=k)
 
 
 def recall(ranks: Tensor, k: int) -> float:

@@ -46,6 +46,7 @@ def rank_split(
         targets=encoded.targets,
         references=None if split.ranks_reference else encoded.references,
         members=encoded.members if encoded.members.shape[1] else None,
+        also_targets=encoded.also_targets,
         k=k,
     )
 

@@ -130,7 +130,8 @@ def rank_again(
     """
     references = None if split.ranks_reference else encoded.references
     in_order = partial(rank, targets=encoded.targets, references=references)
-    ranking = in_order(top_blocks(encoded, matches, temp, weight), members=None, k=k)
+    blocks = top_blocks(encoded, matches, temp, weight)
+    ranking = in_order(blocks, members=None, also_targets=encoded.also_targets, k=k)
     if not encoded.members.shape[1]:
         return ranking
     in_sets = in_order(set_blocks(encoded, matches, temp, weight), members=encoded.members)

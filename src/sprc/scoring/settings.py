@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from sprc.config import BACKBONES, CACHE_DTYPES, GALLERY_DTYPES, MODEL_SWITCHES
-from sprc.data import DATASETS, DATASETS_METAVAR, MISSING_IMAGES, PROTOCOLS, TRANSFORMS
+from sprc.data import CIRCO_QUERIES, DATASETS, DATASETS_METAVAR, MISSING_IMAGES, PROTOCOLS, TRANSFORMS
 from sprc.errors import InputError
 from sprc.settings import ROOT, like, setting
 
@@ -28,10 +28,24 @@ class ProtocolSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuerySettings(ProtocolSettings):
+    """Which gallery, and which text of a query."""
+
+    circo_query: str = setting(
+        CIRCO_QUERIES[0],
+        choices=CIRCO_QUERIES,
+        help="CIRCO's text: the caption alone, or 'find CONCEPT but CAPTION' with the shared concept; "
+        "default: %(default)s",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataSettings:
     """Where the data are, and what is done about an image that has no file."""
 
-    data_path: Path = setting(ROOT, help="folder of cirr_dataset/, fashionIQ_dataset/; default: %(default)s")
+    data_path: Path = setting(
+        ROOT, help="folder of cirr_dataset/, fashionIQ_dataset/, circo_dataset/; default: %(default)s"
+    )
     missing_images: str = setting(
         "error",
         choices=MISSING_IMAGES,
@@ -222,7 +236,7 @@ class ScoringSettings(TimeoutSettings, CheckpointSettings, DataSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValidationSettings(RerankSettings, ScoringSettings, ProtocolSettings, DatasetSettings):
+class ValidationSettings(RerankSettings, ScoringSettings, QuerySettings, DatasetSettings):
     """Of ``blip_validate.py``."""
 
     split: str = setting(
@@ -236,9 +250,17 @@ class ValidationSettings(RerankSettings, ScoringSettings, ProtocolSettings, Data
 
 
 @dataclass(frozen=True, kw_only=True)
-class SubmissionSettings(RerankSettings, ScoringSettings):
+class SubmissionSettings(RerankSettings, ScoringSettings, DatasetSettings):
     """Of ``cirr_test_submission.py``."""
 
+    dataset: str = like(
+        DatasetSettings,
+        "dataset",
+        "cirr",
+        choices=("cirr", "circo"),
+        metavar="{CIRR,CIRCO}",
+        help="default: CIRR",
+    )
     out: Path = setting(ROOT / "submission", help="folder of the files; default: submission/")
     name: str | None = setting(
         None, help="end of the files' names; default: the run folder's or the checkpoint's, of the last stage"
@@ -268,8 +290,7 @@ class DialogueSettings(ScoringSettings):
             raise InputError(f"--rounds {self.rounds}: give a whole number of at least 1")
 
 
-EXTRACTED = ("train", "val", "test")
-SPELLINGS = (*EXTRACTED, "test1")  # CIRR's own name of its test split
+SPELLINGS = ("train", "val", "test", "test1")  # the last is CIRR's own name of its test split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,7 +310,7 @@ class ExtractionSettings(
     feature_cache: Path = setting(
         metavar="DIR", help="where the tokens go; what is there is verified, what is missing computed"
     )
-    splits: Sequence[str] = setting(EXTRACTED, choices=SPELLINGS, help="default: train val test")
+    splits: Sequence[str] | None = setting(None, choices=SPELLINGS, help="default: all that there are")
     fiq_protocol: str = like(
         ProtocolSettings,
         "fiq_protocol",

@@ -32,9 +32,10 @@ def run_validation(settings: ValidationSettings) -> dict[str, float | str]:
         if file is not None:
             require_file_place(f"--{flag.replace('_', '-')}", file)
     settings = with_files(settings)
-    benchmark = benchmark_class(settings.dataset).load(
+    kind = benchmark_class(settings.dataset)
+    benchmark = kind.load(
         settings.data_path,
-        settings.fiq_protocol,
+        kind.protocol_of(settings),
         settings.split,
         missing_images=settings.missing_images,
     )
@@ -97,12 +98,16 @@ def query_ranks(benchmark: Benchmark, rankings: list[Ranking]) -> list[dict[str,
     """The rank of each query's target, from 0: all that the metrics are made of.
 
     CIRR: `pairid`, `rank` in the gallery, `subset_rank` in the image set. FashionIQ: `type`, `number` of the
-    entry in the type's captions file, `rank`.
+    entry in the type's captions file, `rank`. CIRCO: `id`, `rank` of the target that the caption was written
+    for, and those of its other targets, `also_ranks`, with a space between two.
     """
     rows = []
     for split, ranking in zip(benchmark.splits, rankings, strict=True):
         columns = {"rank": ranking.ranks, "subset_rank": ranking.set_ranks}
         lists = {name: ranks.tolist() for name, ranks in columns.items() if ranks is not None}
+        if ranking.also_ranks is not None:
+            also = ranking.also_ranks.tolist()
+            lists["also_ranks"] = [" ".join(str(rank) for rank in row if rank >= 0) for row in also]
         for number, triplet in enumerate(split.triplets):
             own = {name: ranks[number] for name, ranks in lists.items()}
             rows.append({**benchmark.query_key(split, triplet), **own})

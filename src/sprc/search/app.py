@@ -19,7 +19,7 @@ from sprc.models.checkpoint import read_contents
 from sprc.models.device import start_device
 from sprc.models.model_path import with_files
 from sprc.run_folder import RunFolder
-from sprc.scoring.benchmarks import benchmark_class
+from sprc.scoring.benchmarks import training_benchmark
 from sprc.search.commands import index_pictures
 from sprc.search.searcher import check_settings, load_model
 from sprc.search.settings import AppSettings
@@ -99,7 +99,7 @@ def index_demo(data_path: Path, pictures: Path, models: Path, path: Path, device
         missing = f"a checkpoint in {models}"
     own = None
     if missing is None:
-        benchmark = benchmark_class("CIRR").load(data_path, None)
+        benchmark = training_benchmark("CIRR").load(data_path, None)
         triplets, _ = triplets_of(benchmark.train_splits(data_path))
         data = digest_of_data(benchmark.splits, triplets)
         own = next((file for file in found if is_tiny_of(data, file)), None)

@@ -34,7 +34,7 @@ from sprc.models.factory import model_class
 from sprc.models.gated_fusion import fusion_class
 from sprc.models.switches import vocabulary_digest
 from sprc.run_folder import RunFolder
-from sprc.scoring.benchmarks import Benchmark, benchmark_class
+from sprc.scoring.benchmarks import TrainingBenchmark, training_benchmark
 from sprc.scoring.feature_cache import open_images
 from sprc.scoring.ranking import Ranking
 from sprc.training.compilation import require_compiler, told_compile_errors
@@ -82,7 +82,7 @@ class Resumed:
 class Data:
     """What is trained on and what is scored."""
 
-    benchmark: Benchmark
+    benchmark: TrainingBenchmark
     trained: TrainingTriplets
     left_out: dict[str, dict[str, Any]]  # by split, what --missing-images skip leaves out
 
@@ -163,7 +163,7 @@ def check_flags(defaults: dict[str, Any], given: dict[str, Any], *, starts: bool
     model_class(settings.blip_model_name)
     own = read_backbone(settings.backbone)["model"]
     ModelConfig.from_dict({**own, **settings.switches}, f"backbone {settings.backbone}")
-    training_config(complete(settings, torch.device("cpu")), benchmark_class(settings.dataset))
+    training_config(complete(settings, torch.device("cpu")), training_benchmark(settings.dataset))
     if settings.model_path is not None and not settings.model_path.is_file():
         raise InputError(f"--model-path {settings.model_path} is missing; give a checkpoint (.pt)")
     if settings.extra_triplets is not None and not settings.extra_triplets.is_file():
@@ -203,7 +203,7 @@ def read_settings(defaults: dict[str, Any], given: dict[str, Any]) -> tuple[Trai
 
 def complete(settings: TrainingSettings, device: torch.device) -> TrainingSettings:
     """The settings with what the benchmark and the machine give where the user gives nothing."""
-    weights = benchmark_class(settings.dataset).loss_weights
+    weights = training_benchmark(settings.dataset).loss_weights
     found: dict[str, Any] = {k: v for k, v in weights.items() if getattr(settings, k) is None}
     found |= settings.weights_where_unset() | settings.reranker_where_unset()
     if settings.num_workers is None:
@@ -217,9 +217,8 @@ def read_data(
 ) -> tuple[Data, TrainingConfig]:
     """The annotations, read and checked, and the loop's configuration, which has to fit them."""
     missing = settings.missing_images
-    benchmark = benchmark_class(settings.dataset).load(
-        settings.data_path, settings.fiq_protocol, missing_images=missing
-    )
+    kind = training_benchmark(settings.dataset)
+    benchmark = kind.load(settings.data_path, kind.protocol_of(settings), missing_images=missing)
     config = training_config(settings, benchmark)
     if settings.compile:
         require_compiler(device)
@@ -373,7 +372,9 @@ def keep(run: Run, epoch: int, metrics: dict[str, Any], earlier: list[dict[str, 
         save_checkpoint(run.folder.checkpoint(name), run.model, epoch, told, full=settings.save_full)
 
 
-def training_config(settings: TrainingSettings, benchmark: Benchmark | type[Benchmark]) -> TrainingConfig:
+def training_config(
+    settings: TrainingSettings, benchmark: TrainingBenchmark | type[TrainingBenchmark]
+) -> TrainingConfig:
     """The settings that the loop needs; :class:`InputError` names one that cannot work."""
     span = benchmark.schedule_span(settings.num_epochs)
     return TrainingConfig(

@@ -24,7 +24,7 @@ from sprc.distributed import from_main
 from sprc.errors import InputError, Interrupted
 from sprc.files import absolute, write_csv, write_json
 from sprc.run_folder import RunFolder, find_checkpoint
-from sprc.scoring.benchmarks import benchmark_class
+from sprc.scoring.benchmarks import training_benchmark
 from sprc.training.fine_tuning import check_flags, fine_tune
 from sprc.training.recipe_file import Stage, read_recipe
 from sprc.training.resume import MAY_DIFFER, flag
@@ -148,7 +148,7 @@ def find_begun(place: Path) -> Path | None:
 
 def best_of(run: RunFolder, dataset: str) -> dict[str, Any]:
     """The best validation of a run: its folder's name, the epoch and the metrics."""
-    criterion = benchmark_class(dataset).criterion
+    criterion = training_benchmark(dataset).criterion
     with run.validation_metrics.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     best = max(rows, key=lambda row: float(row[criterion]))  # the first of equal ones, as is kept
@@ -172,7 +172,7 @@ def row_of(name: str, found: dict[str, Any]) -> dict[str, Any]:
 def told(stage: Stage, found: dict[str, Any]) -> str:
     """A stage's line of the printed table."""
     metrics = found["metrics"]
-    benchmark = benchmark_class(stage.given["dataset"])([], metrics.get("protocol"))
+    benchmark = training_benchmark(stage.given["dataset"])([], metrics.get("protocol"))
     return f"epoch {found['epoch']}, {benchmark.shown(metrics)}"
 
 

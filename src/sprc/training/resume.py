@@ -16,7 +16,7 @@ from sprc.errors import InputError
 from sprc.files import absolute, file_digest
 from sprc.models.model_path import named_model
 from sprc.run_folder import RunFolder
-from sprc.scoring.benchmarks import benchmark_class
+from sprc.scoring.benchmarks import training_benchmark
 from sprc.training.state import saved_progress
 
 PATHS = ("data_path", "models_path", "model_path", "extra_triplets", "feature_cache", "vocab")
@@ -177,7 +177,7 @@ def check_cache(own: dict[str, Any], flags: dict[str, Any]) -> None:
 def check_epochs(own: dict[str, Any], flags: dict[str, Any]) -> None:
     """Raise :class:`InputError` if ``--num-epochs`` would change the schedule, or was passed already."""
     before, now = own["num_epochs"], flags["num_epochs"]
-    benchmark = benchmark_class(own["dataset"])
+    benchmark = training_benchmark(own["dataset"])
     if benchmark.schedule_span(before) != benchmark.schedule_span(now):
         raise InputError(
             f"--num-epochs {now}: {flags['resume']} was started with --num-epochs {before}, and "

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sprc.config import AMP, CONTRASTS, FUSION, GALLERY_DTYPES, RERANKER, ModelConfig
-from sprc.data import NOISE_KINDS
+from sprc.data import NOISE_KINDS, TRAINED_ON_METAVAR
 from sprc.errors import InputError
 from sprc.scoring.settings import (
     LARGEST_BATCH,
@@ -239,7 +239,8 @@ class TrainingSettings(
 ):
     """All that a run is started with; further the switches of the model, see :func:`training_parser`."""
 
-    dataset: str = like(DatasetSettings, "dataset", None)  # not needed with --resume: the run knows it
+    # Not needed with --resume: the run knows it.
+    dataset: str = like(DatasetSettings, "dataset", None, metavar=TRAINED_ON_METAVAR)
     resume: Path | None = setting(
         None,
         metavar="RUN_FOLDER",

@@ -11,7 +11,7 @@ from sprc.data.images import Loader
 from sprc.data.noise import make_wrong
 from sprc.data.split import Split, Triplet, images_of, triplets_of
 from sprc.errors import InputError
-from sprc.scoring.benchmarks import benchmark_class
+from sprc.scoring.benchmarks import training_benchmark
 from sprc.training.settings import TrainingSettings
 
 
@@ -48,7 +48,7 @@ def read_triplets(settings: TrainingSettings, splits: Iterable[Split]) -> Traini
     extra: list[Triplet] = []
     if settings.extra_triplets is not None:
         missing = {name for split in splits for name in split.left_out.images}
-        keys = benchmark_class(settings.dataset).extra_keys
+        keys = training_benchmark(settings.dataset).extra_keys
         extra = load_extra(settings.extra_triplets, keys, known, missing)
         if not (count := per_epoch(len(extra), settings.extra_weight)):
             raise InputError(

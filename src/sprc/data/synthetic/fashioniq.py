@@ -90,6 +90,11 @@ def write_captions(edit: Edit, reference: Scene, rng: random.Random) -> list[str
     templates = rng.sample(STATEMENTS[edit.kind], 2)
     if rng.random() < 0.25:
         templates[rng.randrange(2)] = rng.choice(HINTS[edit.kind])
+    return [fill_statement(one, edit, reference, rng) + rng.choice(("", "", ".")) for one in templates]
+
+
+def fill_statement(template: str, edit: Edit, reference: Scene, rng: random.Random) -> str:
+    """Fill in a template of ``STATEMENTS`` or ``HINTS``; phrases fit one object of ``reference``."""
     thing = edit.after or edit.before
     assert thing is not None  # one of the two is there
     words = {"color": thing.color, "shape": thing.shape, "size": thing.size}
@@ -97,12 +102,9 @@ def write_captions(edit: Edit, reference: Scene, rng: random.Random) -> list[str
     words |= {"place": f"in the {cell_name(thing.cell)}"}
     if edit.kind in ("color", "shape", "size"):
         words |= {"old": getattr(edit.before, edit.kind), "new": getattr(edit.after, edit.kind)}
-    captions = []
-    for template in templates:
-        if edit.before:
-            words["it"] = object_phrase(edit.before, reference, rng)
-        captions.append(template.format(**words) + rng.choice(("", "", ".")))
-    return captions
+    if edit.before:
+        words["it"] = object_phrase(edit.before, reference, rng)
+    return template.format(**words)
 
 
 def make_fashioniq(out: Path, config: FashionIQConfig) -> None:
