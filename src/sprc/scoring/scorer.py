@@ -91,6 +91,16 @@ class Scorer:
         size = self.checkpoint.model.config.image_size
         return make_transform(self.settings["transform"], size, self.settings["target_ratio"])
 
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How many images are read at once, and by how many processes."""
+        return {name: self.settings[name] for name in ("batch_size", "num_workers")}
+
+    @property
+    def gallery(self) -> dict[str, Any]:
+        """How a gallery's features are kept."""
+        return {name: self.settings[name] for name in ("save_memory", "gallery_dtype")}
+
     def memory_explained(self) -> AbstractContextManager[None]:
         """The context in which this scores; see :func:`sprc.models.device.memory_explained`."""
         settings = self.settings
@@ -119,20 +129,18 @@ class Scorer:
         Several ranks share the work, and all get the whole result. Raises :class:`InputError`, see
         :func:`sprc.models.reranker.load_reranker`.
         """
-        first, settings = self.checkpoint.model, self.settings
+        first = self.checkpoint.model
         reranker, top = None, RERANK_TOP
         if second is not None and second.rerank is not None:
             reranker = load_reranker(second.rerank, first, any_first_stage=second.rerank_any)
             place(reranker, first.device)
             top = second.top_again
         load = self.loader(splits)
-        reading = {name: settings[name] for name in ("batch_size", "num_workers")}
-        encoding = reading | {name: settings[name] for name in ("save_memory", "gallery_dtype")}
         with self.memory_explained():
-            prompts = reranker is not None
-            encoded = [encode_split(first, one, load, **encoding, with_prompts=prompts) for one in splits]
+            gallery = self.gallery | {"with_prompts": reranker is not None}
+            encoded = [encode_split(first, one, load, **self.reading, **gallery) for one in splits]
             matches = None
             if reranker is not None:
                 parts = zip(splits, encoded, strict=True)
-                matches = [match_split(reranker, *part, load, top=top, **reading) for part in parts]
+                matches = [match_split(reranker, *part, load, top=top, **self.reading) for part in parts]
         return Stages(splits, encoded, matches, first.temp.item())

@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any, Self
 
 from sprc.config import BACKBONES, CACHE_DTYPES, GALLERY_DTYPES, MODEL_SWITCHES
-from sprc.data import DATASETS, DATASETS_METAVAR, MISSING_IMAGES, PROTOCOLS, TRANSFORMS
+from sprc.data import (
+    DATASETS,
+    DATASETS_METAVAR,
+    MISSING_IMAGES,
+    PICTURE_PERTURBATIONS,
+    PROTOCOLS,
+    TEXT_PERTURBATIONS,
+    TRANSFORMS,
+)
 from sprc.errors import InputError
 from sprc.settings import ROOT, like, setting
 
@@ -230,6 +238,21 @@ class ValidationSettings(RerankSettings, ScoringSettings, ProtocolSettings, Data
     )
     save_ranks: Path | None = setting(None, metavar="FILE", help="CSV: the rank of each target, from 0")
     save_rankings: Path | None = setting(None, metavar="FILE", help="JSON: each query's top 50")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RobustnessSettings(ScoringSettings, ProtocolSettings, DatasetSettings):
+    """Of ``check_robustness.py``."""
+
+    split: str = like(ValidationSettings, "split")
+    perturbations: Sequence[str] = setting(
+        (*TEXT_PERTURBATIONS, *PICTURE_PERTURBATIONS),
+        choices=(*TEXT_PERTURBATIONS, *PICTURE_PERTURBATIONS),
+        metavar="NAME",
+        help=f"some of {', '.join((*TEXT_PERTURBATIONS, *PICTURE_PERTURBATIONS))}; default: all",
+    )
+    seed: int = setting(0, help="of what is drawn for each query; default: %(default)s")
+    out: Path | None = setting(None, metavar="FOLDER", help="default: robustness beside the checkpoint")
 
 
 @dataclass(frozen=True, kw_only=True)
