@@ -87,12 +87,12 @@ def plot(rows: "list[Row]", benchmark: Benchmark, path: Path) -> None:
             axis.plot([low, high], [place, place], color="black", linewidth=1)
     axis.axvline(base, color=RIGHT, linewidth=1.5, label=f"clean {base:.1f}")
     axis.set_yticks(range(len(others)), [f"{row.change} {row.told}".strip() for row in others], fontsize=8)
-    axis.invert_yaxis()
+    axis.set_ylim(len(others) - 0.4, -0.6)
     axis.set_xlim(left=0)
     axis.set_xlabel(f"{benchmark.headline}, percent")
     for group, color in COLORS.items():
         if any(row.group == group for row in others):
             axis.barh(0, 0, color=color, alpha=0.8, label=GROUPS[group])
-    axis.legend(fontsize=8, loc="lower right")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=4)
     axis.grid(visible=True, axis="x")
     save_figure(figure, path)
