@@ -4,10 +4,9 @@ The gallery stays as it is: what people search does not change because they mist
 one perturbation at one level, scored on all queries and compared with the clean queries one by one.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -42,34 +41,13 @@ from sprc.scoring.encoding import (
 from sprc.scoring.feature_cache import pixel_bytes
 from sprc.scoring.ranking import Ranking, score_blocks
 from sprc.scoring.recall import rank_modalities, rank_split
+from sprc.scoring.robustness_report import Row, write_report
 from sprc.scoring.scorer import Scorer
 from sprc.scoring.settings import RobustnessSettings
 
 CLEAN, HALVES = "clean", ("text only", "image only")
 RESAMPLES = 2000
 EITHER = "either half"  # each query by the half that ranks its target better
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the report: what was changed, the metrics in percent, and the difference to clean.
-
-    The difference is of the benchmark's headline metric, with its 95 % bootstrap interval over queries; None
-    of the clean queries.
-    """
-
-    group: str  # "query", "text" or "picture"
-    change: str
-    level: float
-    told: str  # the level in words
-    metrics: Mapping[str, float | str]
-    difference: tuple[float, float, float] | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """The row of the CSV file."""
-        names = ("difference", "difference_low", "difference_high")
-        found = dict(zip(names, self.difference or (None,) * 3, strict=True))
-        return {"group": self.group, "change": self.change, "level": self.told, **self.metrics, **found}
 
 
 def run_robustness(settings: RobustnessSettings) -> list[Row]:
@@ -94,8 +72,6 @@ def run_robustness(settings: RobustnessSettings) -> list[Row]:
     from_main(lambda: make_folder(out))
     with scorer.memory_explained():
         rows = measure(scorer, benchmark, settings.perturbations, settings.seed)
-    from sprc.scoring.robustness_report import write_report
-
     from_main(lambda: write_report(out, rows, benchmark, scorer.checkpoint, settings))
     return rows
 

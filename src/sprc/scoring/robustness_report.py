@@ -1,7 +1,9 @@
 """The robustness report as files: a table as CSV and in Markdown, and a plot against clean."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from sprc.data.missing import left_out_text
 from sprc.figures import RIGHT, plt, save_figure
@@ -11,17 +13,36 @@ from sprc.scoring.benchmarks import Benchmark
 from sprc.scoring.settings import RobustnessSettings
 from sprc.tables import markdown_table, metric_label
 
-if TYPE_CHECKING:
-    from sprc.scoring.robustness import Row
-
 STEM = "robustness"
 GROUPS = {"query": "Of the query", "text": "The text changed", "picture": "The reference picture changed"}
 COLORS = {"query": "#555555", "text": "#1f77b4", "picture": "#ff7f0e"}
 
 
+@dataclass(frozen=True)
+class Row:
+    """A line of the report: what was changed, the metrics in percent, and the difference to clean.
+
+    The difference is of the benchmark's headline metric, with its 95 % bootstrap interval over queries; None
+    of the clean queries.
+    """
+
+    group: str  # "query", "text" or "picture"
+    change: str
+    level: float
+    told: str  # the level in words
+    metrics: Mapping[str, float | str]
+    difference: tuple[float, float, float] | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The row of the CSV file."""
+        names = ("difference", "difference_low", "difference_high")
+        found = dict(zip(names, self.difference or (None,) * 3, strict=True))
+        return {"group": self.group, "change": self.change, "level": self.told, **self.metrics, **found}
+
+
 def write_report(
     out: Path,
-    rows: "list[Row]",
+    rows: list[Row],
     benchmark: Benchmark,
     checkpoint: Checkpoint,
     settings: RobustnessSettings,
@@ -49,7 +70,7 @@ def title(benchmark: Benchmark, checkpoint: Checkpoint, settings: RobustnessSett
     )
 
 
-def markdown(rows: "list[Row]", benchmark: Benchmark, heading: str) -> str:
+def markdown(rows: list[Row], benchmark: Benchmark, heading: str) -> str:
     """The table in Markdown under its heading."""
     names = shown_metrics(benchmark)
     header = ["change", "level", *map(metric_label, names), "difference (95 %)"]
@@ -74,7 +95,7 @@ def in_words(difference: tuple[float, float, float] | None) -> str:
     return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def plot(rows: "list[Row]", benchmark: Benchmark, path: Path) -> None:
+def plot(rows: list[Row], benchmark: Benchmark, path: Path) -> None:
     """Draw each row's headline metric as a bar, with the difference's interval, and clean as a line."""
     clean, *others = rows
     figure, axis = plt.subplots(figsize=(8, 1.2 + 0.24 * len(others)), layout="constrained")
