@@ -25,6 +25,7 @@ def main() -> None:
         queries=settings.queries,
         seed=settings.seed,
         device=settings.device,
+        report_to=settings.report_to,
     )
 
 

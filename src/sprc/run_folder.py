@@ -98,6 +98,16 @@ class RunFolder(os.PathLike[str]):
         return self.path / "tensorboard"
 
     @property
+    def mlflow(self) -> Path:
+        """The folder of MLflow's files, where the environment names no other place; wandb's is `wandb`."""
+        return self.path / "mlruns"
+
+    @property
+    def trackers(self) -> Path:
+        """JSON: by what wandb and MLflow know the run."""
+        return self.path / "trackers.json"
+
+    @property
     def curves(self) -> Path:
         """PNG: losses and recall over epochs."""
         return self.path / "curves.png"

@@ -24,7 +24,7 @@ from helpers.runner import ROOT, read_csv, run
 
 import sprc.ablation.run
 from sprc.ablation.kinds import table_by_kind, with_kinds
-from sprc.ablation.report import CellResult, paired_bootstrap, report_ablation, table
+from sprc.ablation.report import CellResult, report_ablation, table
 from sprc.ablation.run import AblationConfig, Cell, run_cells
 from sprc.data.captions import process_caption
 from sprc.data.cirr import load_cirr_test
@@ -34,6 +34,7 @@ from sprc.errors import InputError, Interrupted
 from sprc.models.checkpoint import load_checkpoint
 from sprc.models.gated_fusion import FUSION_STRATEGIES
 from sprc.scoring.benchmarks import FashionIQ
+from sprc.scoring.bootstrap import paired_bootstrap
 
 FLAGS = ("--dataset", "CIRR")
 EVERYTHING = {

@@ -15,7 +15,13 @@ ROOT = Path(__file__).resolve().parents[2]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Those with two threads of their own would wait for each other for minutes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = {
+    **os.environ,
+    "HF_HUB_OFFLINE": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "WANDB_MODE": "offline",
+    "WANDB_ERROR_REPORTING": "false",
+}
 
 # Importing torch takes longer than most scripts then run. So their processes are forked from one that has
 # imported what is not ours, and has done nothing else.

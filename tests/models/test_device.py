@@ -85,6 +85,7 @@ def test_the_line_of_a_cpu_and_of_several_ranks(monkeypatch):
 SCRIPTS = {
     "blip_fine_tune_2.py": ("--dataset", "CIRR", "--data-path", "nowhere"),
     "blip_validate.py": ("--dataset", "CIRR", "--model-path", "nothing.pt"),
+    "check_robustness.py": ("--dataset", "CIRR", "--model-path", "nothing.pt", "--data-path", "nowhere"),
     "cirr_test_submission.py": ("--model-path", "nothing.pt", "--data-path", "nowhere"),
     "extract_features.py": ("--dataset", "CIRR", "--feature-cache", "cache", "--data-path", "nowhere"),
     "visualize_gates.py": ("--dataset", "CIRR", "--model-path", "nothing.pt", "--data-path", "nowhere"),

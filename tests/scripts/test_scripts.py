@@ -86,8 +86,11 @@ def test_fusion_off_trains_plain_sprc(data, tmp_path):
     assert list(row) == ["epoch", "train_loss", "loss_itc", "loss_rtc", "loss_align"]
     contents = torch.load(folder / "saved_models" / "tuned_clip_arithmetic.pt", weights_only=True)
     assert not [key for key in contents["Blip2QformerCirAlignPrompt"] if "fusion" in key]
-    run("report_run.py", folder, "--queries", 2)  # a sheet without maps
+    run("report_run.py", folder, "--queries", 2, "--report-to", "tensorboard")  # a sheet without maps
     assert (folder / "gate_maps.png").exists()
+    (events,) = (folder / "tensorboard").iterdir()
+    for name in ("curves", "gate_maps", "recall_table", "recall_by_kind"):
+        assert f"report/{name}".encode() in events.read_bytes()
 
 
 @pytest.mark.parametrize(

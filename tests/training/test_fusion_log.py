@@ -1,15 +1,20 @@
 """What is logged of the fusion while it trains: against formulas, by the script, after a resume."""
 
+import json
 import math
+import re
 
 import pytest
 import torch
-from helpers.runner import assert_one_clear_line, read_csv, train
+from helpers.runner import ENVIRONMENT, assert_one_clear_line, read_csv, train
 from helpers.small_models import CAPTIONS, random_images, randomise, small_config
+from helpers.tracked import mlflow_metric, mlflow_runs, wandb_config, wandb_history
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.training.fusion_log import FusionLog
+
+SECRET = "0123456789abcdef0123456789abcdef01234567"
 
 
 def build(tokenizer, **changes):
@@ -108,8 +113,8 @@ def test_a_saturated_gate_and_a_missing_gradient_are_warned_of_once(tokenizer, t
 def test_a_step_that_the_scaler_skips_has_no_gradient_to_tell_and_no_warning(tokenizer, tmp_path, capsys):
     """float16's scaler finds its scale by steps that overflow; here it starts where float32 overflows."""
     model = build(tokenizer)
-    scalars = Scalars()
-    log = FusionLog(model.gated_fusion, tmp_path, every=1, scalars=scalars)
+    told = Told()
+    log = FusionLog(model.gated_fusion, tmp_path, every=1, trackers=told)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=10**6)
     samples = {"image": random_images(3, model.config, 1), "target": random_images(3, model.config, 2)}
@@ -128,20 +133,21 @@ def test_a_step_that_the_scaler_skips_has_no_gradient_to_tell_and_no_warning(tok
     assert rows[0]["gradient_norm"] == rows[0]["gradient_norm_gate_mlp"] == ""
     assert float(rows[0]["gate_mean"]) > 0
     assert float(rows[-1]["gradient_norm"]) > 0
-    found = [step for name, step in scalars.added if name == "fusion/gradient_norm"]
+    found = [step for step, values in told.rows if "gradient_norm" in values]
     assert found == [step for step, row in enumerate(rows) if row["gradient_norm"]] != []
     assert "warning" not in capsys.readouterr().err
 
 
-class Scalars:
-    """Keeps what a TensorBoard writer is given; infinity and what is no number would be drawn there."""
+class Told:
+    """Keeps what trackers are told; infinity and what is no number would be drawn there."""
 
     def __init__(self):
-        self.added = []
+        self.rows = []
 
-    def add_scalar(self, name, value, step):
-        assert math.isfinite(value)
-        self.added.append((name, step))
+    def log(self, group, values, *, step):
+        assert group == "fusion"
+        assert all(map(math.isfinite, values.values()))
+        self.rows.append((step, values))
 
 
 def test_a_healthy_module_and_validation_say_nothing(tokenizer, tmp_path, capsys):
@@ -172,18 +178,37 @@ def test_a_resumed_run_writes_the_rows_from_its_step_anew(tokenizer, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_script_logs_and_its_flags_reach_the_module(data, tmp_path):
+def test_the_script_logs_and_its_flags_reach_the_module(data, tmp_path, monkeypatch):
     flags = ("--log-fusion-every", 4, "--fusion-lr", 1e-2, "--fusion-text", "contextual", "--tensorboard")
-    run_folder, _, _ = train(data, tmp_path, *flags)
+    monkeypatch.setitem(ENVIRONMENT, "WANDB_API_KEY", SECRET)
+    run_folder, _, _ = train(data, tmp_path, *flags, "--report-to", "wandb", "mlflow")
     rows = read_csv(run_folder / "fusion_metrics.csv")
+    assert_other_trackers_have(run_folder, "fusion", "step", rows)
     assert_tensorboard_has(run_folder, "fusion", "step", rows)
     for name in ("train_metrics", "validation_metrics"):
         assert_tensorboard_has(run_folder, name, "epoch", read_csv(run_folder / f"{name}.csv"))
+        assert_other_trackers_have(run_folder, name, "epoch", read_csv(run_folder / f"{name}.csv"))
+    settings = json.loads((run_folder / "training_hyperparameters.json").read_text())
+    assert (settings["report_to"], settings["tensorboard"]) == (["wandb", "mlflow"], True)
+    assert wandb_config(run_folder / "wandb") == settings
+    (run,) = mlflow_runs(run_folder / "mlruns")
+    assert json.loads((run / "artifacts/settings.json").read_text()) == settings
+    files = [path for path in run_folder.rglob("*") if path.is_file()]
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
     assert [row["step"] for row in rows] == ["0", "4", "8"]
     assert all(float(row["gradient_norm"]) > 0 for row in rows)
     slow, _, _ = train(data, tmp_path / "slow", "--log-fusion-every", 4, "--fusion-text", "contextual")
     moves = [abs(float(found[-1]["alpha"]) - 0.5) for found in (rows, read_csv(slow / "fusion_metrics.csv"))]
     assert moves[0] > 3 * moves[1] > 0
+
+
+def assert_other_trackers_have(run_folder, group, key, rows):
+    """So do the files of wandb's offline run and MLflow's store, read by hand."""
+    (run,) = mlflow_runs(run_folder / "mlruns")
+    for name in set(rows[0]) - {key}:
+        expected = {int(row[key]): pytest.approx(float(row[name]), rel=1e-12) for row in rows}
+        assert wandb_history(run_folder / "wandb", f"{group}/{name}", key) == expected
+        assert mlflow_metric(run, re.sub("[()@+]", "_", f"{group}/{name}")) == expected
 
 
 def assert_tensorboard_has(run_folder, group, key, rows):

@@ -73,8 +73,17 @@ def test_a_finished_run_that_was_moved_goes_on_with_more_epochs_and_moved_data(
 
 def test_an_earlier_version_s_run_goes_on_with_gradient_caching(finished, three_epochs):
     later = ("digests", "grad_cache", "fusion_text", "fusion_lr", "log_fusion_every", "tensorboard")
-    later += ("timeout", "ranks", "feature_cache", "cache_dtype", "amp", "compile", "model_config")
-    later += ("fusion_width", "fusion_top_k", "extra_triplets", "extra_weight")
+    later += (
+        "report_to",
+        "timeout",
+        "ranks",
+        "feature_cache",
+        "cache_dtype",
+        "amp",
+        "compile",
+        "model_config",
+    )
+    later += ("fusion_width", "fusion_top_k", "extra_triplets", "extra_weight", "report_to")
     known = {name: value for name, value in written(finished).items() if name not in later}
     (finished / HYPERPARAMETERS).write_text(json.dumps(known))
     stdout, _ = run(
@@ -196,9 +205,11 @@ def test_what_does_not_change_the_result_is_honoured_and_told(finished, resumed)
         finished,
         *("--num-workers", 1, "--timeout", 7, "--save-memory", "--checkpoint-every", 5, "--grad-cache", 4),
         *("--log-fusion-every", 0, "--tensorboard", "--num-epochs", 80, "--device", "meta"),
+        *("--report-to", "wandb", "mlflow"),
         *("--feature-cache", "x", "--cache-dtype", "float32"),
     )
-    assert len(differing) == 11
+    assert len(differing) == 12
+    assert "--report-to wandb mlflow (was [])" in differing
     assert "--num-workers 1 (was 0)" in differing
     assert (flags["timeout"], flags["save_memory"], flags["device"]) == (7, True, "meta")
     change(finished, feature_cache="/old", grad_cache=4, save_memory=True, timeout=9)

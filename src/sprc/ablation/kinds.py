@@ -9,11 +9,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from sprc.ablation.text import metric_label, spread_figure
+from sprc.ablation.text import spread_figure
 from sprc.data.edits import read_kinds
 from sprc.scoring.benchmarks import Benchmark
 from sprc.scoring.kinds import recall_by_kind
 from sprc.scoring.ranking import Ranking
+from sprc.tables import metric_label
 
 KIND = "kind"  # the column that a cell's ranks get
 

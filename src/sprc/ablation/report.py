@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,15 +19,16 @@ from sprc.ablation.grid import SWITCHES, Cell
 from sprc.ablation.kinds import as_ranking, shown_by_kind, table_by_kind, with_kinds
 from sprc.ablation.power import EFFECT, least_seen, seeds_needed, spread
 from sprc.ablation.run import find_run, split_to_score
-from sprc.ablation.text import figure, latex_table, markdown_table, metric_label, spread_figure
+from sprc.ablation.text import figure, latex_table, spread_figure
 from sprc.errors import InputError
 from sprc.figures import plt, save_figure
 from sprc.files import write_atomically, write_csv
 from sprc.models.checkpoint import FUSION, STATE
 from sprc.models.switches import SWITCHES as STATE_SWITCHES
 from sprc.scoring.benchmarks import TrainingBenchmark, training_benchmark
+from sprc.scoring.bootstrap import Difference, paired_bootstrap
+from sprc.tables import markdown_table, metric_label
 
-RESAMPLES = 10_000
 LEFT_OUT = ("missing_images", "dropped_triplets")  # columns of validation_metrics.csv
 
 
@@ -216,15 +217,6 @@ def epochs_to_reach(one: CellResult, baseline: CellResult) -> int | None:
     return int(reached[0]) + 1 if len(reached) else None
 
 
-class Difference(NamedTuple):
-    """A mean paired difference in percentage points, its bootstrap interval, and a two-sided p-value."""
-
-    difference: float
-    low: float
-    high: float
-    p: float
-
-
 def compare(pairs: list[tuple[CellResult, CellResult]]) -> Difference:
     """Test the headline metric of cells against that of others with the same seeds, query by query.
 
@@ -242,54 +234,6 @@ def compare(pairs: list[tuple[CellResult, CellResult]]) -> Difference:
     column = benchmark.part_column
     parts = np.zeros(len(first), int) if column is None else pd.factorize(first[column])[0]
     return paired_bootstrap(np.stack(differences), parts)
-
-
-def paired_bootstrap(
-    differences: np.ndarray,
-    strata: np.ndarray,
-    *,
-    resamples: int = RESAMPLES,
-    level: float = 0.95,
-    seed: int = 0,
-) -> Difference:
-    """Bootstrap a mean paired difference over seeds and queries, both taken as drawn at random.
-
-    With d[s, q] the score of query q under one variant minus that under another, both of seed s, the
-    statistic is the mean of d over seeds and queries: over a stratum's queries first, then over the strata. A
-    resample draws S seeds and, within each stratum, as many queries as it has, with replacement and
-    independently of each other; every drawn seed meets every drawn query (the pigeonhole bootstrap, Owen
-    2007, The Annals of Applied Statistics 1(2)). The interval is between percentiles. p is twice the smaller
-    share of resamples on either side of zero, those at zero on both, with one added to share and total. With
-    few seeds their spread is known badly: read the interval as a lower limit of the uncertainty.
-
-    Args:
-        differences: d, (S, Q).
-        strata: (Q,) from 0: FashionIQ's types; all 0 where a benchmark has one gallery.
-        resamples: how many.
-        level: of the interval.
-        seed: of the draws.
-    """
-    rng = np.random.default_rng(seed)
-    num_seeds, num_queries = differences.shape
-    groups = [np.flatnonzero(strata == stratum) for stratum in np.unique(strata)]
-    means = np.empty(resamples)
-    block = max(1, 2_000_000 // num_queries)  # bounds the memory
-    for begin in range(0, resamples, block):
-        count = min(block, resamples - begin)
-        seed_counts = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=count)
-        over_seeds = seed_counts @ differences / num_seeds  # (count, Q)
-        total = np.zeros(count)
-        for group in groups:
-            counts = rng.multinomial(len(group), np.full(len(group), 1 / len(group)), size=count)
-            total += (over_seeds[:, group] * counts).sum(axis=1) / len(group)
-        means[begin : begin + count] = total / len(groups)
-    observed = fmean(differences[:, group].mean() for group in groups)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    # Sums in another order may miss zero by a rounding error.
-    near = 1e-9
-    sides = [(means <= near).sum(), (means >= -near).sum()]
-    p = min(1.0, 2 * (1 + min(sides)) / (1 + resamples))
-    return Difference(float(observed), float(low), float(high), float(p))
 
 
 def caption(results: list[CellResult], baseline: str) -> str:

@@ -1,6 +1,4 @@
-"""The ablation's tables as text: rows of cells, the first of them the header, in Markdown and in LaTeX."""
-
-import re
+"""The ablation's tables as text: figures, and rows of cells, the first of them the header, in LaTeX."""
 
 LATEX_SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 LATEX_SPECIAL |= {character: f"\\{character}" for character in "&%$#_{}"}
@@ -14,21 +12,6 @@ def figure(value: float | None, form: str) -> str:
 def spread_figure(mean: float | None, std: float | None, pm: str) -> str:
     """Mean and standard deviation; ``pm`` is plus-minus."""
     return figure(mean, ".1f") + ("" if std is None else f" {pm} {std:.1f}")
-
-
-def metric_label(name: str) -> str:
-    """`group_recall_at1` as R_s@1, `dress_recall_at10` as dress R@10; other names as they are."""
-    found = re.fullmatch(r"(.*?)_?recall_at(\d+)", name)
-    if not found:
-        return name
-    prefix, k = found.groups()
-    return f"R_s@{k}" if prefix == "group" else f"{prefix} R@{k}".strip()
-
-
-def markdown_table(rows_of_text: list[list[str]]) -> list[str]:
-    """The lines of a table in Markdown."""
-    header, *body = [f"| {' | '.join(cells)} |" for cells in rows_of_text]
-    return [header, "|---" * len(rows_of_text[0]) + "|", *body]
 
 
 def latex_text(text: str) -> str:

@@ -15,3 +15,9 @@ CIRCO_QUERIES = ("caption", "concept")
 MISSING_IMAGES = ("error", "skip")
 # What --noise-ratio changes of a triplet; see sprc.data.noise.
 NOISE_KINDS = ("target", "mix")
+# What a robustness report changes of a query; see sprc.data.perturbations.
+TEXT_PERTURBATIONS = (
+    *("typos", "swapped-words", "dropped-words"),
+    *("lower-case", "upper-case", "no-punctuation", "stops", "commas"),
+)
+PICTURE_PERTURBATIONS = ("blur", "noise", "cut-out", "jpeg", "small", "rotated")

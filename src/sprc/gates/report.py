@@ -1,7 +1,9 @@
 """Look at a finished run: loss and recall curves, a sheet of gate maps, and the table of recall."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -18,6 +20,8 @@ from sprc.scoring.benchmarks import CIRR
 from sprc.scoring.kinds import recall_by_kind
 from sprc.scoring.recall import rank_modalities
 from sprc.scoring.scorer import Scorer
+from sprc.training.settings import TrackerSettings
+from sprc.training.trackers import Trackers, require_trackers, trackers_of
 
 COMPOSED = "reference and text"  # the whole query among the three of rank_modalities
 BY_KIND = ("recall_at1", "recall_at5", "group_recall_at1")
@@ -30,17 +34,21 @@ def report_run(
     queries: int = 8,
     seed: int = 0,
     device: str | None = None,
+    report_to: Sequence[str] | None = None,
 ) -> None:
     """Write `curves.png`, `gate_maps.png` and `recall_table.csv` into a run's folder; print the table.
 
     Where the data tell the kinds of their edits, as the built-in ones do, `recall_by_kind.csv` as well.
-    ``data_path`` is where the data are now; None takes the place where they were in training.
+    ``data_path`` is where the data are now; None takes the place where they were in training. All of it goes
+    to the run in ``report_to``, trackers' names; None takes those that its training told.
     Raises :class:`InputError` if ``queries`` is below 1, the run has no CSV files or no checkpoint, its data
     is gone, or a file of edits is broken or of other triplets.
     """
     if queries < 1:
         raise InputError(f"--queries {queries}: give a whole number of at least 1")
-    run_folder, on = RunFolder(path), start_device(device)
+    run_folder = RunFolder(path)
+    trackers = choose_trackers(run_folder, report_to)
+    on = start_device(device)
     plot_curves(run_folder)
     checkpoint_file = run_folder.checkpoint(CIRR.checkpoint)
     if not checkpoint_file.exists():
@@ -75,6 +83,21 @@ def report_run(
         print(shown(table))
     if split.left_out.images:
         print(describe(split))
+    with Trackers.open(trackers, run_folder) as told_to:
+        for file in (run_folder.curves, run_folder.gate_maps, run_folder.recall_table):
+            told_to.add(file)
+        if edits is not None:
+            told_to.add(run_folder.recall_by_kind)
+
+
+def choose_trackers(run_folder: RunFolder, report_to: Sequence[str] | None) -> tuple[str, ...]:
+    """The trackers of ``report_to``, whose packages must be there; or for None those that the run names."""
+    if report_to is None:
+        return trackers_of(read_hyperparameters(run_folder))
+    settings = TrackerSettings(report_to=report_to)
+    settings.check_trackers()
+    require_trackers(settings.trackers)
+    return settings.trackers
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
@@ -94,11 +117,20 @@ def shown(table: pd.DataFrame) -> str:
 
 def trained_on(run_folder: RunFolder) -> Path:
     """Where the run's data were; its checkpoint, which travels, does not say it."""
-    try:
-        return Path(json.loads(run_folder.hyperparameters.read_text(encoding="utf-8"))["data_path"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    place = read_hyperparameters(run_folder).get("data_path")
+    if not isinstance(place, str):
         file = run_folder.hyperparameters
-        raise InputError(f"{file} does not say where the data are; give --data-path") from error
+        raise InputError(f"{file} does not say where the data are; give --data-path")
+    return Path(place)
+
+
+def read_hyperparameters(run_folder: RunFolder) -> dict[str, Any]:
+    """What the run's file says; a broken one says nothing."""
+    try:
+        found = json.loads(run_folder.hyperparameters.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    return found if isinstance(found, dict) else {}
 
 
 def plot_curves(run_folder: RunFolder) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from sprc.data import TYPES
 from sprc.scoring.settings import DatasetSettings, DeviceSettings, QuerySettings, ScoringSettings
-from sprc.settings import setting, text
+from sprc.settings import like, setting, text
+from sprc.training.settings import TrackerSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,3 +58,9 @@ class ReportSettings(DeviceSettings):
     data_path: Path | None = setting(None, help="where the data are, by default where they were")
     queries: int = setting(8, help="rows of the gate-map sheet; default: %(default)s")
     seed: int = setting(0, help="which queries the sheet shows; default: %(default)s")
+    report_to: Sequence[str] | None = like(
+        TrackerSettings,
+        "report_to",
+        None,
+        help="add figures and tables to the run in these trackers; default: its own",
+    )

@@ -17,6 +17,7 @@ from sprc.data.synthetic.dialogue import say, scenes_of
 from sprc.distributed import from_main
 from sprc.files import require_file_place, write_csv
 from sprc.models.device import start_device
+from sprc.models.model_path import with_files
 from sprc.scoring.benchmarks import CIRR
 from sprc.scoring.encoding import EncodedSplit
 from sprc.scoring.ranking import mean_query, recall, score_blocks, target_ranks, top_k
@@ -106,6 +107,7 @@ def run_dialogue(settings: DialogueSettings) -> list[dict[str, Any]]:
     device = start_device(settings.device)
     if settings.out is not None:
         require_file_place("--out", settings.out)
+    settings = with_files(settings)
     split_name = CIRR.split_name(settings.split)
     scenes = scenes_of(settings.data_path, split_name)
     benchmark = CIRR.load(settings.data_path, None, split_name, missing_images=settings.missing_images)

@@ -15,7 +15,7 @@ from sprc.data.datasets import ImageDataset, SteadyLoader, batches_of_rank
 from sprc.data.images import Loader
 from sprc.data.split import Split
 from sprc.distributed import sum_over_ranks, world_size
-from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
+from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt, Text
 from sprc.models.qformer import ImageKeys
 
 
@@ -177,6 +177,36 @@ def encode_batch(
     image_embeds = model.encode_image(images.to(model.device))
     keys = model.Qformer.bert.image_keys(image_embeds)
     vectors.gallery[image_indices] = model.target_features(keys).to(vectors.gallery)
+    for numbers, text, prompts in prompts_of_batch(
+        model, image_indices, image_embeds, keys, queries_of, batch_size
+    ):
+        if vectors.prompts is not None:
+            vectors.prompts[numbers] = prompts.to("cpu", torch.float16)
+        vectors.composed[numbers] = model.query_of(prompts, text).cpu()
+        vectors.text_only[numbers] = model.text_features(text).cpu()
+
+
+def prompts_of_batch(
+    model: Blip2QformerCirAlignPrompt,
+    image_indices: Tensor,
+    image_embeds: Tensor,
+    keys: ImageKeys,
+    queries_of: dict[int, list[Query]],
+    batch_size: int,
+) -> Iterator[tuple[list[int], Text, Tensor]]:
+    """The sentence prompts of the queries whose references are in a batch of images, some at once.
+
+    Args:
+        model: on its device.
+        image_indices: (B,) gallery indices.
+        image_embeds: (B, N, D) tokens.
+        keys: ``Qformer.bert.image_keys`` of them.
+        queries_of: from :func:`queries_by_reference`.
+        batch_size: queries at once; an image may be the reference of many.
+
+    Yields:
+        The queries' numbers, their texts, and the prompts (R, Q, C).
+    """
     pairs = [(row, query) for row, i in enumerate(image_indices.tolist()) for query in queries_of.get(i, ())]
     for start in range(0, len(pairs), batch_size):
         part = pairs[start : start + batch_size]
@@ -186,11 +216,7 @@ def encode_batch(
             reference: Tensor | ImageKeys = [pair and (pair[0][rows], pair[1][rows]) for pair in keys]
         else:
             reference = image_embeds[rows]
-        prompts = model.prompts_of(reference, text)
-        if vectors.prompts is not None:
-            vectors.prompts[numbers] = prompts.to("cpu", torch.float16)
-        vectors.composed[numbers] = model.query_of(prompts, text).cpu()
-        vectors.text_only[numbers] = model.text_features(text).cpu()
+        yield numbers, text, model.prompts_of(reference, text)
 
 
 def target_indices(split: Split, index: dict[str, int]) -> Tensor | None:

@@ -91,6 +91,16 @@ class Scorer:
         size = self.checkpoint.model.config.image_size
         return make_transform(self.settings["transform"], size, self.settings["target_ratio"])
 
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How many images are read at once, and by how many processes."""
+        return {name: self.settings[name] for name in ("batch_size", "num_workers")}
+
+    @property
+    def gallery(self) -> dict[str, Any]:
+        """How a gallery's features are kept."""
+        return {name: self.settings[name] for name in ("save_memory", "gallery_dtype")}
+
     def memory_explained(self) -> AbstractContextManager[None]:
         """The context in which this scores; see :func:`sprc.models.device.memory_explained`."""
         settings = self.settings
@@ -115,15 +125,7 @@ class Scorer:
 
     def encode_one(self, split: Split, load: Loader) -> EncodedSplit:
         """The vectors of a split whose images ``load``, of :meth:`loader`, reads."""
-        return encode_split(self.checkpoint.model, split, load, **self._encoding)
-
-    @property
-    def _reading(self) -> dict[str, Any]:
-        return {name: self.settings[name] for name in ("batch_size", "num_workers")}
-
-    @property
-    def _encoding(self) -> dict[str, Any]:
-        return self._reading | {name: self.settings[name] for name in ("save_memory", "gallery_dtype")}
+        return encode_split(self.checkpoint.model, split, load, **self.reading, **self.gallery)
 
     def stages(self, splits: list[Split], second: RerankSettings | None = None) -> Stages:
         """The splits as this model sees them, and as the re-ranker that ``second`` names does, if any.
@@ -139,12 +141,10 @@ class Scorer:
             top = second.top_again
         load = self.loader(splits)
         with self.memory_explained():
-            prompts = reranker is not None
-            encoded = [
-                encode_split(first, one, load, **self._encoding, with_prompts=prompts) for one in splits
-            ]
+            gallery = self.gallery | {"with_prompts": reranker is not None}
+            encoded = [encode_split(first, one, load, **self.reading, **gallery) for one in splits]
             matches = None
             if reranker is not None:
                 parts = zip(splits, encoded, strict=True)
-                matches = [match_split(reranker, *part, load, top=top, **self._reading) for part in parts]
+                matches = [match_split(reranker, *part, load, top=top, **self.reading) for part in parts]
         return Stages(splits, encoded, matches, first.temp.item())

@@ -6,7 +6,18 @@ from pathlib import Path
 from typing import Any, Self
 
 from sprc.config import BACKBONES, CACHE_DTYPES, GALLERY_DTYPES, MODEL_SWITCHES
-from sprc.data import CIRCO_QUERIES, DATASETS, DATASETS_METAVAR, MISSING_IMAGES, PROTOCOLS, TRANSFORMS
+from sprc.data import (
+    CIRCO_QUERIES,
+    DATASETS,
+    DATASETS_METAVAR,
+    MISSING_IMAGES,
+    PICTURE_PERTURBATIONS,
+    PROTOCOLS,
+    TEXT_PERTURBATIONS,
+    TRAINED_ON,
+    TRAINED_ON_METAVAR,
+    TRANSFORMS,
+)
 from sprc.errors import InputError
 from sprc.settings import ROOT, like, setting
 
@@ -247,6 +258,22 @@ class ValidationSettings(RerankSettings, ScoringSettings, QuerySettings, Dataset
     )
     save_ranks: Path | None = setting(None, metavar="FILE", help="CSV: the rank of each target, from 0")
     save_rankings: Path | None = setting(None, metavar="FILE", help="JSON: each query's top 50")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RobustnessSettings(ScoringSettings, ProtocolSettings, DatasetSettings):
+    """Of ``check_robustness.py``. A query's difference to its clean one is in recall: no mean precision."""
+
+    dataset: str = like(DatasetSettings, "dataset", choices=tuple(TRAINED_ON), metavar=TRAINED_ON_METAVAR)
+    split: str = like(ValidationSettings, "split")
+    perturbations: Sequence[str] = setting(
+        (*TEXT_PERTURBATIONS, *PICTURE_PERTURBATIONS),
+        choices=(*TEXT_PERTURBATIONS, *PICTURE_PERTURBATIONS),
+        metavar="NAME",
+        help=f"some of {', '.join((*TEXT_PERTURBATIONS, *PICTURE_PERTURBATIONS))}; default: all",
+    )
+    seed: int = setting(0, help="of what is drawn for each query; default: %(default)s")
+    out: Path | None = setting(None, metavar="FOLDER", help="default: robustness beside the checkpoint")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from sprc.config import MODEL_SWITCHES, ModelConfig, read_backbone
 from sprc.data.datasets import per_epoch
 from sprc.data.images import Loader
 from sprc.data.missing import names_left_out
-from sprc.distributed import from_main, rank, world_size
+from sprc.distributed import from_main, world_size
 from sprc.errors import InputError, Interrupted
 from sprc.files import write_csv, write_json
 from sprc.models.blip2_qformer import Blip2Qformer
@@ -62,6 +62,7 @@ from sprc.training.start import (
     require_first_stage,
     start,
 )
+from sprc.training.trackers import Trackers, require_trackers
 from sprc.training.triplets import TrainingTriplets, loss_weights, read_triplets
 
 
@@ -127,7 +128,7 @@ def fine_tune(defaults: dict[str, Any], given: dict[str, Any]) -> Path:
         Interrupted: a signal asked the run to stop; its state is saved.
     """
     settings, resumed = read_settings(defaults, given)
-    make_writer = tensorboard_writer() if settings.tensorboard else None  # on all ranks, so that all complain
+    require_trackers(settings.trackers)
     device = start_device(settings.device, settings.amp)
     settings = complete(settings, device)
     data, config = read_data(settings, device, resumed)
@@ -140,15 +141,16 @@ def fine_tune(defaults: dict[str, Any], given: dict[str, Any]) -> Path:
     folder = make_folder(settings, data, resumed)
     hyperparameters = {**describe_run(settings, data, model), **begin.told(settings), "digests": digests}
     hyperparameters["command"] = command_of(given) if resumed is None else resumed.flags.get("command")
-    scalars = make_writer(folder.tensorboard) if make_writer is not None and rank() == 0 else None
     task = make_task(settings, data, begin, load, folder)
     del begin  # a first stage is not needed any more
-    trainer = make_trainer(settings, config, model, task, folder, scalars)
+    trainer = make_trainer(settings, config, model, task, folder)
     if resumed is not None:
         go_on(trainer)
-    write_json(folder.hyperparameters, {**hyperparameters, "model_config": asdict(model.config)})
-    log_fusion(settings, trainer, scalars)
-    train(Run(settings, folder, data, model, task, trainer, hyperparameters))
+    written = {**hyperparameters, "model_config": asdict(model.config)}
+    write_json(folder.hyperparameters, written)
+    with Trackers.open(settings.trackers, folder, written) as trainer.trackers:
+        log_fusion(settings, trainer)
+        train(Run(settings, folder, data, model, task, trainer, hyperparameters))
     return folder.path
 
 
@@ -184,6 +186,7 @@ def read_settings(defaults: dict[str, Any], given: dict[str, Any]) -> tuple[Trai
     if resumed is None:
         settings.check_reranker()
     settings.check_triplets()
+    settings.check_trackers()
     settings.check()
     if settings.contrast == "complementary" and "bank" in settings.kinds:
         raise InputError(
@@ -301,13 +304,12 @@ def make_trainer(
     model: Blip2Qformer,
     task: Task,
     folder: RunFolder,
-    scalars: Any,
 ) -> Trainer:
     """The loop around the model, which it may have compiled."""
     if settings.compile:
         method = getattr(model, model.compiled)
         setattr(model, model.compiled, torch.compile(method, dynamic=True))
-    trainer = Trainer(model, task.items, config, folder, objective=task.objective, scalars=scalars)
+    trainer = Trainer(model, task.items, config, folder, objective=task.objective)
 
     def before_epoch(epoch: int, step: int) -> None:
         task.before_epoch(epoch, step, trainer.stop_if_asked)
@@ -316,14 +318,14 @@ def make_trainer(
     return trainer
 
 
-def log_fusion(settings: TrainingSettings, trainer: Trainer, scalars: Any) -> None:
+def log_fusion(settings: TrainingSettings, trainer: Trainer) -> None:
     """Have the loop write what the fusion does, if there is one and the user wants it."""
     progress, module = trainer.progress, getattr(trainer.model, "gated_fusion", None)
     if module is None or not any(one.requires_grad for one in module.parameters()):
         return
     if settings.log_fusion_every:
         step = progress.epoch * trainer.steps_per_epoch + progress.step
-        log = FusionLog(module, trainer.run_folder, settings.log_fusion_every, step, scalars)
+        log = FusionLog(module, trainer.run_folder, settings.log_fusion_every, step, trainer.trackers)
         trainer.after_backward = log.after_backward
 
 
@@ -434,12 +436,3 @@ def go_on(trainer: Trainer) -> None:
     print(f"resuming {trainer.run_folder} at epoch {progress.epoch}, step {progress.step}{note}", flush=True)
     if progress.epoch >= last:
         print(f"all of its {last} epochs are done; --num-epochs with more goes on", flush=True)
-
-
-def tensorboard_writer() -> Callable[[Path], Any]:
-    """TensorBoard's class of writers; :class:`InputError` where TensorBoard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise InputError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
-    return SummaryWriter

@@ -8,7 +8,7 @@ import csv
 import math
 import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from sprc.distributed import of_all_ranks, rank
 from sprc.files import append_csv, write_csv
 from sprc.models.gated_fusion import FusionOutput
 from sprc.run_folder import RunFolder
+from sprc.training.trackers import Trackers
 
 # A value of the gate this near to 0 or 1 has hardly a gradient left; a gate of them has stopped to choose.
 NEAR = 0.05
@@ -39,7 +40,7 @@ class FusionLog:
         run_folder: where the file goes.
         every: steps between rows.
         step: the run's next step, above 0 for a resumed run; rows from there on are written anew.
-        scalars: a TensorBoard ``SummaryWriter``, or None.
+        trackers: are told the numbers of each row, if there are any.
     """
 
     def __init__(
@@ -48,11 +49,11 @@ class FusionLog:
         run_folder: RunFolder | Path,
         every: int,
         step: int = 0,
-        scalars: Any = None,
+        trackers: Trackers | None = None,
     ) -> None:
         self.module, self.every, self.step = module, every, step
         self.file = RunFolder(run_folder).fusion_metrics
-        self.scalars = scalars
+        self.trackers = trackers or Trackers()
         self.parts: list[tuple[int, dict[str, Tensor]]] = []  # samples seen at once, and what was seen
         self.warned: set[str] = set()
         if self.file.exists() and rank() == 0:
@@ -108,10 +109,8 @@ class FusionLog:
             means = [value if math.isfinite(value) else None for value in means]
             values = dict(zip(row, means, strict=True))
             append_csv(self.file, {"step": self.step, **values})
-            if self.scalars is not None:
-                for name, value in values.items():
-                    if value is not None:
-                        self.scalars.add_scalar(f"fusion/{name}", value, self.step)
+            numbers = {name: value for name, value in values.items() if value is not None}
+            self.trackers.log("fusion", numbers, step=self.step)
             if rank() == 0:
                 self.warn(values)
             self.parts = []

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +32,7 @@ from sprc.run_folder import RunFolder
 from sprc.training.grad_cache import Embedder, GradCache
 from sprc.training.optimisation import TrainingConfig, make_optimizer, make_schedule
 from sprc.training.state import Progress, RunState
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from sprc.training.trackers import Trackers
 
 
 class EpochItems(Protocol):
@@ -79,6 +77,8 @@ class EpochOrder(Sampler[int]):
 class Trainer:
     """A model, what trains it, and the state that a resumed run needs.
 
+    ``trackers``, none at first, are given what the CSV files are given, and the learning rates.
+
     Args:
         model: on its device; ``model(batch)`` gives a dict of scalar losses, and ``model.diagnostics`` a dict
             of scalars to log beside them. For gradient caching see :class:`GradCache`.
@@ -90,7 +90,6 @@ class Trainer:
         before_epoch: is called when an epoch begins or goes on, with its number and the steps of it that are
             done; what it draws of random numbers has to be its own.
         after_backward: is called once a step, when the gradients are there and not scaled.
-        scalars: a TensorBoard ``SummaryWriter`` that is given what the CSV files are given.
 
     Raises:
         InputError: the batch is larger than the data set, or does not divide by the ranks.
@@ -106,13 +105,12 @@ class Trainer:
         objective: nn.Module | None = None,
         before_epoch: Callable[[int, int], None] = lambda epoch, step: None,
         after_backward: Callable[[], None] = lambda: None,
-        scalars: "SummaryWriter | None" = None,
     ) -> None:
         config.check_fits(len(dataset))
         self.model, self.dataset, self.config = model, dataset, config
         self.device = cast(torch.device, model.device)
         self.run_folder = RunFolder(run_folder)
-        self.before_epoch, self.after_backward, self.scalars = before_epoch, after_backward, scalars
+        self.before_epoch, self.after_backward, self.trackers = before_epoch, after_backward, Trackers()
         self.steps_per_epoch = len(dataset) // config.batch_size
         self.order = EpochOrder(len(dataset), config.seed, config.batch_size)
         workers = default_workers(self.device) if config.num_workers is None else config.num_workers
@@ -197,12 +195,15 @@ class Trainer:
                 if seconds:  # none after a resume at an epoch's very end
                     times = {"median_step_seconds": median(seconds), "data_wait_share": waited / sum(seconds)}
                     progress.time_rows.append({"epoch": epoch, **times})
-                    write_csv(self.run_folder.step_times, progress.time_rows)
+                    self.write(self.run_folder.step_times, progress.time_rows)
                     if validates:
                         self.state.save()
                 means = {name: value / self.steps_per_epoch for name, value in sums.items()}
                 progress.train_rows.append({"epoch": epoch, **means})
                 self.write(self.run_folder.train_metrics, progress.train_rows)
+                rates = map(float, self.schedule.get_last_lr())
+                named = dict(zip(("base", *config.other_rates), rates, strict=True))
+                self.trackers.log("learning_rate", named, step=self.last_step(epoch), epoch=epoch)
                 if validates:
                     metrics = validate(self.stop_if_asked)
                     row = {"epoch": epoch, **metrics}
@@ -215,12 +216,15 @@ class Trainer:
                     self.stop_if_asked()
 
     def write(self, file: Path, rows: list[dict[str, Any]]) -> None:
-        """Write all rows to the CSV file, and the numbers of the last one to TensorBoard."""
+        """Write all rows to the CSV file, and tell the numbers of the last one to the trackers."""
         write_csv(file, rows)
-        if self.scalars is not None:
-            for key, value in rows[-1].items():
-                if key != "epoch" and isinstance(value, float):
-                    self.scalars.add_scalar(f"{file.stem}/{key}", value, rows[-1]["epoch"])
+        row = rows[-1]
+        numbers = {name: value for name, value in row.items() if isinstance(value, float)}
+        self.trackers.log(file.stem, numbers, step=self.last_step(row["epoch"]), epoch=row["epoch"])
+
+    def last_step(self, epoch: int) -> int:
+        """The number of an epoch's last step over the whole run, from 0."""
+        return (epoch + 1) * self.steps_per_epoch - 1
 
     def stop_if_asked(self) -> None:
         """Raise :class:`Interrupted` if any rank was sent a signal. All ranks call it alike."""

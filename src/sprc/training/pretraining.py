@@ -28,6 +28,7 @@ from sprc.training.first_stage import FirstStage
 from sprc.training.loop import Trainer
 from sprc.training.optimisation import TrainingConfig
 from sprc.training.settings import LoopSettings, PretrainingSettings
+from sprc.training.trackers import Trackers, require_trackers
 
 BACKBONE = "tiny"
 HELD_OUT = 1000  # scenes that are described and never trained on
@@ -42,6 +43,8 @@ def pretrain(settings: PretrainingSettings) -> Path:
         InputError: a setting that cannot work, or ``settings.out`` holds a run of other settings.
         Interrupted: a signal asked the run to stop; its state is saved.
     """
+    settings.check_trackers()
+    require_trackers(settings.trackers)
     device = start_device(settings.device)
     config = TrainingConfig(
         **{
@@ -70,7 +73,10 @@ def pretrain(settings: PretrainingSettings) -> Path:
         return scores
 
     try:
-        with memory_explained(device, config.batch_size, ["a smaller --batch-size"]):
+        with (
+            memory_explained(device, config.batch_size, ["a smaller --batch-size"]),
+            Trackers.open(settings.trackers, folder, what_decides(settings)) as trainer.trackers,
+        ):
             trainer.train(validate, lambda *_: None)
     except Interrupted as stop:
         print(f"stopped by {stop}; the same command goes on", flush=True)
@@ -104,7 +110,7 @@ def open_folder(folder: RunFolder, settings: PretrainingSettings) -> None:
 
 def what_decides(settings: PretrainingSettings) -> dict[str, Any]:
     """The settings that the weights depend on."""
-    of_the_machine = ("out", "device", "num_workers")
+    of_the_machine = ("out", "device", "num_workers", "report_to")
     return {name: value for name, value in asdict(settings).items() if name not in of_the_machine}
 
 

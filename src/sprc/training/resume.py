@@ -39,7 +39,8 @@ MAY_DIFFER = frozenset(
         "save_memory",  # where the gallery lies in validation
         "timeout",  # how long ranks wait for each other
         "checkpoint_every",  # how much a kill can cost
-        "tensorboard",  # what is written beside the CSV files
+        "tensorboard",  # who is told what goes to the CSV files
+        "report_to",  # likewise
         "log_fusion_every",  # rows of fusion_metrics.csv
     }
 )
@@ -76,6 +77,7 @@ def read_run(run_folder: Path) -> dict[str, Any]:
         raise InputError(f"{path} is broken: it holds no object; restore it from a copy")
     kinds = WRITTEN | {name: dict for name in ("model_config", "digests") if name in written}
     kinds |= {name: (str, type(None)) for name in PATHS if name in written}
+    kinds |= {name: list for name in ("report_to",) if name in written}
     wrong = [name for name, kind in kinds.items() if not isinstance(written.get(name), kind)]
     if not wrong and written["dataset"].lower() not in DATASETS:
         wrong = ["dataset"]
@@ -138,8 +140,10 @@ def may_differ(name: str, own: dict[str, Any]) -> bool:
 def flag(name: str, value: object) -> str:
     """A flag as it is written on the command line."""
     dashed = f"--{name.replace('_', '-')}"
-    if value is None or value is False:
+    if value is None or value is False or value == [] or value == ():
         return f"no {dashed}"
+    if isinstance(value, list):
+        value = " ".join(map(str, value))
     return dashed if value is True else f"{dashed} {value}"
 
 

@@ -28,6 +28,8 @@ from sprc.settings import ROOT, add_flags, flag_parser, like, setting
 
 SPEED = "speed and memory"  # the flags' group
 NEGATIVES = "what a query is contrasted with"
+NO_TRACKER = "none"
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +225,35 @@ WHERE_UNSET = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrackerSettings:
+    """Where a run can be watched beside its CSV files."""
+
+    report_to: Sequence[str] = setting(
+        (),
+        choices=(NO_TRACKER, *TRACKERS),
+        help="tell settings, metrics, curves and reports to these, too; docs/training.md; default: none",
+    )
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The trackers, each once."""
+        return tuple(name for name in dict.fromkeys(self.report_to) if name != NO_TRACKER)
+
+    def check_trackers(self) -> None:
+        """Raise :class:`InputError` for a name that is unknown, or trackers beside "none"."""
+        for name in self.report_to:
+            if name not in (NO_TRACKER, *TRACKERS):
+                raise InputError(
+                    f"--report-to {name!r} is unknown; choose from {', '.join((NO_TRACKER, *TRACKERS))}"
+                )
+        if NO_TRACKER in self.report_to and self.trackers:
+            others = ", ".join(self.trackers)
+            raise InputError(f"--report-to {NO_TRACKER} and {others} do not go together; give one of them")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingSettings(
+    TrackerSettings,
     TimeoutSettings,
     DeviceSettings,
     GallerySettings,
@@ -294,9 +324,22 @@ class TrainingSettings(
         help="steps between rows of fusion_metrics.csv; 0: none; default: %(default)s",
         group=FUSION,
     )
-    tensorboard: bool = setting(
-        False, negatable=True, help="write what goes to CSV files for TensorBoard, too"
-    )
+    tensorboard: bool = setting(False, negatable=True, help="as --report-to tensorboard")
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Those of both flags."""
+        own = ("tensorboard",) if self.tensorboard else ()
+        return tuple(dict.fromkeys((*own, *super().trackers)))
+
+    def check_trackers(self) -> None:
+        """As there; ``tensorboard`` beside "none" is refused as well."""
+        if self.tensorboard and NO_TRACKER in self.report_to:
+            raise InputError(
+                f"--report-to {NO_TRACKER} and --tensorboard do not go together; leave one out, or give "
+                "--no-tensorboard"
+            )
+        super().check_trackers()
 
     @property
     def reranks(self) -> bool:
@@ -366,7 +409,7 @@ class RecipeSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainingSettings(DeviceSettings, ReaderSettings):
+class PretrainingSettings(TrackerSettings, DeviceSettings, ReaderSettings):
     """What ``pretrain_tiny.py`` is told."""
 
     out: Path = setting(help="the folder of the run and its weights; the same one goes on with a run")
