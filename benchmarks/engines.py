@@ -1,22 +1,15 @@
 """The engines that search an index of pictures, on features that are made up; see picture_search.py.
 
-python benchmarks/engines.py --pictures 1000000 --folder DIR   # candidates of FAISS and LanceDB against exact
+For one gallery of any size see gallery.py.
 """
 
-import argparse
-import os
-import re
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
-from typing import Any, NamedTuple
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,16 +17,14 @@ from measure import (
     Row,
     Settings,
     in_bytes,
-    in_fresh_process,
     in_seconds,
-    machine,
     not_measured,
     peak_memory,
     ratio_row,
     require_memory,
     side_by_side,
 )
-from picture_search import QUERIES, SHAPES, TOP, queries_near, write_index
+from picture_search import SHAPES, TOP, queries_near, write_index
 from torch import Tensor
 
 from sprc.scoring.ranking import block_scores, top_k
@@ -197,88 +188,3 @@ def store(settings: Settings) -> list[Row]:
             size = f"written in {in_seconds(written[kind])}, {in_bytes(bytes_of(path / kind))}"
             rows.append(row._replace(detail=f"{row.detail}; {memory}; {size}"))
     return rows
-
-
-# --- one large gallery
-
-
-class Looked(NamedTuple):
-    """Of some queries: the rows that they found, and their times."""
-
-    rows: list[list[str]]
-    wall: list[float]
-    cpu: list[float]
-    peak: int  # bytes of the process, mapped features among them
-    own: int  # the same without what is mapped from files
-
-
-def look(path: Path, engine: str, count: int, share: float, queries: int) -> Looked:
-    """Search with queries of one process, the first of them before the clock runs."""
-    lance.READ = share
-    searcher = Searcher(open_index(path), None, engine, count)
-    vectors = queries_near(searcher)[:queries]
-    searcher.best(vectors[0], TOP)
-    found = Looked([], [], [], 0, 0)
-    for vector in vectors:
-        start, busy = time.perf_counter(), time.process_time()
-        found.rows.append([result.name for result in searcher.best(vector, TOP)])
-        found.wall.append(time.perf_counter() - start)
-        found.cpu.append(time.process_time() - busy)
-    status = Path("/proc/self/status").read_text()
-    sizes = [1024 * int(re.search(rf"{field}:\s+(\d+)", status)[1]) for field in ("VmHWM", "RssAnon")]
-    return found._replace(peak=sizes[0], own=sizes[1])
-
-
-def exact_names(path: Path) -> list[list[str]]:
-    """All queries at once, so that the features are read once."""
-    index = open_index(path)
-    queries = queries_near(Searcher(index, None))
-    return [
-        [index.names[i] for i in row] for row in top_k(block_scores(queries, index.gallery), TOP).tolist()
-    ]
-
-
-def main() -> None:
-    """Print a Markdown table of the engines over one gallery, at the shape of ViT-g."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--pictures", type=int, default=100_000, help="default: %(default)s")
-    parser.add_argument("--folder", type=Path, required=True, help="for the index; it stays there")
-    parser.add_argument("--exact", type=int, default=3, help="exact queries to time; default: %(default)s")
-    arguments = parser.parse_args()
-    path = arguments.folder
-    if not (path / "pictures.json").exists():
-        write_index(path, arguments.pictures, SHAPES["ViT-g"])
-    if not lance.folder_of(path, 1).exists():
-        start, busy = time.perf_counter(), time.process_time()
-        lance.make_table(path, 1, open_index(path).pooled.numpy())
-        took = f"{in_seconds(time.perf_counter() - start)}, {in_seconds(time.process_time() - busy)} of CPU"
-        print(f"LanceDB's table made in {took}")
-    print(
-        f"{machine('cpu')}; load {os.getloadavg()[0]:.1f}; {arguments.pictures} pictures; features", end=" "
-    )
-    print(
-        f"{in_bytes((path / 'vectors-1.bin').stat().st_size)}, table {in_bytes(bytes_of(path / 'lance-1'))}\n"
-    )
-    wanted = in_fresh_process(exact_names, path)
-    print("| engine | candidates | lists read | recall at 10 | a query | CPU | peak, of it not mapped |")
-    print("|---|---|---|---|---|---|---|")
-    sides = [("exact", 0, 1.0, arguments.exact)]
-    sides += [("faiss", count, 1.0, QUERIES) for count in (100, 1000)]
-    sides += [
-        ("lancedb", 100, 1.0, QUERIES),
-        *(("lancedb", 1000, s, QUERIES) for s in (0.125, 0.25, 0.5, 1.0)),
-    ]
-    for engine, count, share, queries in sides:
-        found = in_fresh_process(look, path, engine, count, share, queries)
-        hits = sum(len(set(a) & set(b)) for a, b in zip(wanted, found.rows, strict=False))
-        cells = [engine, "all" if engine == "exact" else str(count), f"{100 * share:.3g} %"]
-        cells += [f"{100 * hits / (TOP * len(found.rows)):.1f} %"]
-        cells += [f"{in_seconds(median(found.wall))} (to {in_seconds(max(found.wall))})"]
-        cells += [in_seconds(median(found.cpu)), f"{in_bytes(found.peak)}, {in_bytes(found.own)}"]
-        print(f"| {' | '.join(cells)} |", flush=True)
-
-
-if __name__ == "__main__":
-    main()
