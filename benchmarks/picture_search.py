@@ -1,4 +1,4 @@
-"""Searching an index of pictures: growth with its size, FAISS against exact, and the page in a browser."""
+"""Searching an index of pictures: growth with its size, and the page in a browser; see also engines.py."""
 
 import json
 import os
@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -119,45 +118,6 @@ def growth(settings: Settings) -> list[Row]:
             rows.append(
                 ratio_row(f"{label}, {size} / {sizes[0]} pictures: time", "", times[size], times[sizes[0]])
             )
-    return rows
-
-
-def faiss(settings: Settings) -> list[Row]:
-    """FAISS's candidates and their exact scores against exact scores of all: time, and recall at 10."""
-    title = "search, exact / FAISS"
-    try:
-        import faiss  # noqa: F401
-    except ImportError:
-        return [not_measured(title, "", "faiss-cpu is not installed")]
-    pictures = 400 if settings.quick else 100_000
-    require_memory(0.5 if settings.quick else 4)
-    rows = []
-    for name, shape in SHAPES.items():
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "index"
-            write_index(path, pictures, shape)
-            exact = Searcher(open_index(path), None)
-            queries = queries_near(exact)
-            wanted = [{result.name for result in exact.best(query, TOP)} for query in queries]
-            for candidates in (50, 100) if settings.quick else (100, 1000, 10_000):
-                searcher = Searcher(exact.index, None, "faiss", candidates)
-                found = [{result.name for result in searcher.best(query, TOP)} for query in queries]
-                recall = sum(len(a & b) for a, b in zip(wanted, found, strict=True)) / (TOP * QUERIES)
-                sides = {
-                    "exact": partial(exact.best, queries[0], TOP),
-                    "faiss": partial(searcher.best, queries[0], TOP),
-                }
-                times = side_by_side(sides, settings)
-                row = ratio_row(
-                    f"{title}, {name}'s shape {shape[0]} x {shape[1]}, {pictures} pictures, "
-                    f"{candidates} candidates: time",
-                    "",
-                    times["exact"],
-                    times["faiss"],
-                )
-                rows.append(
-                    row._replace(detail=f"{row.detail}; recall at {TOP} against exact {100 * recall:.1f} %")
-                )
     return rows
 
 

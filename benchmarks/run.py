@@ -27,6 +27,7 @@ NAMES = (
     "startup",
     "growth",
     "search",
+    "engines",
     "grad-cache",
     "bank",
     "rerank",
@@ -68,8 +69,11 @@ def cases_of(name: str, quick: bool) -> list[Case]:
         ],
         "search": [
             Case("growth of a picture search", "picture_search", "growth"),
-            Case("FAISS against exact", "picture_search", "faiss"),
             Case("the page", "picture_search", "page"),
+        ],
+        "engines": [
+            Case("FAISS and LanceDB against exact", "engines", "candidates"),
+            Case("LanceDB's store against ours", "engines", "store"),
         ],
     }[name]
 
@@ -159,7 +163,7 @@ def main() -> None:
         settings = Settings(device, arguments.repeats, arguments.quick)
         column = in_fresh_process(machine, device) + (", quick" if arguments.quick else "")
         for name in arguments.only:
-            if name in ("startup", "search") and device == "cuda":
+            if name in ("startup", "search", "engines") and device == "cuda":
                 continue  # a model too small for a GPU to matter; an index that stays in main memory
             for case in cases_of(name, arguments.quick):
                 start = time.perf_counter()

@@ -145,7 +145,7 @@ def wrong_calls(model, good, folder):
     yield lambda: model.encode_query(good, [3]), "texts: number 0 is a int; give a text"
     yield lambda: model.encode_document(good, batch_size=0), "batch_size 0 is too small"
     yield lambda: model.encode_query(good, TEXT, num_workers=-1), "num_workers -1 is too small"
-    yield lambda: sprc.Searcher.open(folder, engine="near"), "'near' is unknown; choose from exact, faiss"
+    yield lambda: sprc.Searcher.open(folder, engine="near"), "'near' is unknown; choose from exact, faiss, "
     yield lambda: model.similarity(torch.zeros(128), torch.zeros(1, 4, 128)), "similarity got (128,)"
     yield lambda: model.similarity(torch.zeros(1, 64), torch.zeros(1, 4, 128)), "similarity got (1, 64)"
     yield lambda: sprc.load(folder / "nothing"), "nothing does not exist; give a checkpoint"

@@ -47,7 +47,8 @@ def run_app(settings: AppSettings) -> None:
     index = settings.index or INDEX
     if settings.index is None and not (INDEX / "index.json").exists():
         index = settings.data_path / "picture_index"
-        index_demo(settings.data_path, demo, settings.models_path, index, device)
+        lancedb = True if settings.engine == "lancedb" else None
+        index_demo(settings.data_path, demo, settings.models_path, index, device, lancedb)
     # Here and not at the first visit, which then has its answer at once. The page finds them loaded.
     from sprc.search.page import MOST_BYTES, current_searcher, warm_up
 
@@ -87,7 +88,14 @@ def resolved(path: Path | None) -> str | None:
     return None if path is None else str(absolute(path))
 
 
-def index_demo(data_path: Path, pictures: Path, models: Path, path: Path, device: torch.device) -> None:
+def index_demo(
+    data_path: Path,
+    pictures: Path,
+    models: Path,
+    path: Path,
+    device: torch.device,
+    lancedb: bool | None = None,
+) -> None:
     """Index the built-in data's validation pictures with the newest model that was trained on these data."""
     found = sorted(
         (file for run in RunFolder.all_in(models) for file in run.checkpoints.glob("tuned_clip_*.pt")),
@@ -115,7 +123,7 @@ def index_demo(data_path: Path, pictures: Path, models: Path, path: Path, device
     scored_as = {"model_path": str(own.resolve()), "blip_model_name": None, "backbone": None}
     names = ("blip_model_name", "backbone", "vocab", "transform", "target_ratio")
     retriever = load_model(own, **dict.fromkeys(names))
-    index_pictures(path, pictures, retriever, device, scored_as, rebuild=True)
+    index_pictures(path, pictures, retriever, device, scored_as, rebuild=True, lancedb=lancedb)
 
 
 def is_tiny_of(data: str, checkpoint: Path) -> bool:

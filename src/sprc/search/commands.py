@@ -55,6 +55,7 @@ def run_index(settings: IndexSettings) -> None:
         batch_size=settings.batch_size,
         num_workers=settings.num_workers,
         rebuild=settings.rebuild,
+        lancedb=settings.lancedb,
     )
 
 
@@ -68,10 +69,12 @@ def index_pictures(
     batch_size: int | None = None,
     num_workers: int | None = None,
     rebuild: bool,
+    lancedb: bool | None = None,
 ) -> None:
     """Bring the index at ``path`` up to date with ``folder`` and print what was done.
 
-    The batch size is by default the training's own, the number of processes that read by the cores.
+    ``lancedb`` is that of :func:`sprc.search.indexing.update_index`. The batch size is by default the
+    training's own, the number of processes that read by the cores.
     """
     identity = identity_of(retriever.model, retriever.transform_name, retriever.target_ratio)
     place(retriever.model, device)
@@ -79,10 +82,11 @@ def index_pictures(
         batch_size = batch_size_of(retriever.checkpoint)
     if num_workers is None:
         num_workers = default_workers(device)
-    reading = {"batch_size": batch_size, "num_workers": num_workers}
+    options: dict[str, Any] = {"rebuild": rebuild, "lancedb": lancedb}
+    options |= {"batch_size": batch_size, "num_workers": num_workers}
     try:
         with memory_explained(device, batch_size, ["a smaller --batch-size"]):
-            update = update_index(path, folder, retriever, identity, scored_as, **reading, rebuild=rebuild)
+            update = update_index(path, folder, retriever, identity, scored_as, **options)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         raise Interrupted(signal.SIGINT) from None

@@ -5,6 +5,7 @@
                      checksum of the features; those left out, and why; the number of the files below
     vectors-N.bin    their features, (G, Q, E) in float16, which readers map into memory
     pooled-N.bin     the mean over an image's Q features, (G, E) in float16, for `--engine faiss`
+    lance-N          the same in a table of LanceDB's, for `--engine lancedb`; only with `--lancedb`
 
 :mod:`sprc.search.indexing` makes it and replaces `pictures.json` last and at once: readers see the old index
 or the new one.

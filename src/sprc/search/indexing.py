@@ -30,6 +30,7 @@ from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPromp
 from sprc.records import Entry, RecordStore, intact
 from sprc.scoring.feature_cache import pixel_bytes, require_reading
 from sprc.scoring.retriever import Retriever
+from sprc.search import lance
 from sprc.search.folder import SUFFIXES, check_folder, find_pictures, look_at_pictures
 from sprc.search.index import (
     FORMAT,
@@ -46,7 +47,7 @@ ROWS = 1024  # pictures copied at once
 # All that an index's folder may hold.
 FILES = (
     *("index.json", "pictures.json", "vectors-*.bin", "pooled-*.bin"),
-    *("new.bin", "new.txt", "lock", "lock.held", ".*.tmp"),
+    *("new.bin", "new.txt", "lock", "lock.held", ".*.tmp", "lance-*", "new-lance"),
 )
 
 
@@ -71,6 +72,7 @@ def update_index(
     batch_size: int,
     num_workers: int,
     rebuild: bool = False,
+    lancedb: bool | None = None,
 ) -> Update:
     """Make the index at ``path`` one of the pictures that ``folder`` holds now, and return it.
 
@@ -88,10 +90,11 @@ def update_index(
         batch_size: pictures through the model at once.
         num_workers: processes that read pictures.
         rebuild: throw away what is at ``path`` if it is of another folder or model, or damaged.
+        lancedb: make a table of LanceDB's too, or none; None makes one if there was one.
 
     Raises:
         InputError: ``folder`` holds no picture that can be read; ``path`` holds the index of another folder
-            or model, or other files; the disk is too small.
+            or model, or other files; the disk is too small; LanceDB is not installed.
         FloatingPointError: the model's features are not finite.
     """
     folder = folder.resolve()
@@ -105,6 +108,10 @@ def update_index(
     with hold_lock(path / "lock", waiting=waiting, unwritable="give an --index that can be written"):
         _refuse_or_clear(path, folder, identity, scored_as, rebuild)
         before = _begin(path, folder, retriever, identity, scored_as)
+        if lancedb is None:
+            lancedb = lance.folder_of(path, before.generation).exists()
+        if lancedb:
+            lance.import_lancedb()  # here, and not when all is computed
         looked = {picture.name: (picture.looks, picture.digest) for picture in before.pictures}
         seen, unreadable = look_at_pictures(folder, found, looked)
         features = _Features(path, before)
@@ -121,7 +128,12 @@ def update_index(
         ]
         _require_a_picture(folder, pictures, left_out)
         generation = features.write_generation(pictures, before)
+        if lancedb:
+            shape = (len(pictures), before.shape[1])
+            pooled = np.memmap(path / f"pooled-{generation}.bin", np.float16, "r", shape=shape)
+            lance.make_table(path, generation, pooled)
         _finish(path, generation, pictures, left_out)
+        lance.remove_tables(path, generation if lancedb else None)
         return _compared(before, read_index(path, _description(path)), len(missing) - len(failed))
 
 
@@ -161,7 +173,7 @@ def _refuse_or_clear(
         if not rebuild:
             raise
         for file in _files(path) - {path / "lock", path / "lock.held"}:
-            file.unlink(missing_ok=True)
+            lance.remove(file)
 
 
 def _begin(
@@ -179,7 +191,9 @@ def _begin(
     write_json(path / "index.json", described)
     for file in path.glob(".*.tmp"):
         file.unlink()
-    return read_index(path, _description(path))
+    before = read_index(path, _description(path))
+    lance.remove_tables(path, before.generation)  # a killed run's may be of other pictures than the next's
+    return before
 
 
 def _description(path: Path) -> dict[str, Any]:

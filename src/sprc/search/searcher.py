@@ -28,6 +28,7 @@ from sprc.models.model_path import with_files
 from sprc.models.reranker import load_reranker
 from sprc.scoring.ranking import block_scores, mean_query, top_k
 from sprc.scoring.retriever import Picture, Retriever
+from sprc.search import lance
 from sprc.search.index import (
     PictureIndex,
     Result,
@@ -89,7 +90,8 @@ class Searcher:
             vocab: where the vocabulary is that it was indexed with, likewise.
             device: by default a GPU, if there is one. The features stay in main memory.
             engine: "exact" compares the query with every picture. "faiss" takes ``candidates`` pictures by
-                their mean features first and compares it with those alone, which may miss some.
+                their mean features first and compares it with those alone, which may miss some. "lancedb"
+                does the same with a table on disk, which `search.py index --lancedb` makes.
             candidates: see ``engine``.
             rerank: the checkpoint of a re-ranker, which looks again at what comes first.
             rerank_top: pictures a query that it looks at, by default 50. A search for fewer looks at as many
@@ -296,12 +298,9 @@ class Searcher:
         """The ``top`` pictures for a query (E,), best first, without the gallery indices ``leave_out``."""
         leave_out = leave_out or []
         wanted = top + len(leave_out)
-        if self.engine == "faiss":
-            numbers = self._candidates(query, max(wanted, self.candidates))
-            scores = block_scores(query[None], self.index.gallery[numbers])
-        else:
-            numbers = None
-            scores = block_scores(query[None], self.index.gallery)
+        numbers = self._candidates(query, max(wanted, self.candidates))
+        gallery = self.index.gallery if numbers is None else self.index.gallery[numbers]
+        scores = block_scores(query[None], gallery)
         places = top_k(scores, wanted)[0]
         rows = places if numbers is None else numbers[places]
         names = self.index.names
@@ -312,10 +311,21 @@ class Searcher:
         ]
         return found[:top]
 
-    def _candidates(self, query: Tensor, count: int) -> Tensor:
-        """Gallery indices, in the gallery's order, of the pictures whose mean features are nearest."""
+    def _candidates(self, query: Tensor, count: int) -> Tensor | None:
+        """Gallery indices, in the gallery's order, of the pictures whose mean features are nearest.
+
+        None stands for all pictures.
+        """
+        if self.engine == "exact":
+            return None
+        if self.engine == "lancedb":
+            return lance.nearest(self.index, self._table, query, count)
         _, numbers = self._faiss.search(query[None].numpy(), min(count, len(self.index.pictures)))
         return torch.from_numpy(numbers[0]).sort().values
+
+    @cached_property
+    def _table(self) -> Any:
+        return lance.open_table(self.index)
 
     @cached_property
     def _faiss(self) -> Any:
@@ -402,6 +412,8 @@ def map_features(index: PictureIndex, engine: str) -> None:
     _ = index.gallery
     if engine == "faiss":
         _ = index.pooled
+    if engine == "lancedb":
+        lance.require_table(index)
 
 
 def check_settings(settings: EngineSettings) -> None:
@@ -413,6 +425,8 @@ def check_settings(settings: EngineSettings) -> None:
         raise InputError(f"--candidates {settings.candidates}: give a whole number of at least 1")
     if settings.engine == "faiss":
         import_faiss()
+    if settings.engine == "lancedb":
+        lance.import_lancedb()
 
 
 def import_faiss() -> Any:

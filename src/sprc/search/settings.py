@@ -8,7 +8,7 @@ from sprc.errors import InputError
 from sprc.scoring.settings import CheckpointSettings, DeviceSettings, RerankSettings, VocabSettings
 from sprc.settings import INDEX, ROOT, like, setting, text
 
-ENGINES = ("exact", "faiss")
+ENGINES = ("exact", "faiss", "lancedb")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +20,10 @@ class EngineSettings(RerankSettings, DeviceSettings, VocabSettings):
         "exact",
         choices=ENGINES,
         help="exact compares the query with every picture; faiss, for very many, with the --candidates "
-        "nearest by their mean features alone, and may miss some; default: %(default)s",
+        "nearest by their mean features alone, and may miss some; so does lancedb, which keeps the means on "
+        "disk and not in memory and needs `search.py index --lancedb`; default: %(default)s",
     )
-    candidates: int = setting(1000, metavar="N", help="for faiss; default: %(default)s")
+    candidates: int = setting(1000, metavar="N", help="for faiss and lancedb; default: %(default)s")
     rerank_weight: Sequence[float] = like(
         RerankSettings,
         "rerank_weight",
@@ -48,6 +49,11 @@ class IndexSettings(CheckpointSettings):
     )
     index: Path = setting(INDEX, metavar="DIR", help="where the index is; default: %(default)s")
     rebuild: bool = setting(False, help="replace an index of another folder or model")
+    lancedb: bool | None = setting(
+        None,
+        negatable=True,
+        help="also keep a table of LanceDB's, for queries with --engine lancedb; default: if there is one",
+    )
     num_workers: int | None = like(
         CheckpointSettings, "num_workers", help="processes that read pictures; default: by the cores"
     )
