@@ -43,6 +43,7 @@ from sprc.errors import InputError
 from sprc.files import READ_ONLY, compact_json, hold_lock, look_at_file, write_atomically, write_json
 from sprc.models.blip2_qformer import Blip2Qformer
 from sprc.models.device import memory_explained
+from sprc.models.digests import weights_digest
 from sprc.records import RecordStore
 
 FORMAT = 1
@@ -361,16 +362,3 @@ class FeatureCache:
         with hold_lock(self.folder / "lock", waiting=waiting, unwritable=unwritable):
             wait_for_all()
             yield
-
-
-def weights_digest(state: dict[str, Tensor]) -> str:
-    """A hash of names and exact values; unlike ``checkpoint.fingerprint`` it sees the last bit."""
-
-    def of_one(item: tuple[str, Tensor]) -> bytes:
-        name, value = item
-        values = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-        head = f"{name} {value.dtype} {tuple(value.shape)}".encode()
-        return hashlib.blake2b(values, digest_size=16, key=hashlib.blake2b(head).digest()).digest()
-
-    with ThreadPoolExecutor() as pool:  # hashing lets go of Python's lock
-        return hashlib.blake2b(b"".join(pool.map(of_one, sorted(state.items()))), digest_size=16).hexdigest()

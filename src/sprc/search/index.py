@@ -25,8 +25,8 @@ from torch import Tensor
 
 from sprc.errors import InputError
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
+from sprc.models.digests import weights_digest
 from sprc.models.switches import SWITCHES
-from sprc.scoring.feature_cache import weights_digest
 
 FORMAT = 1
 

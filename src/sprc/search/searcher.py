@@ -28,7 +28,7 @@ from sprc.models.model_path import with_files
 from sprc.models.reranker import load_reranker
 from sprc.scoring.ranking import block_scores, mean_query, top_k
 from sprc.scoring.retriever import Picture, Retriever
-from sprc.search import lance
+from sprc.search.engines import Engine, map_features, require_package
 from sprc.search.index import (
     PictureIndex,
     Result,
@@ -298,7 +298,7 @@ class Searcher:
         """The ``top`` pictures for a query (E,), best first, without the gallery indices ``leave_out``."""
         leave_out = leave_out or []
         wanted = top + len(leave_out)
-        numbers = self._candidates(query, max(wanted, self.candidates))
+        numbers = self._engine.candidates(query, max(wanted, self.candidates))
         gallery = self.index.gallery if numbers is None else self.index.gallery[numbers]
         scores = block_scores(query[None], gallery)
         places = top_k(scores, wanted)[0]
@@ -311,28 +311,9 @@ class Searcher:
         ]
         return found[:top]
 
-    def _candidates(self, query: Tensor, count: int) -> Tensor | None:
-        """Gallery indices, in the gallery's order, of the pictures whose mean features are nearest.
-
-        None stands for all pictures.
-        """
-        if self.engine == "exact":
-            return None
-        if self.engine == "lancedb":
-            return lance.nearest(self.index, self._table, query, count)
-        _, numbers = self._faiss.search(query[None].numpy(), min(count, len(self.index.pictures)))
-        return torch.from_numpy(numbers[0]).sort().values
-
     @cached_property
-    def _table(self) -> Any:
-        return lance.open_table(self.index)
-
-    @cached_property
-    def _faiss(self) -> Any:
-        flat = import_faiss().IndexFlatIP(self.index.shape[1])
-        for part in self.index.pooled.split(2**14):
-            flat.add(part.float().numpy())
-        return flat
+    def _engine(self) -> Engine:
+        return Engine(self.index, self.engine)
 
     def notes(self, text: str) -> list[str]:
         """What of ``text`` the model does not read, in sentences."""
@@ -404,18 +385,6 @@ def find_reference(index: PictureIndex, given: str, what: str) -> tuple[Path, st
     return path, None
 
 
-def map_features(index: PictureIndex, engine: str) -> None:
-    """Map what the engine reads, so that it is there when another process replaces the index.
-
-    Raises :class:`InputError` if it is missing or cut short.
-    """
-    _ = index.gallery
-    if engine == "faiss":
-        _ = index.pooled
-    if engine == "lancedb":
-        lance.require_table(index)
-
-
 def check_settings(settings: EngineSettings) -> None:
     """Raise :class:`InputError` if there can be no such search."""
     settings.check_rerank()
@@ -423,21 +392,7 @@ def check_settings(settings: EngineSettings) -> None:
         raise InputError(f"--engine {settings.engine!r} is unknown; choose from {', '.join(ENGINES)}")
     if settings.candidates < 1:
         raise InputError(f"--candidates {settings.candidates}: give a whole number of at least 1")
-    if settings.engine == "faiss":
-        import_faiss()
-    if settings.engine == "lancedb":
-        lance.import_lancedb()
-
-
-def import_faiss() -> Any:
-    """The module; where it is missing an :class:`InputError` says how to get it."""
-    try:
-        import faiss
-    except ImportError as error:
-        raise InputError(
-            "--engine faiss needs the package faiss-cpu: pip install -e '.[search]', or leave --engine out"
-        ) from error
-    return faiss
+    require_package(settings.engine)
 
 
 def load_second_stage(settings: EngineSettings, first: Retriever) -> SecondStage | None:
