@@ -76,6 +76,14 @@ def test_the_commands_for_fashioniq_run(tmp_path):
     assert run_smaller(PARTS["FashionIQ"], tmp_path, tmp_path) == ["blip_fine_tune_2", "blip_validate"]
 
 
+def test_the_commands_for_circo_run(trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / trained[0].name)
+    sizes = ("--image-size", 24, "--val-families", 1, "--test-families", 1)
+    run("make_demo_data.py", "--dataset", "CIRCO", "--out", tmp_path, *sizes)
+    assert run_smaller(PARTS["CIRCO"], tmp_path, tmp_path) == ["blip_validate", "cirr_test_submission"]
+    assert len(list(tmp_path.glob("circo_submission_*.json"))) == 2
+
+
 def test_the_demo_of_the_makefile_runs(tmp_path):
     recipe = (ROOT / "Makefile").read_text().split("\ndemo:")[1].split("\n\n")[0]
     ran = run_smaller("\n\n    " + recipe.replace("\t", "    "), tmp_path, tmp_path)
