@@ -68,7 +68,7 @@ def test_other_captions_are_composed_as_inference_does(small):
 def test_other_pictures_are_composed_as_inference_does_one_for_each_query(small):
     model, _ = small
     pictures = list(enumerate(random_images(len(TRIPLETS), model.config, seed=9)))
-    found = compose_pictures(model, SPLIT, pictures, batch_size=3, num_workers=0)
+    found = compose_pictures(model, SPLIT, pictures, batch_size=4, num_workers=0)
     expected = by_inference(model, [image for _, image in pictures], [t.caption for t in TRIPLETS])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
