@@ -207,6 +207,19 @@ def test_a_damaged_table_is_refused_and_made_again(indexed, copied, exact, check
     assert names(opened(exact, copied)) == names(opened(exact, copied, "exact"))
 
 
+def test_a_table_that_goes_while_it_is_read_leaves_exact_search(exact, copied):
+    class Unreadable:
+        def search(self, *_, **__):
+            raise RuntimeError("Object at location lance-1 not found\nand where")
+
+    searcher = opened(exact, copied)
+    vars(searcher)["_table"] = Unreadable()
+    with pytest.raises(InputError, match=r"is damaged \(Object at location lance-1 not found\); remove it"):
+        names(searcher)
+    shutil.rmtree(copied / "lance-1")
+    assert names(searcher) == names(exact)
+
+
 def test_another_model_is_refused_and_rebuilt_with_its_table(indexed, copied, data, tmp_path):
     other = save_model(tmp_path / "other.pt", data, 1)
     with pytest.raises(InputError, match="was made by another model"):
