@@ -226,6 +226,11 @@ def test_a_yaml_file_gives_the_grid_and_flags_win_over_it(tmp_path):
         ({"grids": {"start": ["identity"]}}, "give a list of mappings"),
         ({"training": [*FLAGS, "--fusion-lr", "1"]}, "--fusion-lr: the ablation sets"),
         ({"training": ["--num-epochs", 3]}, "lack --dataset"),
+        (
+            {"training": ["--dataset", "CIRCO"]},
+            "--dataset CIRCO has no training split; give {CIRR,FashionIQ}",
+        ),
+        ({"training": ["--dataset=circo"]}, "--dataset circo has no training split"),
         ({"training": []}, "the training's flags lack --dataset; give it, and all others, after --"),
         ({"training": [*FLAGS, "--seed=3"]}, "--seed: the ablation sets --seed itself"),
         ({"training": [*FLAGS, "--fusion-st", "gated"]}, "--fusion-st: the ablation sets --fusion-strategy"),

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from sprc.config import FUSION_STARTS, FUSION_TEXTS, POOLS, RERANKER, STRATEGIES
+from sprc.data import DATASETS, TRAINED_ON, TRAINED_ON_METAVAR
 from sprc.errors import InputError
 from sprc.settings import ROOT, setting, settings_of
 
@@ -157,6 +158,10 @@ class AblationConfig:
             object.__setattr__(self, field.name, checked)
         if "--dataset" not in refuse_own_flags(self.training, "training"):
             raise InputError("the training's flags lack --dataset; give it, and all others, after --")
+        words = [word for one in self.training for word in one.split("=", 1)]
+        dataset = words[words.index("--dataset") + 1 :][:1]
+        if dataset and dataset[0].lower() in set(DATASETS) - set(TRAINED_ON):
+            raise InputError(f"--dataset {dataset[0]} has no training split; give {TRAINED_ON_METAVAR}")
         if isinstance(self.grids, str) or not isinstance(self.grids, Sequence):
             raise InputError(f"grids={self.grids!r}: give a list of mappings")
         for grid in self.grids:
