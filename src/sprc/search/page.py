@@ -260,11 +260,12 @@ def show(samples: str | None = None, **settings: Any) -> None:
     with choice:
         show_choice(searcher, samples)
     index, epoch, engine = searcher.index, searcher.retriever.checkpoint.epoch, searcher.engine
+    number = "unknown" if epoch is None else epoch
     left_out = f", {len(index.left_out)} files left out" if index.left_out else ""
     fusion, second = "with" if searcher.has_fusion else "without", searcher.second
     again = f" Re-ranker: of the first {second.top}, weight {second.weight:g}." if second else ""
     st.caption(
-        f"{len(index.pictures)} pictures{left_out}. Model: epoch {epoch}, {fusion} fusion. "
+        f"{len(index.pictures)} pictures{left_out}. Model: epoch {number}, {fusion} fusion. "
         f"Engine: {engine}.{again}"
     )
 
