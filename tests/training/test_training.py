@@ -160,7 +160,8 @@ def go_on(folder, moment=None, epoch=1):
             kept.append((epoch, metrics["recall"]))
 
     def fail_or_write(file, rows):
-        fail({"train_metrics": "before validation", "validation_metrics": "after keeping"}[file.stem])
+        places = {"train_metrics": "before validation", "validation_metrics": "after keeping"}
+        fail(places.get(file.stem, "elsewhere"))
         write(file, rows)
 
     def after_backward():
