@@ -35,10 +35,11 @@ def look(path: Path, engine: str, count: int, share: float, queries: int) -> Loo
 
     from sprc.search import lance
     from sprc.search.index import open_index
-    from sprc.search.searcher import Searcher
+    from sprc.search.searcher import Searcher, map_features
 
     lance.READ = share
     searcher = Searcher(open_index(path), None, engine, count)
+    map_features(searcher.index, engine)
     vectors = queries_near(searcher)[:queries]
     searcher.best(vectors[0], TOP)
     found = Looked([], [], [], 0, 0)

@@ -314,7 +314,7 @@ def test_odd_captions_and_missing_images_go_all_the_way_and_a_submission_refuses
     flags = ("--model-path", folder / "saved_models" / "tuned_clip_arithmetic.pt", "--data-path", cirr_data)
     flags += ("--out", tmp_path / "out")
     _, stderr = run("cirr_test_submission.py", *flags, "--missing-images", "skip", code=2)
-    assert_one_clear_line(stderr, "--missing-images skip: CIRR's server wants every query of test1")
+    assert_one_clear_line(stderr, "--missing-images skip: the server wants every query of the test split")
     stdout, _ = run("cirr_test_submission.py", *flags, "--name", "x")
     assert (tmp_path / "out" / "recall_submission_x.json").exists()
     assert "https://cirr.cecs.anu.edu.au/test_process/" in stdout.splitlines()[-1]

@@ -213,7 +213,7 @@ def test_a_table_that_goes_while_it_is_read_leaves_exact_search(exact, copied):
             raise RuntimeError("Object at location lance-1 not found\nand where")
 
     searcher = opened(exact, copied)
-    vars(searcher)["_table"] = Unreadable()
+    vars(searcher._engine)["_table"] = Unreadable()
     with pytest.raises(InputError, match=r"is damaged \(Object at location lance-1 not found\); remove it"):
         names(searcher)
     shutil.rmtree(copied / "lance-1")

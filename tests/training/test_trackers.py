@@ -39,8 +39,8 @@ class Kept(trackers.Tracker):
         if self.fails == (call[0], len(same)):
             raise RuntimeError("https://user:word@host\ncannot be reached")
 
-    def open(self):
-        self.note("open", self.known)
+    def start(self):
+        self.note("start", self.known)
         return self.known or "an id"
 
     def begin(self, settings):
@@ -94,7 +94,7 @@ def train(folder, names, epochs=2):
     trainer = Trainer(
         OneWeight(), Items(), TrainingConfig(batch_size=4, num_workers=0, num_epochs=epochs), folder
     )
-    with Trackers.open(names, RunFolder(folder), {"seed": 3}) as trainer.trackers:
+    with Trackers.start(names, RunFolder(folder), {"seed": 3}) as trainer.trackers:
         active = dict(trainer.trackers.active)
         trainer.train(lambda _: {"recall": 40.0, "images": 5}, lambda *_: None)
     return active
@@ -102,7 +102,7 @@ def train(folder, names, epochs=2):
 
 def test_a_run_tells_its_settings_curves_rates_and_times_and_how_it_ended(kinds, tmp_path):
     calls = train(tmp_path, ["kept"])["kept"].calls
-    assert calls[:2] == [("open", None), ("begin", {"seed": 3})]
+    assert calls[:2] == [("start", None), ("begin", {"seed": 3})]
     assert calls[-1] == ("close", "finished")
     rows = calls[2:-1]
     assert [(group, step, epoch) for _, group, _, step, epoch in rows] == [
@@ -125,12 +125,12 @@ def test_one_that_fails_is_told_of_once_and_put_aside_and_the_training_goes_on(k
         "warning: failing failed (https://host cannot be reached) and is told no more; "
         "the run goes on without it"
     ]
-    assert [call[0] for call in active["failing"].calls] == ["open", "begin", "log", "log"]
+    assert [call[0] for call in active["failing"].calls] == ["start", "begin", "log", "log"]
     assert active["kept"].calls[-1] == ("close", "finished")
     assert len((tmp_path / "train_metrics.csv").read_text().splitlines()) == 3
 
 
-@pytest.mark.parametrize("call", ["open", "begin", "close"])
+@pytest.mark.parametrize("call", ["start", "begin", "close"])
 def test_one_that_fails_at_its_beginning_or_end_ends_no_run_either(
     kinds, tmp_path, capsys, monkeypatch, call
 ):
@@ -145,7 +145,7 @@ def test_one_that_fails_at_its_beginning_or_end_ends_no_run_either(
     [(Interrupted(15), "stopped"), (KeyboardInterrupt(), "stopped"), (FloatingPointError("nan"), "failed")],
 )
 def test_a_run_that_ends_early_says_so_and_its_error_stays(kinds, tmp_path, error, ending):
-    opened = Trackers.open(["kept"], RunFolder(tmp_path), {})
+    opened = Trackers.start(["kept"], RunFolder(tmp_path), {})
     (one,) = opened.active.values()
     with pytest.raises(type(error)), opened:
         raise error
@@ -155,12 +155,12 @@ def test_a_run_that_ends_early_says_so_and_its_error_stays(kinds, tmp_path, erro
 def test_a_resumed_run_and_a_report_go_on_in_the_same_run(kinds, tmp_path):
     train(tmp_path, ["kept"], epochs=1)
     assert json.loads((tmp_path / "trackers.json").read_text()) == {"kept": "an id"}
-    with Trackers.open(["kept"], RunFolder(tmp_path)) as report:
+    with Trackers.start(["kept"], RunFolder(tmp_path)) as report:
         (one,) = report.active.values()
         report.add(tmp_path / "curves.png")
-    assert one.calls == [("open", "an id"), ("add", "curves.png"), ("close", None)]
+    assert one.calls == [("start", "an id"), ("add", "curves.png"), ("close", None)]
     (tmp_path / "trackers.json").write_text("[")
-    assert train(tmp_path, ["kept"], epochs=1)["kept"].calls[0] == ("open", None)
+    assert train(tmp_path, ["kept"], epochs=1)["kept"].calls[0] == ("start", None)
 
 
 def test_ranks_above_0_have_none(kinds, tmp_path, monkeypatch):
@@ -273,7 +273,7 @@ def wandb(monkeypatch, tmp_path):
     def begin(**fake):
         found = FakeWandb(**fake)
         monkeypatch.setitem(sys.modules, "wandb", found)
-        opened = Trackers.open(["wandb"], RunFolder(tmp_path))
+        opened = Trackers.start(["wandb"], RunFolder(tmp_path))
         assert list(opened.active) == ["wandb"]
         return found
 
@@ -321,7 +321,7 @@ def store(monkeypatch, tmp_path):
 def test_mlflow_s_file_store_holds_the_run_which_goes_on_and_is_reported(store):
     store.path.mkdir()
     metric = "mean(R@5+R_s@1)"
-    with Trackers.open(["mlflow"], store, {"seed": 3, "model_config": {"width": 5}, "epochs": 1}) as first:
+    with Trackers.start(["mlflow"], store, {"seed": 3, "model_config": {"width": 5}, "epochs": 1}) as first:
         first.log("validation_metrics", {metric: 40.5}, step=7, epoch=0)
         first.log("fusion", {"alpha": 0.25}, step=4)
     (run,) = mlflow_runs(store.mlflow)
@@ -331,7 +331,7 @@ def test_mlflow_s_file_store_holds_the_run_which_goes_on_and_is_reported(store):
     assert (run / "tags/mlflow.runName").read_text() == "run"
     assert "status: 3" in (run / "meta.yaml").read_text()  # finished
 
-    again = Trackers.open(["mlflow"], store, {"seed": 3, "epochs": 2})
+    again = Trackers.start(["mlflow"], store, {"seed": 3, "epochs": 2})
     assert "status: 1" in (run / "meta.yaml").read_text()  # goes on
     again.log("validation_metrics", {metric: 41.5}, step=15, epoch=1)
     with pytest.raises(FloatingPointError), again:
@@ -344,7 +344,7 @@ def test_mlflow_s_file_store_holds_the_run_which_goes_on_and_is_reported(store):
     assert "status: 4" in (run / "meta.yaml").read_text()  # failed
 
     store.recall_table.write_text("query,R@1\ntext only,5.0\n")
-    with Trackers.open(["mlflow"], store) as report:
+    with Trackers.start(["mlflow"], store) as report:
         report.add(store.recall_table)
     assert (run / "artifacts/report/recall_table.csv").read_bytes() == store.recall_table.read_bytes()
     assert "status: 4" in (run / "meta.yaml").read_text()  # a report does not end a run
@@ -353,7 +353,7 @@ def test_mlflow_s_file_store_holds_the_run_which_goes_on_and_is_reported(store):
 def test_mlflow_begins_anew_where_the_store_is_another(store, capsys):
     store.path.mkdir()
     store.trackers.write_text(json.dumps({"mlflow": "0" * 32, "wandb": "other"}))
-    with Trackers.open(["mlflow"], store, {}) as opened:
+    with Trackers.start(["mlflow"], store, {}) as opened:
         assert list(opened.active) == ["mlflow"]
     assert f"mlflow has no run {'0' * 32}" in capsys.readouterr().err
     (run,) = mlflow_runs(store.mlflow)
@@ -364,7 +364,7 @@ def test_tensorboard_has_settings_figures_and_tables(tmp_path):
     folder = RunFolder(tmp_path)
     Image.new("RGB", (6, 4), (200, 10, 20)).save(folder.curves)
     folder.recall_table.write_text("query,R@1\ntext only,5.0\n")
-    with Trackers.open(["tensorboard"], folder, {"seed": 3}) as opened:
+    with Trackers.start(["tensorboard"], folder, {"seed": 3}) as opened:
         opened.add(folder.curves)
         opened.add(folder.recall_table)
     events = EventAccumulator(str(folder.tensorboard)).Reload()

@@ -83,7 +83,7 @@ def report_run(
         print(shown(table))
     if split.left_out.images:
         print(describe(split))
-    with Trackers.open(trackers, run_folder) as told_to:
+    with Trackers.start(trackers, run_folder) as told_to:
         for file in (run_folder.curves, run_folder.gate_maps, run_folder.recall_table):
             told_to.add(file)
         if edits is not None:

@@ -36,6 +36,8 @@ def map_features(index: PictureIndex, engine: str) -> None:
     Raises :class:`InputError` if it is missing or cut short.
     """
     _ = index.gallery
+    if engine != "exact":
+        index.read_here_and_there()
     if engine == "faiss":
         _ = index.pooled
     if engine == "lancedb":

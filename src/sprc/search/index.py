@@ -13,6 +13,7 @@ or the new one.
 
 import hashlib
 import json
+import mmap
 import os
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -96,7 +97,20 @@ class PictureIndex:
     @cached_property
     def gallery(self) -> Tensor:
         """(G, Q, E) float16, mapped from the file."""
-        return torch.from_numpy(self._map("vectors", (len(self.pictures), *self.shape)))
+        return torch.from_numpy(self._vectors)
+
+    @cached_property
+    def _vectors(self) -> np.memmap:
+        return self._map("vectors", (len(self.pictures), *self.shape))
+
+    def read_here_and_there(self) -> None:
+        """Tell the system that few pictures of the gallery are read, and not all in their order.
+
+        Else it reads megabytes around each of them from the disk.
+        """
+        mapped: Any = self._vectors
+        if hasattr(mmap, "MADV_RANDOM"):
+            mapped._mmap.madvise(mmap.MADV_RANDOM)
 
     @cached_property
     def pooled(self) -> Tensor:
@@ -118,7 +132,7 @@ class PictureIndex:
             raise InputError(f"{printable(path)} now leads out of {self.folder}; run `search.py index` again")
         return path
 
-    def _map(self, kind: str, shape: tuple[int, ...]) -> np.ndarray:
+    def _map(self, kind: str, shape: tuple[int, ...]) -> np.memmap:
         file = self.path / f"{kind}-{self.generation}.bin"
         if not file.is_file() or file.stat().st_size != 2 * np.prod(shape):
             raise InputError(f"{file} is missing or cut short; run `search.py index` again")

@@ -26,7 +26,7 @@ ROWS = 2**14  # written at once
 # Fewer pictures are compared one by one. As many are split into lists, as long as these on the average.
 LISTED, A_LIST = 10_000, 4096
 # Bits that a code has for each channel. With one bit the 1,000 candidates lack more of the best than with
-# FAISS; with four, and all lists read, they were as good on made features (benchmarks/picture_search.py).
+# FAISS; with four, and all lists read, they were as good on made features (benchmarks/gallery.py).
 BITS = 4
 READ = 1.0  # the share of the lists that a query reads
 ROUNDS = 20  # of k-means, for the lists

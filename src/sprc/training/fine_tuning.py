@@ -148,7 +148,7 @@ def fine_tune(defaults: dict[str, Any], given: dict[str, Any]) -> Path:
         go_on(trainer)
     written = {**hyperparameters, "model_config": asdict(model.config)}
     write_json(folder.hyperparameters, written)
-    with Trackers.open(settings.trackers, folder, written) as trainer.trackers:
+    with Trackers.start(settings.trackers, folder, written) as trainer.trackers:
         log_fusion(settings, trainer)
         train(Run(settings, folder, data, model, task, trainer, hyperparameters))
     return folder.path

@@ -75,7 +75,7 @@ def pretrain(settings: PretrainingSettings) -> Path:
     try:
         with (
             memory_explained(device, config.batch_size, ["a smaller --batch-size"]),
-            Trackers.open(settings.trackers, folder, what_decides(settings)) as trainer.trackers,
+            Trackers.start(settings.trackers, folder, what_decides(settings)) as trainer.trackers,
         ):
             trainer.train(validate, lambda *_: None)
     except Interrupted as stop:

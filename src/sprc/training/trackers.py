@@ -47,7 +47,7 @@ class Tracker(ABC):
 
     Args:
         folder: the run's.
-        known: by what :meth:`open` returned of the same run earlier, or None.
+        known: by what :meth:`start` returned of the same run earlier, or None.
     """
 
     packages: ClassVar[tuple[str, ...]]  # the module to import, and what to install
@@ -56,7 +56,7 @@ class Tracker(ABC):
         self.folder, self.known = folder, known
 
     @abstractmethod
-    def open(self) -> str | None:
+    def start(self) -> str | None:
         """Find the run or make it; return by what it is found again, if it has to be."""
 
     @abstractmethod
@@ -84,7 +84,7 @@ class TensorBoard(Tracker):
 
     packages = ("torch.utils.tensorboard", "tensorboard")
 
-    def open(self) -> None:
+    def start(self) -> None:
         """A writer adds to what earlier ones wrote."""
         from torch.utils.tensorboard import SummaryWriter
 
@@ -124,7 +124,7 @@ class Wandb(Tracker):
 
     packages = ("wandb", "wandb")
 
-    def open(self) -> str:
+    def start(self) -> str:
         """The id is ours, so that it is known before anything is sent."""
         self.wandb = importlib.import_module("wandb")
         name = self.known or uuid.uuid4().hex[:12]
@@ -194,7 +194,7 @@ class MLflow(Tracker):
 
     packages = ("mlflow", "mlflow-skinny")
 
-    def open(self) -> str:
+    def start(self) -> str:
         """A run of the experiment that the environment names, by default "sprc"."""
         address = os.environ.get("MLFLOW_TRACKING_URI")
         if address is None:
@@ -271,7 +271,9 @@ class Trackers:
         self.active, self.trains = dict(active or {}), trains
 
     @classmethod
-    def open(cls, names: Iterable[str], folder: RunFolder, settings: Mapping[str, Any] | None = None) -> Self:
+    def start(
+        cls, names: Iterable[str], folder: RunFolder, settings: Mapping[str, Any] | None = None
+    ) -> Self:
         """Those of ``names`` that can be had, for the run in ``folder``; on ranks above 0 none.
 
         ``settings`` are told to all; None where the run is not trained, but reported.
@@ -279,7 +281,7 @@ class Trackers:
         found = cls(trains=settings is not None)
         if rank() == 0:
             found.active = {name: KINDS[name](folder, read_ids(folder).get(name)) for name in names}
-            found.each(lambda name, one: keep_id(folder, name, one.open()))
+            found.each(lambda name, one: keep_id(folder, name, one.start()))
         if settings is not None:
             found.each(lambda _, one: one.begin(settings))
         return found
