@@ -80,8 +80,9 @@ def make_table(path: Path, generation: int, pooled: np.ndarray) -> None:
                 max_iterations=ROUNDS,
             )
             table.create_index(MEAN, config=config)
-        for file in (new, *new.rglob("*")):  # the name comes last: what has it is on the disk
-            _to_disk(file)
+        for file in new.rglob("*"):  # the name comes last: what has it is on the disk
+            if file.is_file():
+                _to_disk(file)
         remove(folder)
         new.rename(folder)
     except (OSError, RuntimeError, ValueError) as error:
@@ -199,11 +200,8 @@ def _batches(pooled: np.ndarray) -> Iterator[Any]:
 
 
 def _to_disk(path: Path) -> None:
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
+    with path.open("rb+") as file:  # Windows wants it open to write
+        os.fsync(file.fileno())
 
 
 def _damaged(folder: Path, error: Exception) -> InputError:
