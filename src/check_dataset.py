@@ -25,10 +25,8 @@ def main() -> None:
     """Parse the flags, check, and print the report: counts, notes, the first problems and their number."""
     settings = CheckSettings(**given_flags(flag_parser(__doc__, CheckSettings)))
     from sprc.data.check import check_dataset
-    from sprc.scoring.benchmarks import benchmark_class
 
-    examine = benchmark_class(settings.dataset).examine
-    findings = check_dataset(examine, settings.data_path, settings.decode, settings.missing_images)
+    findings = check_dataset(settings.dataset, settings.data_path, settings.decode, settings.missing_images)
     looked = "decoded" if settings.decode else "looked at without decoding (--decode decodes them)"
     for line in findings.counts:
         print(line)

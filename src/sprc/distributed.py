@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sprc.errors import EXPECTED, InputError, OutOfResources, explained, print_error
+from sprc.processes import objects_of_all_ranks as objects_of_all_ranks
 from sprc.processes import rank as rank
 from sprc.processes import world_size as world_size
 
@@ -59,14 +60,6 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(value)
     return value
-
-
-def objects_of_all_ranks(value: T) -> list[T]:
-    """What each rank has, in their order, on all of them."""
-    found: list[T] = [value] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(found, value)
-    return found
 
 
 def from_main(make: Callable[[], T]) -> T:

@@ -1,6 +1,6 @@
 """Which of several processes this one is, the cores it may use, the signals that ask it to stop.
 
-It does without torch: what only starts processes, the ablation, need not import it.
+It does without torch: what only starts processes, the ablation, or only reads files need not import it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
 
 # What asks a run to stop. A closed ssh session sends SIGHUP, which Windows does not have.
 SIGHUP = getattr(signal, "SIGHUP", None)
@@ -26,6 +29,14 @@ def world_size() -> int:
     """How many ranks there are."""
     dist = sys.modules.get("torch.distributed")
     return dist.get_world_size() if dist is not None and dist.is_initialized() else 1
+
+
+def objects_of_all_ranks(value: T) -> list[T]:
+    """What each rank has, in their order, on all of them."""
+    found: list[T] = [value] * world_size()
+    if world_size() > 1:
+        sys.modules["torch.distributed"].all_gather_object(found, value)
+    return found
 
 
 def own_cores() -> int:

@@ -6,9 +6,8 @@ import pytest
 from helpers.runner import assert_one_clear_line, run
 from PIL import Image
 
-from sprc.data.check import check_dataset, examine_circo
+from sprc.data.check import Findings, check_dataset, examine_circo
 from sprc.data.circo import ASPECTS, load_circo
-from sprc.data.findings import Findings
 from sprc.data.missing import left_out_columns
 from sprc.errors import InputError
 from sprc.scoring.benchmarks import CIRCO
@@ -146,7 +145,7 @@ def test_what_is_broken_is_named_with_its_file_and_entry(files, case):
         load_circo(files.data_path, "val")
     assert str(getattr(files, name)) in str(caught.value)
     # The check goes on, and lists it once although both splits have the gallery.
-    problems = check_dataset(examine_circo, files.data_path).problems
+    problems = check_dataset("circo", files.data_path).problems
     assert sum(str(caught.value) == problem for problem in problems) == 1
 
 
@@ -169,7 +168,7 @@ def test_a_query_is_left_out_with_its_reference_or_any_of_its_targets(files):
 
 
 def test_the_check_counts_and_says_what_skipping_would_leave_out(files):
-    findings = check_dataset(examine_circo, files.data_path)
+    findings = check_dataset("circo", files.data_path)
     assert findings.problems == []
     assert findings.counts == [
         "val: 2 queries, 4 targets",
@@ -183,12 +182,12 @@ def test_the_check_counts_and_says_what_skipping_would_leave_out(files):
     ]
     assert len(findings.image_paths) == 5
     (files.images / f"{57541:012d}.jpg").unlink()
-    missed = check_dataset(examine_circo, files.data_path)
+    missed = check_dataset("circo", files.data_path)
     assert any("57541.jpg is missing" in problem for problem in missed.problems)
     assert "val: 1 of 5 images have no file; --missing-images skip leaves them out, and 1 of 2 triplets" in (
         missed.notes
     )
-    assert check_dataset(examine_circo, files.data_path, missing_images="skip").problems == []
+    assert check_dataset("circo", files.data_path, missing_images="skip").problems == []
 
 
 def test_the_published_sizes_are_no_notes(files, monkeypatch):

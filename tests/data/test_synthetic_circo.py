@@ -19,7 +19,7 @@ from test_synthetic import (
     read_scene,
 )
 
-from sprc.data.check import check_dataset, examine_circo
+from sprc.data.check import check_dataset
 from sprc.data.circo import ASPECTS, SPLITS, load_circo
 from sprc.data.edits import read_edits
 from sprc.data.synthetic.circo import CIRCOConfig, make_circo
@@ -43,7 +43,7 @@ def made(tmp_path_factory):
 
 def test_the_data_are_what_the_check_takes(made):
     out, entries, scenes = made
-    findings = check_dataset(examine_circo, out, decode=True)
+    findings = check_dataset("circo", out, decode=True)
     assert findings.problems == []
     assert findings.counts[-1] == "in all: 108 images"
     assert len(entries) == 2 * 6 * 3

@@ -45,6 +45,16 @@ def test_a_query_and_a_training_import_nothing_that_they_do_not_need(data, pictu
     assert "epoch 0: R@1" in result.stdout
 
 
+def test_a_check_of_data_imports_no_torch(data):
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'src')!r}); sys.argv = ['check_dataset.py', '--dataset', "
+        f"'CIRR', '--data-path', {str(data)!r}]; import check_dataset; check_dataset.main(); "
+        "print('torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert result.stdout.splitlines()[-2:] == ["problems: 0", "False"], result.stderr
+
+
 def test_garbage_is_collected_again_after_the_imports():
     seen = []
 

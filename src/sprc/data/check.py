@@ -1,10 +1,10 @@
 """Everything that is wrong with a data set on disk, where training would stop at the first thing."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sprc.data import TYPES, circo, cirr, fashioniq
-from sprc.data.findings import Examine, Findings
 from sprc.data.images import inspect_images
 from sprc.data.missing import describe
 from sprc.data.reading import Report, quote, reporting
@@ -18,18 +18,28 @@ FASHIONIQ_ENTRIES, FASHIONIQ_IMAGES = 77_683, 74_381
 CIRCO_QUERIES, CIRCO_IMAGES = {"val": 220, "test": 800}, 123_403
 
 
+@dataclass
+class Findings:
+    """Lines for the user: what is there, what is worth knowing, what is wrong."""
+
+    counts: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    image_paths: dict[Path, None] = field(default_factory=dict)  # a set that keeps its order
+
+
 def check_dataset(
-    examine: Examine, data_path: Path, decode: bool = False, missing_images: str = "error"
+    dataset: str, data_path: Path, decode: bool = False, missing_images: str = "error"
 ) -> Findings:
     """Check layout, every annotation and every image of a benchmark in ``data_path``.
 
-    ``examine`` is the benchmark's own, see :mod:`sprc.scoring.benchmarks`. The rules are those of its reader,
-    which stops at the first problem. Sizes other than the published ones are notes: made data have others.
-    With ``decode`` every image is decoded; without, header and end are looked at. What `--missing-images`
-    "skip" leaves out is a note; with ``missing_images`` "skip" an image without a file is no problem besides.
+    ``dataset`` is one of :data:`sprc.data.DATASETS`. The rules are those of its reader, which stops at the
+    first problem. Sizes other than the published ones are notes: made data have others. With ``decode`` every
+    image is decoded; without, header and end are looked at. What `--missing-images` "skip" leaves out is a
+    note; with ``missing_images`` "skip" an image without a file is no problem besides.
     """
     findings = Findings()
-    examine(data_path, findings, missing_images)
+    EXAMINE[dataset](data_path, findings, missing_images)
     found = inspect_images(list(findings.image_paths), decode)
     findings.problems += [finding.problem for finding in found if finding.problem]
     if rotated := sum(finding.is_rotated for finding in found):
@@ -145,6 +155,14 @@ def examine_circo(data_path: Path, findings: Findings, missing_images: str) -> N
     findings.counts.append(f"in all: {len(loaded.image_paths):,} images")
     if len(loaded.image_paths) != CIRCO_IMAGES:
         findings.notes.append(f"{len(loaded.image_paths):,} images; published are {CIRCO_IMAGES:,}")
+
+
+# What looks at a benchmark's annotations, notes its findings, and takes --missing-images.
+EXAMINE: dict[str, Callable[[Path, Findings, str], None]] = {
+    "cirr": examine_cirr,
+    "fashioniq": examine_fashioniq,
+    "circo": examine_circo,
+}
 
 
 def _on_nothing_left(findings: Findings, missing_images: str) -> Report:

@@ -9,18 +9,20 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 from threading import Lock
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from PIL import Image, ImageFile, UnidentifiedImageError
-from torch import Tensor
 from tqdm import tqdm
 
-from sprc.distributed import objects_of_all_ranks, rank, world_size
 from sprc.errors import InputError
+from sprc.processes import objects_of_all_ranks, rank, world_size
+
+if TYPE_CHECKING:  # a check of files needs no torch
+    from torch import Tensor
 
 T = TypeVar("T")
-Transform = Callable[[Image.Image], Tensor]
-Loader = Callable[[Path], Tensor]  # see image_loader; a feature cache is another
+Transform = Callable[[Image.Image], "Tensor"]
+Loader = Callable[[Path], "Tensor"]  # see image_loader; a feature cache is another
 # The bytes that close a complete file of the format; a few bytes of garbage after them do no harm.
 _END_MARKERS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}
 _TAIL_BYTES = 4096
@@ -62,7 +64,7 @@ def load_image(
     return transform(image)
 
 
-def prepare_image(image: Image.Image, transform: Transform, what: str) -> Tensor:
+def prepare_image(image: Image.Image, transform: Transform, what: str) -> "Tensor":
     """``transform`` of a picture that is open already; an error calls it ``what``.
 
     Raises :class:`InputError` if it is too long, see :func:`require_short`, or cannot be decoded.

@@ -12,8 +12,8 @@ from typing import Any
 
 from sprc.data.reading import quote
 from sprc.data.split import LeftOut, Split, Triplet
-from sprc.distributed import objects_of_all_ranks
 from sprc.errors import InputError
+from sprc.processes import objects_of_all_ranks
 
 
 def has_file(path: Path) -> bool:

@@ -5,8 +5,8 @@ import shutil
 import socket
 from pathlib import Path
 
-from sprc.distributed import objects_of_all_ranks
 from sprc.errors import InputError
+from sprc.processes import objects_of_all_ranks
 
 SHARED_MEMORY = Path("/dev/shm")  # of Linux; other systems keep it where nobody has limited it
 # A DataLoader's worker has two batches on their way; the one that is computed on is the last.

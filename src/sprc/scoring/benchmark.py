@@ -13,7 +13,6 @@ import numpy as np
 from torch import Tensor
 
 from sprc.data.extra import Keys
-from sprc.data.findings import Findings
 from sprc.data.missing import left_out_columns, left_out_text, tell_left_out
 from sprc.data.split import Split, Triplet
 from sprc.errors import InputError
@@ -50,7 +49,6 @@ class Benchmark(ABC):
     parts: ClassVar[tuple[str, ...]] = ("",)
     part_column: ClassVar[str | None] = None  # of the file of ranks, where there are parts to tell apart
     id_column: ClassVar[str]  # of the file of ranks: a triplet's pair_id
-    examine: ClassVar["staticmethod[[Path, Findings, str], None]"]  # for check_dataset
     edits: ClassVar[str]  # where the built-in data in this format tell the edits of a split
     protocols: ClassVar[tuple[str, ...]] = ()  # the first is the default
     protocol_setting: ClassVar[str | None] = None  # the field of a command's settings that names one

@@ -1,7 +1,7 @@
 """What CIRR, FashionIQ and CIRCO differ in: a class each.
 
-Adding a benchmark is a reader in ``sprc.data``, one class in this file under ``@register_benchmark("name")``,
-and its name in ``sprc.data.DATASETS``, which `--help` shows.
+Adding a benchmark is a reader and a check in ``sprc.data``, one class in this file under
+``@register_benchmark("name")``, and its name in ``sprc.data.DATASETS``, which `--help` shows.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import numpy as np
 
 from sprc.data import CIRCO_QUERIES, PROTOCOLS, TYPES
-from sprc.data.check import examine_circo, examine_cirr, examine_fashioniq
 from sprc.data.circo import ASPECTS, load_circo
 from sprc.data.cirr import canonical_split, edits_of_test1, load_cirr, load_cirr_test
 from sprc.data.extra import Keys
@@ -60,7 +59,6 @@ class CIRR(TrainingBenchmark):
     name = "CIRR"
     short_name = "cirr"
     id_column = "pairid"
-    examine = staticmethod(examine_cirr)
     edits = "cirr_dataset/edits.{split}.json"
     extra_keys = Keys("reference", "target_hard", "caption")
     scored = ("val", "test1")
@@ -149,7 +147,6 @@ class FashionIQ(TrainingBenchmark):
     parts = TYPES
     part_column = "type"
     id_column = "number"
-    examine = staticmethod(examine_fashioniq)
     edits = "fashionIQ_dataset/edits.{part}.{split}.json"
     extra_keys = Keys("candidate", "target", "captions")
     protocols = PROTOCOLS
@@ -219,7 +216,6 @@ class CIRCO(Benchmark):
 
     name = "CIRCO"
     id_column = "id"
-    examine = staticmethod(examine_circo)
     edits = "circo_dataset/edits.{split}.json"
     protocols = CIRCO_QUERIES
     protocol_setting = "circo_query"
