@@ -47,9 +47,9 @@ def test_a_query_and_a_training_import_nothing_that_they_do_not_need(data, pictu
 
 def test_a_check_of_data_imports_no_torch(data):
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT / 'src')!r}); sys.argv = ['check_dataset.py', '--dataset', "
-        f"'CIRR', '--data-path', {str(data)!r}]; import check_dataset; check_dataset.main(); "
-        "print('torch' in sys.modules)"
+        f"import sys; sys.path.insert(0, {str(ROOT / 'src')!r}); "
+        f"sys.argv = ['check_dataset.py', '--dataset', 'CIRR', '--data-path', {str(data)!r}]; "
+        "import check_dataset; check_dataset.main(); print('torch' in sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert result.stdout.splitlines()[-2:] == ["problems: 0", "False"], result.stderr
