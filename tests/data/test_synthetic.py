@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from sprc.data.edits import KINDS
 from sprc.data.synthetic import cirr as synthetic_cirr
+from sprc.data.synthetic import scenes as scene_module
 from sprc.data.synthetic import splits as synthetic
 from sprc.data.synthetic.cirr import make_cirr
 from sprc.data.synthetic.descriptions import words
@@ -228,6 +229,31 @@ def test_every_color_shape_and_size_can_be_told_apart_in_the_image(image_size):
         for cell in ((0, 0), (1, 2)):
             image = render(Scene((SceneObject(cell, color, shape, size),), shade=230), image_size)
             assert read_scene(image) == {cell: Thing(color, shape, size)}
+
+
+@pytest.mark.parametrize("image_size", [24, 96, 97, 144])
+def test_pasted_shapes_are_those_drawn_together(image_size):
+    rng = random.Random(0)
+    for _ in range(20):
+        cells = rng.sample(list(product(range(3), range(3))), 5)
+        objects = [
+            SceneObject(cell, rng.choice(list(COLORS)), rng.choice(SHAPES), rng.choice(list(SIZES)))
+            for cell in cells
+        ]
+        shade = rng.randint(200, 255)
+        large = Image.new("RGB", (4 * image_size, 4 * image_size), (shade,) * 3)
+        side = 4 * image_size / 3
+        for thing in objects:
+            y, x = (side * (place + 0.5) for place in thing.cell)
+            radius = side * {"small": 0.19, "medium": 0.32, "large": 0.46}[thing.size]
+            fill, draw = scene_module.COLORS[thing.color], ImageDraw.Draw(large)
+            if thing.shape == "circle":
+                r = 0.95 * radius
+                draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+            else:
+                draw.polygon(scene_module.outline(thing.shape, x, y, radius), fill=fill)
+        drawn = render(Scene(tuple(objects), shade), image_size)
+        assert np.array_equal(np.asarray(drawn), np.asarray(large.reduce(4)))
 
 
 def test_files_are_in_cirrs_format(benchmark):
@@ -458,6 +484,20 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
         return render(scene, image_size)
 
     monkeypatch.setattr(synthetic_cirr, "render", fail_late)
+    with pytest.raises(InputError, match="disk full"):
+        make_cirr(tmp_path, SMALL)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_image_that_cannot_be_saved_leaves_nothing_behind(tmp_path, monkeypatch):
+    own = Image.Image.save
+
+    def fail(self, path, **options):
+        if Path(path).name == "dev-0-5-img5.png":
+            raise OSError("disk full")
+        own(self, path, **options)
+
+    monkeypatch.setattr(Image.Image, "save", fail)
     with pytest.raises(InputError, match="disk full"):
         make_cirr(tmp_path, SMALL)
     assert list(tmp_path.iterdir()) == []

@@ -15,6 +15,7 @@ from sprc.data.synthetic.splits import (
     ImageSet,
     Part,
     Query,
+    Save,
     SyntheticConfig,
     draw_double_queries,
     draw_parts,
@@ -75,7 +76,7 @@ def draw_sets(part: Part, config: SyntheticConfig) -> Iterator[DrawnSet]:
         yield DrawnSet(family, names, queries)
 
 
-def _write_benchmark(root: Path, config: SyntheticConfig) -> None:
+def _write_benchmark(root: Path, config: SyntheticConfig, save: Save) -> None:
     for folder in ("captions", "image_splits"):
         (root / "cirr" / folder).mkdir(parents=True)
     pair_ids, set_ids = itertools.count(), itertools.count()
@@ -88,7 +89,7 @@ def _write_benchmark(root: Path, config: SyntheticConfig) -> None:
             folder = f"{top}/{family % 100}" if split == "train" else top
             (root / folder).mkdir(parents=True, exist_ok=True)
             for scene, name in names.items():
-                render(scene, config.image_size).save(root / folder / f"{name}.png")
+                save(render(scene, config.image_size), root / folder / f"{name}.png")
                 paths[name] = f"./{folder}/{name}.png"
                 bar.update()
             set_id, places = next(set_ids), list(names)
@@ -134,9 +135,10 @@ def _write_caption(
     if not deck:
         deck += rng.sample([kind for kind, count in CAPTIONS[edit.kind].items() for _ in range(count)], 20)
     kind, caption = deck.pop(), None
-    others = rivals(reference, target, (scene for rows in family for row in rows for scene in row))
-    if kind == "negation":
-        caption = negation_caption(edit, reference, others, rng)
-    elif kind == "counting":
-        caption = counting_caption(edit, reference, target, others, rng)
+    if kind in ("negation", "counting"):
+        others = rivals(reference, target, (scene for rows in family for row in rows for scene in row))
+        if kind == "negation":
+            caption = negation_caption(edit, reference, others, rng)
+        else:
+            caption = counting_caption(edit, reference, target, others, rng)
     return (kind, caption) if caption else (edit.kind, write_caption(edit, reference, rng))

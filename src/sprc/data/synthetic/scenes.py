@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass, field
+from functools import cache, lru_cache
 from itertools import product
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 COLORS = {
@@ -30,6 +32,7 @@ CELL_NAMES = (
     ("bottom left", "bottom center", "bottom right"),
 )
 CELLS = tuple(product(range(3), range(3)))
+SCALE = 4  # Pillow's polygons have hard edges: they are drawn large, and 4 x 4 pixels become their mean
 # Attributes that may name an object, where no other object of the scene shares them all.
 NAMING = (
     ("color", "shape"),
@@ -146,7 +149,7 @@ def edit_between(reference: Scene, target: Scene) -> Edit:
         changed = [kinds[name] for name in kinds if getattr(before[0], name) != getattr(after[0], name)]
         if len(changed) == 1:
             return Edit(changed[0], before[0], after[0])
-    raise ValueError(f"not one edit apart: {reference} and {target}")
+    raise ValueError("not one edit apart", reference, target)  # put into words where it is shown
 
 
 def outline(shape: str, x: float, y: float, radius: float) -> list[tuple[float, float]]:
@@ -178,19 +181,57 @@ def outline(shape: str, x: float, y: float, radius: float) -> list[tuple[float, 
 
 def render(scene: Scene, image_size: int) -> Image.Image:
     """Draw a scene as an RGB image of ``image_size`` x ``image_size`` pixels, a cell a third of the side."""
-    scale = 4  # Pillow's polygons have hard edges: draw large, then take the mean of 4 x 4 pixels
-    cell_side = image_size * scale / 3
-    image = Image.new("RGB", (image_size * scale, image_size * scale), (scene.shade,) * 3)
-    draw = ImageDraw.Draw(image)
+    background = (scene.shade,) * 3
+    if image_size % 3:  # a pixel may lie in two cells
+        image = Image.new("RGB", (image_size * SCALE, image_size * SCALE), background)
+        draw = ImageDraw.Draw(image)
+        for thing in scene.objects:
+            draw_shape(draw, thing.cell, thing.shape, thing.size, image_size, COLORS[thing.color])
+        return image.reduce(SCALE)
+    image = Image.new("RGB", (image_size, image_size), background)
+    side = image_size // 3
     for thing in scene.objects:
-        y, x = ((index + 0.5) * cell_side for index in thing.cell)
-        radius = SIZES[thing.size] * cell_side
-        if thing.shape == "circle":
-            radius *= 0.95
-            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=COLORS[thing.color])
-        else:
-            draw.polygon(outline(thing.shape, x, y, radius), fill=COLORS[thing.color])
-    return image.reduce(scale)
+        image.paste(drawn(thing, scene.shade, image_size), (thing.cell[1] * side, thing.cell[0] * side))
+    return image
+
+
+def draw_shape(
+    draw: ImageDraw.ImageDraw,
+    cell: tuple[int, int],
+    shape: str,
+    size: str,
+    image_size: int,
+    fill: int | tuple[int, int, int],
+) -> None:
+    """Draw a shape of one size in its cell, on an image ``SCALE`` times as large."""
+    cell_side = image_size * SCALE / 3
+    y, x = ((index + 0.5) * cell_side for index in cell)
+    radius = SIZES[size] * cell_side
+    if shape == "circle":
+        radius *= 0.95
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
+    else:
+        draw.polygon(outline(shape, x, y, radius), fill=fill)
+
+
+@lru_cache(maxsize=4096)
+def drawn(thing: SceneObject, shade: int, image_size: int) -> Image.Image:
+    """A cell with its object, on its background: what is drawn once and pasted wherever it occurs."""
+    covered = np.arange(SCALE**2 + 1)[:, None]  # of a pixel's parts
+    color = np.array(COLORS[thing.color])
+    values = (covered * color + (SCALE**2 - covered) * shade + SCALE**2 // 2) // SCALE**2  # rounded as Pillow
+    cover = coverage(thing.cell, thing.shape, thing.size, image_size)
+    return Image.fromarray(values.astype(np.uint8)[cover])
+
+
+@cache
+def coverage(cell: tuple[int, int], shape: str, size: str, image_size: int) -> np.ndarray:
+    """How many of the ``SCALE`` x ``SCALE`` parts of each pixel of a cell a shape covers: (S / 3, S / 3)."""
+    image = Image.new("L", (image_size * SCALE, image_size * SCALE))
+    draw_shape(ImageDraw.Draw(image), cell, shape, size, image_size, SCALE**2)
+    side, (row, column) = image_size // 3, cell
+    box = (column * side, row * side, (column + 1) * side, (row + 1) * side)
+    return np.asarray(image.reduce(SCALE).crop(box))
 
 
 def cell_name(cell: tuple[int, int]) -> str:

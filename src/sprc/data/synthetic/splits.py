@@ -8,15 +8,22 @@ rest of the scene; many differ from the reference by one edit and do not fit the
 import json
 import random
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice, permutations, product
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
+from PIL import Image
+
 from sprc.data.synthetic.scenes import CELLS, COLORS, SHAPES, SIZES, Edit, Scene, SceneObject, edit_between
 from sprc.errors import InputError
+from sprc.processes import own_cores
 
+MOST_WAITING = 64  # images to be saved
 GENERATOR_VERSION = 2  # raise it whenever the same arguments give other files
 
 
@@ -60,6 +67,7 @@ OTHER_PAIRS = (
     (("shape", "shape"), ("size", "move")),
 )
 C = TypeVar("C", bound=SyntheticConfig)
+Save = Callable[..., None]  # of image_saver
 ImageSet = tuple[tuple[Scene, Scene], ...]  # 3 rows of 2: rows differ by one edit, columns by another
 
 
@@ -186,8 +194,10 @@ def draw_double_queries(image_set: ImageSet, count: int, rng: random.Random) -> 
     return rng.sample(queries, count)
 
 
-def write_once(root: Path, config: C, write: Callable[[Path, C], None]) -> None:
+def write_once(root: Path, config: C, write: Callable[[Path, C, Save], None]) -> None:
     """Have ``write`` fill the folder ``root``, whole or not at all; nothing to do if the same is there.
+
+    It gets the folder, ``config``, and what saves its images, see :func:`image_saver`.
 
     Adds ``made_by.json``, the arguments, by which a later call knows the folder.
     Raises :class:`InputError` if the folder exists and was made otherwise, or cannot be written.
@@ -208,11 +218,31 @@ def write_once(root: Path, config: C, write: Callable[[Path, C], None]) -> None:
         with tempfile.TemporaryDirectory(dir=out, prefix=f".{root.name}-") as folder:
             unfinished = Path(folder) / root.name
             unfinished.mkdir()
-            write(unfinished, config)
+            with image_saver() as save:
+                write(unfinished, config, save)
             (unfinished / "made_by.json").write_text(json_text(made_by), encoding="utf-8")
             unfinished.rename(root)
     except OSError as error:
         raise InputError(f"--out {out}: cannot write there ({error}); choose another folder") from error
+
+
+@contextmanager
+def image_saver() -> Iterator[Save]:
+    """What saves a Pillow image at a path, with options of ``Image.save``, on all cores: an image a thread.
+
+    What goes wrong is raised by a later call, or at the end, when all images are saved.
+    """
+    waiting: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(own_cores()) as pool:
+
+        def save(image: Image.Image, path: Path, **options: Any) -> None:
+            waiting.append(pool.submit(image.save, path, **options))
+            if len(waiting) > MOST_WAITING:
+                waiting.popleft().result()
+
+        yield save
+        for one in waiting:
+            one.result()
 
 
 def json_text(content: object) -> str:
