@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from itertools import product
 
 import numpy as np
@@ -115,6 +115,11 @@ class Scene:
     objects: tuple[SceneObject, ...]
     shade: int = field(default=240, compare=False)
 
+    @cached_property
+    def things(self) -> frozenset[SceneObject]:
+        """The objects as a set, which knows their hashes."""
+        return frozenset(self.objects)
+
     def is_valid(self) -> bool:
         """At least two objects, each in its own cell, no two alike in color and shape."""
         cells = {thing.cell for thing in self.objects}
@@ -138,8 +143,7 @@ class Edit:
 
 def edit_between(reference: Scene, target: Scene) -> Edit:
     """The one edit between two scenes; ``ValueError`` if they differ in none or in more than one."""
-    before = [thing for thing in reference.objects if thing not in target.objects]
-    after = [thing for thing in target.objects if thing not in reference.objects]
+    before, after = [*reference.things - target.things], [*target.things - reference.things]
     if len(before) == 0 and len(after) == 1:
         return Edit("add", None, after[0])
     if len(before) == 1 and len(after) == 0:
