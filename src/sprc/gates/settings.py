@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sprc.data import TYPES
-from sprc.scoring.settings import DatasetSettings, DeviceSettings, QuerySettings, ScoringSettings
+from sprc.scoring.settings import DatasetSettings, DeviceSettings, ProtocolSettings, ScoringSettings
 from sprc.settings import like, setting, text
 from sprc.training.settings import TrackerSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class GateSettings(ScoringSettings, QuerySettings, DatasetSettings):
+class GateSettings(ScoringSettings, ProtocolSettings, DatasetSettings):
     """Which queries are drawn, and what is measured."""
 
     split: str = setting("val", help="train, val, or test1 (FashionIQ, CIRCO: test); default: %(default)s")

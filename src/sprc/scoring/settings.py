@@ -30,8 +30,8 @@ class DatasetSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProtocolSettings:
-    """Which gallery."""
+class FashionIQSettings:
+    """Which gallery FashionIQ's queries are ranked in."""
 
     fiq_protocol: str = setting(
         "original", choices=PROTOCOLS, help="FashionIQ's gallery; default: %(default)s"
@@ -39,8 +39,8 @@ class ProtocolSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuerySettings(ProtocolSettings):
-    """Which gallery, and which text of a query."""
+class ProtocolSettings(FashionIQSettings):
+    """What the benchmarks leave open: FashionIQ's gallery, the text of CIRCO's queries."""
 
     circo_query: str = setting(
         CIRCO_QUERIES[0],
@@ -247,7 +247,7 @@ class ScoringSettings(TimeoutSettings, CheckpointSettings, DataSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValidationSettings(RerankSettings, ScoringSettings, QuerySettings, DatasetSettings):
+class ValidationSettings(RerankSettings, ScoringSettings, ProtocolSettings, DatasetSettings):
     """Of ``blip_validate.py``."""
 
     split: str = setting(
@@ -261,7 +261,7 @@ class ValidationSettings(RerankSettings, ScoringSettings, QuerySettings, Dataset
 
 
 @dataclass(frozen=True, kw_only=True)
-class RobustnessSettings(ScoringSettings, ProtocolSettings, DatasetSettings):
+class RobustnessSettings(ScoringSettings, FashionIQSettings, DatasetSettings):
     """Of ``check_robustness.py``. A query's difference to its clean one is in recall: no mean precision."""
 
     dataset: str = like(DatasetSettings, "dataset", choices=tuple(TRAINED_ON), metavar=TRAINED_ON_METAVAR)
@@ -329,7 +329,7 @@ class ExtractionSettings(
     CacheSettings,
     StartSettings,
     DataSettings,
-    ProtocolSettings,
+    FashionIQSettings,
     DatasetSettings,
 ):
     """Of ``extract_features.py``; further the switches of the vision transformer."""
@@ -339,7 +339,7 @@ class ExtractionSettings(
     )
     splits: Sequence[str] | None = setting(None, choices=SPELLINGS, help="default: all that there are")
     fiq_protocol: str = like(
-        ProtocolSettings,
+        FashionIQSettings,
         "fiq_protocol",
         help="FashionIQ's galleries of val and test; default: %(default)s",
     )

@@ -17,9 +17,9 @@ from sprc.scoring.settings import (
     DatasetSettings,
     DataSettings,
     DeviceSettings,
+    FashionIQSettings,
     GallerySettings,
     ImageSettings,
-    ProtocolSettings,
     ReaderSettings,
     StartSettings,
     TimeoutSettings,
@@ -264,7 +264,7 @@ class TrainingSettings(
     LoopSettings,
     StartSettings,
     DataSettings,
-    ProtocolSettings,
+    FashionIQSettings,
     DatasetSettings,
 ):
     """All that a run is started with; further the switches of the model, see :func:`training_parser`."""
