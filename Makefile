@@ -10,7 +10,7 @@
 # make app          a page to search pictures: an index of your own, or the demo's pictures
 # make test         sets up the same and runs all tests (LAVIS's included)
 # make test-quick   the same without the slow tests
-# make test-numeric  runs the numeric tests as on other processors, and with two threads: two minutes
+# make test-numeric  runs the numeric tests as on other processors, and with two threads: a minute and a half
 # make test-browser  clicks on the page in Chromium, which must be there (apt-get install chromium)
 # make test-checkout  makes the calls of SPRC's scripts in SPRC's own environment (Python 3.9, torch 2.0.1)
 # make test-modern  runs the tests on a newer Python, without LAVIS, with today's torch and transformers
