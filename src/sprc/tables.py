@@ -1,4 +1,4 @@
-"""Tables as text: what a metric is called in one, and the lines of one in Markdown."""
+"""Tables as text: what a metric is called in one, what a cell holds, and the lines of one in Markdown."""
 
 import re
 
@@ -10,6 +10,14 @@ def metric_label(name: str) -> str:
         return name
     prefix, k = found.groups()
     return f"R_s@{k}" if prefix == "group" else f"{prefix} R@{k}".strip()
+
+
+def number(text: str) -> float | str:
+    """The number that a CSV file's cell holds, or its text."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def markdown_table(rows_of_text: list[list[str]]) -> list[str]:

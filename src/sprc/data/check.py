@@ -54,17 +54,11 @@ def check_dataset(
 
 def examine_cirr(data_path: Path, findings: Findings, missing_images: str) -> None:
     """CIRR by the rules of :func:`sprc.data.cirr.load_cirr`; besides, its sets must hold 6 images."""
-    total, nothing_left = 0, _on_nothing_left(findings, missing_images)
+    total = 0
     for split, published in CIRR_TRIPLETS.items():
         loaded = cirr.load_cirr(data_path, split, findings.problems.append)
         findings.problems += _odd_sets(loaded)
-        rest = loaded
-        with reporting(nothing_left):
-            rest = cirr.without_missing(loaded)
-        if rest.left_out.images:
-            findings.notes.append(describe(rest))
-        looked_at = rest if missing_images == "skip" else loaded
-        findings.image_paths |= dict.fromkeys(looked_at.image_paths.values())
+        _look_for_missing(findings, loaded, cirr.without_missing, missing_images)
         total += len(loaded.image_paths)
         _count(findings, split, len(loaded.triplets), len(loaded.image_paths))
         if len(loaded.triplets) != published:
@@ -137,16 +131,9 @@ def examine_fashioniq(data_path: Path, findings: Findings, missing_images: str) 
 
 def examine_circo(data_path: Path, findings: Findings, missing_images: str) -> None:
     """CIRCO by the rules of :func:`sprc.data.circo.load_circo`."""
-    nothing_left = _on_nothing_left(findings, missing_images)
     for split, published in CIRCO_QUERIES.items():
         loaded = circo.load_circo(data_path, split, report=findings.problems.append)
-        rest = loaded
-        with reporting(nothing_left):
-            rest = circo.without_missing(loaded)
-        if rest.left_out.images:
-            findings.notes.append(describe(rest))
-        looked_at = rest if missing_images == "skip" else loaded
-        findings.image_paths |= dict.fromkeys(looked_at.image_paths.values())
+        _look_for_missing(findings, loaded, circo.without_missing, missing_images)
         targets = sum(1 + len(t.also_targets) for t in loaded.triplets if t.target is not None)
         told = f"{targets:,} targets" if targets else "secret targets"
         findings.counts.append(f"{split}: {len(loaded.triplets):,} queries, {told}")
@@ -163,6 +150,19 @@ EXAMINE: dict[str, Callable[[Path, Findings, str], None]] = {
     "fashioniq": examine_fashioniq,
     "circo": examine_circo,
 }
+
+
+def _look_for_missing(
+    findings: Findings, split: Split, without_missing: Callable[[Split], Split], missing_images: str
+) -> None:
+    """Note what `--missing-images` "skip" leaves out of a split, and which of its images are looked at."""
+    rest = split
+    with reporting(_on_nothing_left(findings, missing_images)):
+        rest = without_missing(split)
+    if rest.left_out.images:
+        findings.notes.append(describe(rest))
+    looked_at = rest if missing_images == "skip" else split
+    findings.image_paths |= dict.fromkeys(looked_at.image_paths.values())
 
 
 def _on_nothing_left(findings: Findings, missing_images: str) -> Report:

@@ -130,9 +130,12 @@ def holds(config: ModelConfig, state: Mapping[str, Tensor], source: Source) -> s
     """What kind of model a state dict is of, in words."""
     if source.called["blip_model_name"] == RERANKER:
         return "a re-ranker behind SPRC"
-    if (kind := kind_of(state)) != "sprc":
-        return TITLES[kind]
-    return "SPRC with gated fusion" if config.use_gated_fusion else "plain SPRC"
+    return title_of(kind_of(state), config.use_gated_fusion)
+
+
+def title_of(kind: str, has_fusion: bool) -> str:
+    """A model of a kind of :data:`sprc.models.descendants.CLASSES`, in words."""
+    return TITLES.get(kind) or ("SPRC with gated fusion" if has_fusion else "plain SPRC")
 
 
 def load_checkpoint(
@@ -206,8 +209,8 @@ def load_checkpoint(
             )
     model = filled(cls, config, tokenizer, contents, path, new_fusion=switches is not None and not has_fusion)
 
-    what = "SPRC with gated fusion" if has_fusion else "plain SPRC" if kind == "sprc" else TITLES[kind]
-    found = f"{path}: {what}, epoch {'unknown' if contents['epoch'] is None else contents['epoch']}"
+    epoch = "unknown" if contents["epoch"] is None else contents["epoch"]
+    found = f"{path}: {title_of(kind, has_fusion)}, epoch {epoch}"
     if published is not None:
         found += f"; {published.check(path)}"
     if kind != "sprc":

@@ -36,9 +36,8 @@ ENTRIES = ("epoch", "model_config", "hyperparameters", "left_out")
 class Saved(NamedTuple):
     """All that is saved of a model."""
 
-    contents: dict[
-        str, Any
-    ]  # see sprc.models.checkpoint.contents_of; `hyperparameters` has the preprocessing, too
+    # See sprc.models.checkpoint.contents_of; `hyperparameters` has the preprocessing, too.
+    contents: dict[str, Any]
     state: str  # the entry of the state dict in it
     run: dict[str, Any]  # see sprc.models.model_card.facts_of
     holds: str  # what kind of model it is, in words

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from sprc.config import RERANKER
-from sprc.models.hub_folder import Saved, library_version
+from sprc.data import TRAINED_ON
+from sprc.models.hub_folder import LIBRARY, Saved, library_version
 from sprc.models.published import published_in
 from sprc.run_folder import RunFolder
+from sprc.tables import number
 
 TAGS = ["composed-image-retrieval", "image-retrieval", "image-text-retrieval", "blip-2", "sprc"]
 TASK = "image-feature-extraction"
-DATASETS = {"cirr": "CIRR", "fashioniq": "FashionIQ"}
 PROTOCOLS = {
     "cirr": "validation split (val), all of its images as the gallery, the reference taken out of each "
     "ranking; group_recall is within the image set",
@@ -84,14 +85,6 @@ def facts_of(weights: Path, epoch: int | None) -> dict[str, Any]:
     return {name: value for name, value in facts.items() if value is not None}
 
 
-def number(text: str) -> float | str:
-    """What a CSV file's cell holds."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
 def protocol_of(told: dict[str, Any]) -> str:
     """What a training's metrics are of, in words."""
     return PROTOCOLS[told["dataset"]].format(told.get("fiq_protocol", "original"))
@@ -99,7 +92,7 @@ def protocol_of(told: dict[str, Any]) -> str:
 
 def data_of(told: dict[str, Any]) -> str:
     """What a model was trained on, as far as a run knows it: the format, and not whose images lay there."""
-    name = DATASETS[told["dataset"]]
+    name = TRAINED_ON[told["dataset"]]
     if told["backbone"] == "tiny":
         return f"data in {name}'s format (the backbone `tiny` is made for this project's built-in data)"
     return name
@@ -119,7 +112,7 @@ def card_metadata(told: dict[str, Any], name: str) -> dict[str, Any]:
         "tags": [*TAGS, *(["re-ranker"] if told["blip_model_name"] == RERANKER else [])],
         "model_name": name,
     }
-    if told.get("dataset") in DATASETS:
+    if told.get("dataset") in TRAINED_ON:
         metadata["datasets"] = [told["dataset"]]
         metadata["metrics"] = ["recall"]
     return metadata
@@ -127,7 +120,7 @@ def card_metadata(told: dict[str, Any], name: str) -> dict[str, Any]:
 
 def results_of(told: dict[str, Any], run: dict[str, Any]) -> list[dict[str, Any]]:
     """The arguments of an ``EvalResult`` a metric: those of the validation after the checkpoint's epoch."""
-    if told.get("dataset") not in DATASETS:
+    if told.get("dataset") not in TRAINED_ON:
         return []
     common = {
         "task_type": TASK,
@@ -161,7 +154,7 @@ def card_text(saved: Saved, name: str) -> str:
     if second:
         limits = f"- It scores nothing alone: it looks again at what its first stage finds.\n{limits}"
     snippet = (SECOND_STAGE if second else SNIPPET).format(name=name)
-    install = INSTALL.format(library="sprc-gated-fusion", version=library_version())
+    install = INSTALL.format(library=LIBRARY, version=library_version())
     sections = {
         title_of(name): f"Composed image retrieval: a reference image and a text that says what to change, "
         f"to the image that is meant. This is {saved.holds}{fusion}, with the backbone `{told['backbone']}`.",
@@ -180,11 +173,11 @@ def card_text(saved: Saved, name: str) -> str:
 def training_of(told: dict[str, Any], run: dict[str, Any], weights: Path | None) -> str:
     """Data set, command, seed, versions and recipe, as a list; what is unknown is named."""
     published = None if weights is None else published_in(weights)
-    if told.get("dataset") not in DATASETS:
+    if told.get("dataset") not in TRAINED_ON:
         if published is not None:
             return (
                 f"Published as `{published.name}`: {published.method}, trained on "
-                f"{DATASETS[published.dataset]} by its authors. Command, seed and versions are {UNKNOWN}."
+                f"{TRAINED_ON[published.dataset]} by its authors. Command, seed and versions are {UNKNOWN}."
             )
         return f"Data set, command, seed and versions are {UNKNOWN}."
     command = run.get("command")

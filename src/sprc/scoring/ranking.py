@@ -77,6 +77,12 @@ class Ranking(NamedTuple):
     set_order: Tensor | None = None  # (T, K) gallery indices of the image set, best first, the reference last
     also_ranks: Tensor | None = None  # (T, A), of the other targets in the gallery; -1 fills up
 
+    @property
+    def columns(self) -> dict[str, Tensor]:
+        """The targets' ranks under their names in a file of ranks, each (T,); those that are known."""
+        named = {"rank": self.ranks, "subset_rank": self.set_ranks}
+        return {name: ranks for name, ranks in named.items() if ranks is not None}
+
 
 def rank(
     blocks: ScoreBlocks,

@@ -34,7 +34,6 @@ from sprc.scoring.benchmarks import TrainingBenchmark, training_benchmark
 from sprc.scoring.bootstrap import paired_bootstrap
 from sprc.scoring.encoding import (
     EncodedSplit,
-    encode_split,
     eval_mode,
     prompts_of_batch,
     queries_by_reference,
@@ -94,7 +93,7 @@ def measure(scorer: Scorer, benchmark: TrainingBenchmark, names: Iterable[str], 
     model, splits = scorer.checkpoint.model, benchmark.splits
     load = scorer.loader(splits)
     check_shared_memory(scorer.reading["batch_size"] * pixel_bytes(model), scorer.reading["num_workers"])
-    encoded = [encode_split(model, one, load, **scorer.reading, **scorer.gallery) for one in splits]
+    encoded = [scorer.encode_one(one, load) for one in splits]
     halves = [rank_modalities(split, one) for split, one in zip(splits, encoded, strict=True)]
     clean, *alone = ([found[name] for found in halves] for name in halves[0])
     scores = query_scores(benchmark, clean)
@@ -135,12 +134,8 @@ def measure(scorer: Scorer, benchmark: TrainingBenchmark, names: Iterable[str], 
 
 def query_scores(benchmark: TrainingBenchmark, rankings: Sequence[Ranking]) -> np.ndarray:
     """What each query adds to the headline metric, (T of all splits,), in percent."""
-    found = []
-    for ranking in rankings:
-        columns = {"rank": ranking.ranks, "subset_rank": ranking.set_ranks}
-        ranks = {name: values.numpy() for name, values in columns.items() if values is not None}
-        found.append(benchmark.headline_scores(ranks))
-    return np.concatenate(found)
+    columns = [{name: ranks.numpy() for name, ranks in one.columns.items()} for one in rankings]
+    return np.concatenate([benchmark.headline_scores(ranks) for ranks in columns])
 
 
 def better_half(text: Ranking, image: Ranking) -> Ranking:

@@ -91,12 +91,17 @@ def write_submission(
                 "test1: correct --data-path"
             )
         files.append((out / f"{metric}_submission_{name}.json", text))
-    for path, text in files:
-        write_atomically(path, methodcaller("write", text))
-        print(f"wrote {path} ({len(text):,} bytes)")
+    write_files(files)
     print(f"send both to CIRR's evaluation server, {SERVER}")
     (recall, _), (recall_subset, _) = files
     return recall, recall_subset
+
+
+def write_files(files: list[tuple[Path, bytes]]) -> None:
+    """Write each path's text, all of which were checked before."""
+    for path, text in files:
+        write_atomically(path, methodcaller("write", text))
+        print(f"wrote {path} ({len(text):,} bytes)")
 
 
 def circo_queries(data_path: Path) -> Split:
@@ -129,9 +134,7 @@ def write_circo_submission(split: Split, ranking: Ranking, out: Path, name: str)
                 f"the {query} submission is not {wanted} different images for each query of test"
             )
         files.append((out / f"circo_submission_{query}_{name}.json", compact_json(ranked)))
-    for path, text in files:
-        write_atomically(path, methodcaller("write", text))
-        print(f"wrote {path} ({len(text):,} bytes)")
+    write_files(files)
     print(f"send the one whose text you report to CIRCO's evaluation server, {CIRCO_SERVER}")
     (caption, _), (concept, _) = files
     return caption, concept

@@ -103,8 +103,7 @@ def query_ranks(benchmark: Benchmark, rankings: list[Ranking]) -> list[dict[str,
     """
     rows = []
     for split, ranking in zip(benchmark.splits, rankings, strict=True):
-        columns = {"rank": ranking.ranks, "subset_rank": ranking.set_ranks}
-        lists = {name: ranks.tolist() for name, ranks in columns.items() if ranks is not None}
+        lists = {name: ranks.tolist() for name, ranks in ranking.columns.items()}
         if ranking.also_ranks is not None:
             also = ranking.also_ranks.tolist()
             lists["also_ranks"] = [" ".join(str(rank) for rank in row if rank >= 0) for row in also]

@@ -31,6 +31,7 @@ from sprc.distributed import rank
 from sprc.errors import InputError, Interrupted
 from sprc.files import write_json
 from sprc.run_folder import RunFolder
+from sprc.tables import number
 
 PROJECT = "sprc"  # at wandb, and MLflow's experiment, where the environment names none
 REPORT = "report"  # the group of figures and tables
@@ -359,14 +360,6 @@ def read_table(file: Path) -> list[list[Any]]:
     with file.open(encoding="utf-8", newline="") as opened:
         header, *rows = csv.reader(opened)
     return [header, *([number(value) for value in row] for row in rows)]
-
-
-def number(value: str) -> float | str:
-    """The number that a text is, or the text."""
-    try:
-        return float(value)
-    except ValueError:
-        return value
 
 
 def flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
