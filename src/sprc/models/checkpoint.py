@@ -163,6 +163,21 @@ def load_checkpoint(
     """
     path = find_model(path)
     contents = read_contents(path)
+    return checkpoint_of(
+        contents, path, model_name=model_name, backbone=backbone, vocab=vocab, switches=switches
+    )
+
+
+def checkpoint_of(
+    contents: dict[str, Any],
+    path: Path,
+    *,
+    model_name: str | None = None,
+    backbone: str | None = None,
+    vocab: Path | None = None,
+    switches: dict | None = None,
+) -> Checkpoint:
+    """The same from what :func:`read_contents` has read at ``path``."""
     hyperparameters = contents.get("hyperparameters", {})
     published = None if "model_config" in contents else published_in(path)
     by_its_name = None if published is None else published.backbone
