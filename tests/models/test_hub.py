@@ -19,7 +19,7 @@ from sprc.errors import InputError
 from sprc.models import published
 from sprc.models.checkpoint import load_checkpoint, read_contents, start_model
 from sprc.models.model_card import results_text
-from sprc.models.model_path import named_model
+from sprc.models.model_path import folder_beside, named_model
 from sprc.models.reranker import load_reranker
 from sprc.run_folder import name_of_checkpoint
 from sprc.scoring.exporting import export_model
@@ -434,3 +434,10 @@ def test_the_mixin_s_own_verb_reads_a_folder_and_the_hub(hub, folder):
     expected = read_contents(folder / "model.safetensors")
     for found in (HubModel.from_pretrained("user/model"), HubModel.from_pretrained(folder)):
         assert found.saved.contents["hyperparameters"] == expected["hyperparameters"]
+
+
+def test_what_is_made_of_a_model_never_lies_in_the_hub_s_cache(tmp_path):
+    run, cached = tmp_path / "run", tmp_path / "cache" / "model.safetensors"
+    run.mkdir()
+    assert folder_beside(run, run / "saved_models" / "best.pt") == run / "saved_models"
+    assert folder_beside(Path("someone/model"), cached) == Path()

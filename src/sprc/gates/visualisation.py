@@ -23,7 +23,7 @@ from sprc.gates.probe import probe
 from sprc.gates.settings import GateSettings
 from sprc.models.device import start_device
 from sprc.models.fusion_maps import why_no_word_maps
-from sprc.models.model_path import with_files
+from sprc.models.model_path import folder_beside, with_files
 from sprc.scoring.benchmarks import benchmark_class
 from sprc.scoring.scorer import Scorer
 
@@ -49,7 +49,7 @@ def run_visualisation(settings: GateSettings) -> None:
     Raises :class:`InputError` before any long work.
     """
     device = start_device(settings.device)
-    beside = settings.model_path.exists()
+    given = settings.model_path
     settings = with_files(settings)
     split = load_split(settings)
     if settings.missing_images == "skip":
@@ -79,7 +79,7 @@ def run_visualisation(settings: GateSettings) -> None:
     check_images(split.image_paths, split.image_paths)
     if edits is not None:
         require_squares(split)
-    out = settings.out or (settings.model_path.parent if beside else Path()) / "gate_maps"
+    out = settings.out or folder_beside(given, settings.model_path) / "gate_maps"
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -46,6 +46,14 @@ def named_model(path: Path) -> Path:
     return find_model(path) if path.is_dir() or known else path
 
 
+def folder_beside(given: Path, found: Path) -> Path:
+    """Where what is made of a model goes: beside its file, or of one that was named here, where we are.
+
+    ``given`` is what the user gave, ``found`` the file of it: of the model hub's it lies in the hub's cache.
+    """
+    return found.parent if given.exists() else Path()
+
+
 def with_files(settings: S) -> S:
     """Settings with the files of the models that they name, see :func:`named_model`."""
     given = {name: getattr(settings, name, None) for name in ("model_path", "rerank", "off_model_path")}

@@ -29,7 +29,7 @@ from sprc.distributed import from_main, sum_over_ranks
 from sprc.errors import InputError
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.device import start_device
-from sprc.models.model_path import with_files
+from sprc.models.model_path import folder_beside, with_files
 from sprc.scoring.benchmarks import TrainingBenchmark, training_benchmark
 from sprc.scoring.bootstrap import paired_bootstrap
 from sprc.scoring.encoding import (
@@ -59,6 +59,7 @@ def run_robustness(settings: RobustnessSettings) -> list[Row]:
     if unknown := [name for name in settings.perturbations if name not in known]:
         raise InputError(f"--perturbations {unknown[0]!r} is unknown; choose from {', '.join(known)}")
     device = start_device(settings.device)
+    given = settings.model_path
     settings = with_files(settings)
     benchmark = training_benchmark(settings.dataset).load(
         settings.data_path,
@@ -66,7 +67,7 @@ def run_robustness(settings: RobustnessSettings) -> list[Row]:
         settings.split,
         missing_images=settings.missing_images,
     )
-    out = settings.out or settings.model_path.parent / "robustness"
+    out = settings.out or folder_beside(given, settings.model_path) / "robustness"
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file; give a folder")
     scorer = Scorer.from_settings(settings, device)
