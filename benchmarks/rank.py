@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -24,8 +25,11 @@ from measure import (
 from published import published_ranking
 from torch import Tensor
 
+from sprc.data.split import Split
+from sprc.scoring import screening
 from sprc.scoring.benchmarks import CIRR
-from sprc.scoring.ranking import rank, score_blocks
+from sprc.scoring.encoding import EncodedSplit
+from sprc.scoring.recall import rank_split
 
 TOKENS, WIDTH, SET = 32, 256, 6
 CIRR_VAL = (4181, 2297)  # queries, gallery images
@@ -60,10 +64,28 @@ def make_sets(queries: int, images: int) -> Tensor:
 
 def our_ranking(queries: Tensor, gallery: Tensor, sets: Tensor, k: int | None = None) -> dict[str, float]:
     """CIRR's metrics, and with ``k`` the best k of each query as well."""
-    ranking = rank(
-        score_blocks(queries, gallery), targets=sets[:, 1], references=sets[:, 0], members=sets, k=k
-    )
+    encoded = EncodedSplit(gallery, queries, queries, sets[:, 0], sets[:, 1], sets)
+    ranking = rank_split(Split("val", [], {}), encoded, k=k)
     return CIRR.metrics_of({"": ranking})
+
+
+def in_float32(**task: Any) -> dict[str, float]:
+    """Ours as it is where a processor has no instructions for bfloat16."""
+    with patch.object(screening, "product_type", lambda: torch.float32):
+        return our_ranking(**task)
+
+
+def products_alone(dtype: torch.dtype, queries: Tensor, gallery: Tensor) -> Callable[[], None]:
+    """The matrix products of our ranking on a CPU and nothing else, on what is in ``dtype`` already."""
+    rows = gallery.to(dtype).flatten(0, 1).split(screening.GALLERY_CHUNK * TOKENS)
+    columns = [part.to(dtype).T.contiguous() for part in queries.split(screening.QUERY_BLOCK)]
+
+    def run() -> None:
+        for column in columns:
+            for row in rows:
+                row @ column
+
+    return run
 
 
 def with_names(queries: Tensor, gallery: Tensor, sets: Tensor) -> Callable[[], dict[str, float]]:
@@ -82,12 +104,18 @@ def prepare(
 
 
 def against_published(settings: Settings) -> list[Row]:
-    """CIRR's validation, both ways: the same recalls, time and peak memory."""
+    """CIRR's validation, both ways: the same recalls, time and peak memory; and ours against its products."""
     queries, images = (50, 40) if settings.quick else CIRR_VAL
     require_memory(0.5 if settings.quick else 5)
     task = make_task(queries, images, torch.float32, settings.device)
     sides = {"ours": partial(our_ranking, **task), "published": with_names(**task)}
     ours, published = (side() for side in sides.values())
+    dtype = screening.product_type()
+    if settings.device == "cpu":
+        sides["products"] = products_alone(dtype, task["queries"], task["gallery"])
+        sides["float32"] = partial(in_float32, **task)
+        sides["products in float32"] = products_alone(torch.float32, task["queries"], task["gallery"])
+        assert sides["float32"]() == ours, "the type of the products has changed a recall"
     for name, value in published.items():
         assert abs(ours[name] - value) < 1e-9, f"{name} is {ours[name]}, the published way says {value}"
     times = side_by_side(sides, settings)
@@ -99,7 +127,33 @@ def against_published(settings: Settings) -> list[Row]:
         for side in ("ours", "published")
     }
     shape = f"{queries} x {images}"
+    limits = []
+    if settings.device == "cpu":
+        kind = str(dtype).removeprefix("torch.")
+        limits = [
+            ratio_row(
+                f"ranking, ours in {kind} / its products alone, {shape}: time",
+                "1.3 x or less",
+                times["ours"],
+                times["products"],
+                most=1.3,
+            ),
+            ratio_row(
+                f"ranking, ours in float32 / its products alone, {shape}: time",
+                "1.3 x or less",
+                times["float32"],
+                times["products in float32"],
+                most=1.3,
+            ),
+            ratio_row(
+                f"ranking, ours in float32 / ours in {kind}, {shape}: time",
+                "",
+                times["float32"],
+                times["ours"],
+            ),
+        ]
     return [
+        *limits,
         ratio_row(
             f"ranking, published way / ours, {shape}: time",
             "5 x or more",

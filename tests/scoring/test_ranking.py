@@ -28,6 +28,7 @@ from sprc.scoring.ranking import (
     top_k,
 )
 from sprc.scoring.recall import image_score_blocks, rank_modalities
+from sprc.scoring.screening import screened_blocks
 
 
 @pytest.fixture(params=[(128, 128), (7, 3), (1, 1)], ids=str)
@@ -235,11 +236,11 @@ def test_the_image_alone_is_ranked_by_the_mean_over_its_tokens(small_blocks):
 def test_the_table_of_modalities_scores_each_of_them_once(monkeypatch):
     passes = []
 
-    def counted(queries, gallery):
+    def counted(queries, *rest):
         passes.append(queries)
-        return score_blocks(queries, gallery)
+        return screened_blocks(queries, *rest)
 
-    monkeypatch.setattr(sprc.scoring.recall, "score_blocks", counted)
+    monkeypatch.setattr(sprc.scoring.recall, "screened_blocks", counted)
     gallery, composed, text_only = vectors(9, 4, 3, 4), vectors(10, 2, 4), vectors(11, 2, 4)
     index = torch.tensor([0, 1])
     encoded = EncodedSplit(gallery, composed, text_only, index, index + 1, torch.arange(4).repeat(2, 1))

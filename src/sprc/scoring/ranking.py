@@ -53,11 +53,16 @@ def block_scores(queries: Tensor, gallery: Tensor) -> Tensor:
         part = gallery[start : start + chunk].to(torch.float32)
         products = (part.flatten(0, 1) @ columns).unflatten(0, part.shape[:2])  # (chunk, Q, R)
         scores[start : start + chunk] = products.amax(dim=1)
+    refuse_what_is_not_finite(scores)
+    return scores.T.contiguous()
+
+
+def refuse_what_is_not_finite(scores: Tensor) -> None:
+    """Raise :class:`FloatingPointError` for NaN or inf among similarities."""
     if not scores.isfinite().all():
         raise FloatingPointError(
             "similarities are not finite: the model's weights or features hold NaN or inf"
         )
-    return scores.T.contiguous()
 
 
 def mean_query(queries: Sequence[Tensor]) -> Tensor:
@@ -101,7 +106,7 @@ def rank(
         references: (T,) gallery indices taken out of the ranking (CIRR), or None (FashionIQ).
         members: (T, K) gallery indices of the image sets (CIRR), or None. They need ``references``.
         also_targets: (T, A) gallery indices of the other targets (CIRCO), -1 where there are fewer; or None.
-        k: how many candidates a query to return, or None for no ``top``.
+        k: how many candidates a query to return, and with them the image sets' order; None for neither.
     """
     rows: dict[str, list[Tensor]] = {name: [] for name in ("numbers", *Ranking._fields)}
     for numbers, scores in blocks:
@@ -115,7 +120,7 @@ def rank(
             rows["also_ranks"].append(ranks_of_others(scores, also_targets[numbers], reference))
         if k is not None:
             rows["top"].append(top_k(scores, k, reference))
-        if reference is not None and group is not None:
+        if k is not None and reference is not None and group is not None:
             rows["set_order"].append(subset_order(scores, reference, group))
     order = torch.cat(rows.pop("numbers")).argsort()
     return Ranking(**{name: torch.cat(parts)[order] if parts else None for name, parts in rows.items()})

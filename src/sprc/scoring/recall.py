@@ -14,6 +14,7 @@ from sprc.scoring.ranking import (
     rank,
     score_blocks,
 )
+from sprc.scoring.screening import screened_blocks
 
 
 def image_score_blocks(encoded: EncodedSplit) -> Iterator[tuple[Tensor, Tensor]]:
@@ -41,8 +42,10 @@ def rank_split(
 
     ``blocks`` are the composed queries' similarities by default; ``k`` goes to :func:`rank`.
     """
+    if blocks is None:
+        blocks = blocks_to_rank(encoded, encoded.composed, only_ranks=k is None)
     return rank(
-        score_blocks(encoded.composed, encoded.gallery) if blocks is None else blocks,
+        blocks,
         targets=encoded.targets,
         references=None if split.ranks_reference else encoded.references,
         members=encoded.members if encoded.members.shape[1] else None,
@@ -51,14 +54,22 @@ def rank_split(
     )
 
 
+def blocks_to_rank(encoded: EncodedSplit, queries: Tensor, *, only_ranks: bool) -> ScoreBlocks:
+    """The queries' similarities: exact around the target where nothing but the ranks of one is asked for."""
+    gallery, targets = encoded.gallery, encoded.targets
+    if targets is None or encoded.also_targets is not None or not only_ranks or gallery.device.type != "cpu":
+        return score_blocks(queries, gallery)
+    return screened_blocks(queries, gallery, targets)
+
+
 def rank_modalities(split: Split, encoded: EncodedSplit) -> dict[str, Ranking]:
     """The rankings by the composed query, by the text alone and by the image alone.
 
     A benchmark where either half does as well as the whole does not test composition.
     """
     blocks = {
-        "reference and text": score_blocks(encoded.composed, encoded.gallery),
-        "text only": score_blocks(encoded.text_only, encoded.gallery),
+        "reference and text": blocks_to_rank(encoded, encoded.composed, only_ranks=True),
+        "text only": blocks_to_rank(encoded, encoded.text_only, only_ranks=True),
         "image only": image_score_blocks(encoded),
     }
     return {name: rank_split(split, encoded, b) for name, b in blocks.items()}

@@ -134,7 +134,7 @@ def rank_again(
     ranking = in_order(blocks, members=None, also_targets=encoded.also_targets, k=k)
     if not encoded.members.shape[1]:
         return ranking
-    in_sets = in_order(set_blocks(encoded, matches, temp, weight), members=encoded.members)
+    in_sets = in_order(set_blocks(encoded, matches, temp, weight), members=encoded.members, k=k)
     return ranking._replace(set_ranks=in_sets.set_ranks, set_order=in_sets.set_order)
 
 

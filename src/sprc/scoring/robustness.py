@@ -39,7 +39,7 @@ from sprc.scoring.encoding import (
     queries_by_reference,
 )
 from sprc.scoring.feature_cache import pixel_bytes
-from sprc.scoring.ranking import Ranking, score_blocks
+from sprc.scoring.ranking import Ranking
 from sprc.scoring.recall import rank_modalities, rank_split
 from sprc.scoring.robustness_report import Row, write_report
 from sprc.scoring.scorer import Scorer
@@ -150,7 +150,7 @@ def rank_queries(
 ) -> list[Ranking]:
     """The rankings of each split's composed queries (T, E) in its clean gallery."""
     parts = zip(splits, encoded, queries, strict=True)
-    return [rank_split(split, one, score_blocks(composed, one.gallery)) for split, one, composed in parts]
+    return [rank_split(split, replace(one, composed=composed)) for split, one, composed in parts]
 
 
 def query_id(split: Split, number: int) -> str:
