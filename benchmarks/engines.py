@@ -62,6 +62,8 @@ def candidates(settings: Settings) -> list[Row]:
     pictures = 400 if settings.quick else 100_000
     require_memory(0.5 if settings.quick else 4)
     rows = []
+    counts = (50, 100) if settings.quick else (100, 1000, 10_000)
+    settings = settings._replace(seconds=settings.seconds / (len(SHAPES) * len(PACKAGES) * len(counts)))
     for name, shape in SHAPES.items():
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "index"
@@ -70,11 +72,7 @@ def candidates(settings: Settings) -> list[Row]:
             queries = queries_near(exact)
             wanted = [{result.name for result in exact.best(query, TOP)} for query in queries]
             label = f"{name}'s shape {shape[0]} x {shape[1]}, {pictures} pictures"
-            for engine, count in (
-                (engine, count)
-                for engine in PACKAGES
-                for count in ((50, 100) if settings.quick else (100, 1000, 10_000))
-            ):
+            for engine, count in ((engine, count) for engine in PACKAGES for count in counts):
                 title = f"search, exact / {'FAISS' if engine == 'faiss' else 'LanceDB'}"
                 if not find_spec(PACKAGES[engine]):
                     rows.append(not_measured(title, "", f"{engine} is not installed"))

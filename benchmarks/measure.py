@@ -1,12 +1,14 @@
 """How time and peak memory are measured, and the rows that come of it.
 
 Two sides of a row are timed in turns in one process, A, B, A, B, so that whatever slows the machine slows
-both. A ratio is taken within each turn; a row gives the ratios' median and their least and largest.
+both. A ratio is taken within each turn; a row gives the ratios' median and their least and largest. There are
+turns until the ratios are steady, and a row whose ratios never were says so.
 """
 
 import ctypes
 import ctypes.util
 import gc
+import math
 import multiprocessing
 import os
 import re
@@ -15,13 +17,15 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any, NamedTuple
 
 MEMINFO = Path("/proc/meminfo")
 STATUS = Path("/proc/self/status")
 NOT_MEASURED = "not measured"
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+FEWEST_TURNS = 3
+STEADY = 0.15  # the width of the middle half of the ratios, as a share of their median
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as the scripts do
 
@@ -34,8 +38,9 @@ class Settings(NamedTuple):
     """What a benchmark is asked for."""
 
     device: str  # "cpu" or "cuda"
-    repeats: int  # turns
+    repeats: int  # turns at most
     quick: bool  # small shapes, whose figures say nothing
+    seconds: float = math.inf  # after which no further turn begins
 
 
 class Row(NamedTuple):
@@ -79,9 +84,12 @@ def side_by_side(
 ) -> dict[str, list[float]]:
     """Time each side once a turn, after a warm-up, in seconds.
 
+    There are three turns at least, and more until all sides are steady against the first, or the most turns
+    or the time are used up. Only where the time is short there are fewer than three.
+
     Args:
         sides: name to work.
-        settings: device and number of turns.
+        settings: device, turns at most and time.
         before: what is done before each side and not timed.
     """
     for work in sides.values():
@@ -90,8 +98,13 @@ def side_by_side(
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     gc.collect()
     gc.disable()
+    end = time.perf_counter() + settings.seconds
     try:
-        for _ in range(settings.repeats):
+        for turn in range(settings.repeats):
+            if turn and time.perf_counter() > end:
+                break
+            if turn >= FEWEST_TURNS and all_steady(seconds):
+                break
             for name, work in sides.items():
                 if before is not None:
                     before()
@@ -103,6 +116,22 @@ def side_by_side(
     finally:
         gc.enable()
     return seconds
+
+
+def all_steady(seconds: dict[str, list[float]]) -> bool:
+    """Whether each side's time is steady against the first side's, or that of an only side by itself."""
+    first, *others = seconds.values()
+    if not others:
+        return not is_noisy(first)
+    return not any(is_noisy([a / b for a, b in zip(side, first, strict=True)]) for side in others)
+
+
+def is_noisy(values: list[float]) -> bool:
+    """Whether the middle half of the values is wide; what one slow turn does not change."""
+    if len(values) < 2:
+        return True
+    low, _, high = quantiles(values, n=4, method="inclusive")
+    return high - low >= STEADY * median(values)
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -191,7 +220,7 @@ def ratio_row(
 ) -> Row:
     """``above / below``, turn by turn, in seconds; reached if at least, or at most, what is wanted."""
     ratios = [a / b for a, b in zip(above, below, strict=True)]
-    value = f"{median(ratios):.2f} x ({min(ratios):.2f} to {max(ratios):.2f})"
+    value = spread(ratios, "{:.2f}".format, " x")
     detail = f"{in_seconds(median(above))} against {in_seconds(median(below))}"
     return Row(name, wanted, value, detail, within(median(ratios), least, most))
 
@@ -210,9 +239,17 @@ def within(value: float, least: float | None, most: float | None) -> bool | None
     return (least is None or value >= least) and (most is None or value <= most)
 
 
-def spread(values: list[float], write: Callable[[float], str]) -> str:
-    """Median, least and largest."""
-    return f"{write(median(values))} ({write(min(values))} to {write(max(values))})"
+def spread(
+    values: list[float],
+    write: Callable[[float], str],
+    unit: str = "",
+    ratios: list[float] | None = None,
+) -> str:
+    """Median, least and largest, the number of turns, and whether ``ratios``, or the values, were noisy."""
+    turns = f"{len(values)} turn{'s' if len(values) > 1 else ''}"
+    if is_noisy(values if ratios is None else ratios):
+        turns += ", noisy"
+    return f"{write(median(values))}{unit} ({write(min(values))} to {write(max(values))}, {turns})"
 
 
 def in_seconds(value: float) -> str:

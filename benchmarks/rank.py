@@ -191,7 +191,7 @@ def whole_of_cirr(settings: Settings) -> list[Row]:
 
 def growing_gallery(settings: Settings) -> list[Row]:
     """Time of one product of query and image, and peak memory, as the gallery grows."""
-    queries, sizes = (16, (40, 80)) if settings.quick else (512, (1000, 10_000, 100_000))
+    queries, sizes = (16, (40, 80)) if settings.quick else (256, (1000, 10_000, 100_000))
     require_memory(0.5 if settings.quick else 4)
     last = make_task(queries, sizes[-1], torch.float16, settings.device)
     sides = {

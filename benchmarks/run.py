@@ -1,11 +1,12 @@
 """Run the benchmarks, print a Markdown table and save it; see README.md beside this file.
 
 make bench
-python benchmarks/run.py --only fusion ranking
+python benchmarks/run.py --only fusion ranking --minutes 5
 """
 
 import argparse
 import json
+import math
 import sys
 import time
 import traceback
@@ -32,6 +33,10 @@ NAMES = (
     "bank",
     "rerank",
 )
+# A model too small for a GPU to matter; an index that stays in main memory.
+ON_A_CPU = ("startup", "search", "engines")
+# Of a case's time, what its turns may take; the rest is for making models and for peak memory.
+TURNS_SHARE = 0.6
 
 
 class Case(NamedTuple):
@@ -128,7 +133,14 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)}")
     add("--device", nargs="+", choices=("cpu", "cuda"), help="default: cpu, and cuda if there is one")
-    add("--repeats", type=int, default=5, help="turns, of which the median is taken; default: %(default)s")
+    add("--repeats", type=int, default=9, help="turns at most, until a row is steady; default: %(default)s")
+    add(
+        "--minutes",
+        type=float,
+        default=20.0,
+        help="shared out among what is left to measure; a row is measured once in any case; default: "
+        "%(default)s",
+    )
     add("--quick", action="store_true", help="small shapes: a test that all runs, the figures mean nothing")
     add(
         "--out",
@@ -140,6 +152,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.repeats < 1:
         parser.error(f"--repeats {arguments.repeats} is too small; the least is 1")
+    if not 0 < arguments.minutes < math.inf:
+        parser.error(f"--minutes {arguments.minutes:g} must be above 0")
     if arguments.out is None and not arguments.quick:
         arguments.out = HERE / "results.md"
     return arguments
@@ -159,23 +173,28 @@ def main() -> None:
     figures = out.with_suffix(".json") if out else None
     if figures and figures.exists():
         columns = json.loads(figures.read_text())
-    for device in arguments.device or in_fresh_process(devices_here):
-        settings = Settings(device, arguments.repeats, arguments.quick)
-        column = in_fresh_process(machine, device) + (", quick" if arguments.quick else "")
-        for name in arguments.only:
-            if name in ("startup", "search", "engines") and device == "cuda":
-                continue  # a model too small for a GPU to matter; an index that stays in main memory
-            for case in cases_of(name, arguments.quick):
-                start = time.perf_counter()
-                rows = measure(case, settings)
-                print(f"{case.title}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-                cells = columns.setdefault(column, {})
-                for row in rows:
-                    today = date.today().isoformat()
-                    cells[row.name] = {"wanted": row.wanted, "cell": row.cell, "date": today}
-                if out:
-                    save(json.dumps(columns, indent=1) + "\n", figures)
-                    save(table(columns), out)
+    end = time.perf_counter() + 60 * arguments.minutes
+    todo = [
+        (device, case)
+        for device in arguments.device or in_fresh_process(devices_here)
+        for name in arguments.only
+        if device == "cpu" or name not in ON_A_CPU
+        for case in cases_of(name, arguments.quick)
+    ]
+    names = {device: in_fresh_process(machine, device) for device in {device for device, _ in todo}}
+    for number, (device, case) in enumerate(todo):
+        start = time.perf_counter()
+        share = TURNS_SHARE * max(end - start, 0) / (len(todo) - number)
+        rows = measure(case, Settings(device, arguments.repeats, arguments.quick, share))
+        took = time.perf_counter() - start
+        print(f"{number + 1}/{len(todo)} {case.title}: {took:.0f} s", file=sys.stderr, flush=True)
+        cells = columns.setdefault(names[device] + (", quick" if arguments.quick else ""), {})
+        for row in rows:
+            today = date.today().isoformat()
+            cells[row.name] = {"wanted": row.wanted, "cell": row.cell, "date": today}
+        if out:
+            save(json.dumps(columns, indent=1) + "\n", figures)
+            save(table(columns), out)
     print(table(columns), end="")
 
 

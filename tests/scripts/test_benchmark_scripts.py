@@ -1,6 +1,7 @@
 """The benchmarks run, their table holds together, what they measure with is right. No figure is judged."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -19,6 +20,7 @@ import fusion
 import grad_cache
 import measure
 import memory
+import products
 import run as bench
 import scaling
 import steps
@@ -50,7 +52,7 @@ def test_a_quick_run_prints_and_saves_its_table(tmp_path) -> None:
     for name, wanted, cell in rows:
         judged = cell.endswith(("; reached", "; **not reached**"))
         assert judged == (wanted != "") or cell.startswith(measure.NOT_MEASURED), name
-        if found := re.match(r"([\d.]+) x \(([\d.]+) to ([\d.]+)\)", cell):
+        if found := re.match(r"([\d.]+) x \(([\d.]+) to ([\d.]+), \d turn", cell):
             median, least, most = map(float, found.groups())
             assert least <= median <= most, name
             ratios += 1
@@ -73,9 +75,9 @@ def test_a_column_of_another_machine_stays_and_gaps_are_empty() -> None:
 
 def test_ratios_are_taken_turn_by_turn() -> None:
     row = measure.ratio_row("name", "3 x or more", [2.0, 9.0, 4.0], [1.0, 3.0, 1.0], least=3)
-    assert row.cell == "3.00 x (2.00 to 4.00); 4.00 s against 1.00 s; reached"
+    assert row.cell == "3.00 x (2.00 to 4.00, 3 turns, noisy); 4.00 s against 1.00 s; reached"
     row = measure.ratio_row("name", "1.1 x or less", [0.002, 0.009, 0.004], [0.001] * 3, most=1.1)
-    assert row.cell == "4.00 x (2.00 to 9.00); 4 ms against 1 ms; **not reached**"
+    assert row.cell == "4.00 x (2.00 to 9.00, 3 turns, noisy); 4 ms against 1 ms; **not reached**"
 
 
 def test_sides_take_turns_after_a_warm_up() -> None:
@@ -84,6 +86,45 @@ def test_sides_take_turns_after_a_warm_up() -> None:
     times = measure.side_by_side(sides, QUICK._replace(repeats=2), before=lambda: done.append("-"))
     assert "".join(done) == "AB" + "-A-B-A-B"
     assert {name: len(seconds) for name, seconds in times.items()} == {"A": 2, "B": 2}
+
+
+@pytest.mark.parametrize(
+    ("slow", "limit", "turns"),
+    [
+        ({}, math.inf, 3),  # steady from the start
+        ({0: 9.0}, math.inf, 5),  # until the middle half agrees
+        ({turn: 2.0 + turn for turn in range(9)}, math.inf, 9),  # never
+        ({turn: 2.0 + turn for turn in range(9)}, 6.0, 2),  # the time is up within the second turn
+        ({}, 0.5, 1),
+    ],
+)
+def test_turns_go_on_until_they_are_steady_or_the_time_is_up(monkeypatch, slow, limit, turns) -> None:
+    clock, done = [0.0], []
+
+    def work() -> None:
+        clock[0] += slow.get(len(done) - 1, 1.0)
+        done.append(clock[0])
+
+    def other() -> None:
+        clock[0] += 1.0
+
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+    settings = measure.Settings("cpu", 9, quick=True, seconds=limit)
+    times = measure.side_by_side({"other": other, "work": work}, settings)
+    assert len(times["work"]) == turns
+    assert times["work"] == [slow.get(turn, 1.0) for turn in range(turns)]
+
+
+def test_products_of_a_step_are_counted_and_made_again() -> None:
+    layer = torch.nn.Linear(5, 7)
+    rows = torch.randn(3, 5)
+    found = products.products_of(lambda: layer(rows).sum().backward())
+    # Forward, and the gradient of the weight; none goes to the rows.
+    assert found.flop == 2 * (2 * 3 * 5 * 7)
+    pairs = products.products_of(lambda: torch.randn(4, 3, 5) @ torch.randn(4, 5, 2))
+    assert pairs.flop == 2 * 4 * 3 * 5 * 2
+    again = products.products_of(found.alone())
+    assert again.counts == found.counts
 
 
 def allocate(megabytes: int, pieces: int):
