@@ -121,10 +121,10 @@ def test_products_of_a_step_are_counted_and_made_again() -> None:
     found = products.products_of(lambda: layer(rows).sum().backward())
     # Forward, and the gradient of the weight; none goes to the rows.
     assert found.flop == 2 * (2 * 3 * 5 * 7)
-    pairs = products.products_of(lambda: torch.randn(4, 3, 5) @ torch.randn(4, 5, 2))
-    assert pairs.flop == 2 * 4 * 3 * 5 * 2
-    again = products.products_of(found.alone())
-    assert again.counts == found.counts
+    pairs = products.products_of(lambda: [torch.randn(4, 3, 5) @ torch.randn(4, 5, 2) for _ in range(3)])
+    assert pairs.flop == 3 * (2 * 4 * 3 * 5 * 2)
+    for step in (found, pairs):
+        assert products.products_of(step.alone()).counts == step.counts
 
 
 def allocate(megabytes: int, pieces: int):

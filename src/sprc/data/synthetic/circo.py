@@ -9,8 +9,8 @@ from typing import Any
 from tqdm import tqdm
 
 from sprc.data.synthetic.fashioniq import STATEMENTS, fill_statement
-from sprc.data.synthetic.scenes import Edit, Scene, SceneObject, alike, cell_name, edit_between, render
-from sprc.data.synthetic.splits import Save, SyntheticConfig, draw_parts, draw_queries, json_text, write_once
+from sprc.data.synthetic.scenes import Edit, Scene, SceneObject, alike, cell_name, edit_between
+from sprc.data.synthetic.splits import Draw, SyntheticConfig, draw_parts, draw_queries, json_text, write_once
 
 SHADES = {"": (225, 250)}  # of the one type of images
 # Of CIRCO's semantic aspects those that a caption of one edit can ask for.
@@ -45,7 +45,7 @@ def make_circo(out: Path, config: CIRCOConfig) -> None:
     write_once(out / "circo_dataset", config, _write_benchmark)
 
 
-def _write_benchmark(root: Path, config: CIRCOConfig, save: Save) -> None:
+def _write_benchmark(root: Path, config: CIRCOConfig, draw: Draw) -> None:
     images = root / "COCO2017_unlabeled" / "unlabeled2017"
     for folder in (root / "annotations", images.parent / "annotations", images):
         folder.mkdir(parents=True)
@@ -65,7 +65,7 @@ def _write_benchmark(root: Path, config: CIRCOConfig, save: Save) -> None:
     for scene, number in tqdm(ids.items(), desc="made data", unit="image"):
         file = f"{number:012d}.jpg"
         # Without subsampling edges of equal lightness stay sharp.
-        save(render(scene, config.image_size), images / file, quality=95, subsampling=0)
+        draw(scene, images / file, quality=95, subsampling=0)
         size = config.image_size
         listing.append({"file_name": file, "height": size, "width": size, "id": number})
     content = {"info": {"description": "made scenes, no photographs"}, "images": listing, "licenses": []}

@@ -10,12 +10,12 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from sprc.data.edits import KINDS
-from sprc.data.synthetic.scenes import Scene, edit_between, render, write_caption
+from sprc.data.synthetic.scenes import Scene, edit_between, write_caption
 from sprc.data.synthetic.splits import (
+    Draw,
     ImageSet,
     Part,
     Query,
-    Save,
     SyntheticConfig,
     draw_double_queries,
     draw_parts,
@@ -76,7 +76,7 @@ def draw_sets(part: Part, config: SyntheticConfig) -> Iterator[DrawnSet]:
         yield DrawnSet(family, names, queries)
 
 
-def _write_benchmark(root: Path, config: SyntheticConfig, save: Save) -> None:
+def _write_benchmark(root: Path, config: SyntheticConfig, draw: Draw) -> None:
     for folder in ("captions", "image_splits"):
         (root / "cirr" / folder).mkdir(parents=True)
     pair_ids, set_ids = itertools.count(), itertools.count()
@@ -89,7 +89,7 @@ def _write_benchmark(root: Path, config: SyntheticConfig, save: Save) -> None:
             folder = f"{top}/{family % 100}" if split == "train" else top
             (root / folder).mkdir(parents=True, exist_ok=True)
             for scene, name in names.items():
-                save(render(scene, config.image_size), root / folder / f"{name}.png")
+                draw(scene, root / folder / f"{name}.png")
                 paths[name] = f"./{folder}/{name}.png"
                 bar.update()
             set_id, places = next(set_ids), list(names)

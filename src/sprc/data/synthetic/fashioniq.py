@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from tqdm import tqdm
 
-from sprc.data.synthetic.scenes import Edit, Scene, cell_name, edit_between, object_phrase, render
-from sprc.data.synthetic.splits import Save, SyntheticConfig, draw_parts, draw_queries, json_text, write_once
+from sprc.data.synthetic.scenes import Edit, Scene, cell_name, edit_between, object_phrase
+from sprc.data.synthetic.splits import Draw, SyntheticConfig, draw_parts, draw_queries, json_text, write_once
 
 # The types, in the order in which they are drawn, and what tells a type's images at sight: the background is
 # light, grey or dark.
@@ -119,7 +119,7 @@ def make_fashioniq(out: Path, config: FashionIQConfig) -> None:
     write_once(out / "fashionIQ_dataset", config, _write_benchmark)
 
 
-def _write_benchmark(root: Path, config: FashionIQConfig, save: Save) -> None:
+def _write_benchmark(root: Path, config: FashionIQConfig, draw: Draw) -> None:
     for folder in ("captions", "image_splits", "images"):
         (root / folder).mkdir()
     images = 36 * len(SHADES) * (config.val_families + config.test_families + config.train_families)
@@ -138,7 +138,7 @@ def _write_benchmark(root: Path, config: FashionIQConfig, save: Save) -> None:
                 suffix = ".jpg" if len(gallery) % 2 and not config.png else ".png"
                 # Only a JPEG takes the options: without subsampling edges of equal lightness stay sharp.
                 options: dict[str, Any] = {"quality": 95, "subsampling": 0} if suffix == ".jpg" else {}
-                save(render(scene, config.image_size), root / "images" / f"{name}{suffix}", **options)
+                draw(scene, root / "images" / f"{name}{suffix}", **options)
                 gallery.append(name)
                 bar.update()
             distractor = rng.choice(scenes)

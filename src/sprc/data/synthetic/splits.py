@@ -7,23 +7,34 @@ rest of the scene; many differ from the reference by one edit and do not fit the
 
 import json
 import random
+import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice, permutations, product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
-from PIL import Image
-
-from sprc.data.synthetic.scenes import CELLS, COLORS, SHAPES, SIZES, Edit, Scene, SceneObject, edit_between
+from sprc.data.synthetic.scenes import (
+    CELLS,
+    COLORS,
+    SHAPES,
+    SIZES,
+    Edit,
+    Scene,
+    SceneObject,
+    edit_between,
+    render,
+)
 from sprc.errors import InputError
 from sprc.processes import own_cores
 
-MOST_WAITING = 64  # images to be saved
+AT_ONCE = 32  # pictures that a process gets at once
+MOST_WAITING = 16  # such parts
 GENERATOR_VERSION = 2  # raise it whenever the same arguments give other files
 
 
@@ -67,7 +78,7 @@ OTHER_PAIRS = (
     (("shape", "shape"), ("size", "move")),
 )
 C = TypeVar("C", bound=SyntheticConfig)
-Save = Callable[..., None]  # of image_saver
+Draw = Callable[..., None]  # of picture_maker
 ImageSet = tuple[tuple[Scene, Scene], ...]  # 3 rows of 2: rows differ by one edit, columns by another
 
 
@@ -194,10 +205,10 @@ def draw_double_queries(image_set: ImageSet, count: int, rng: random.Random) -> 
     return rng.sample(queries, count)
 
 
-def write_once(root: Path, config: C, write: Callable[[Path, C, Save], None]) -> None:
+def write_once(root: Path, config: C, write: Callable[[Path, C, Draw], None]) -> None:
     """Have ``write`` fill the folder ``root``, whole or not at all; nothing to do if the same is there.
 
-    It gets the folder, ``config``, and what saves its images, see :func:`image_saver`.
+    It gets the folder, ``config``, and what draws its pictures, see :func:`picture_maker`.
 
     Adds ``made_by.json``, the arguments, by which a later call knows the folder.
     Raises :class:`InputError` if the folder exists and was made otherwise, or cannot be written.
@@ -218,8 +229,8 @@ def write_once(root: Path, config: C, write: Callable[[Path, C, Save], None]) ->
         with tempfile.TemporaryDirectory(dir=out, prefix=f".{root.name}-") as folder:
             unfinished = Path(folder) / root.name
             unfinished.mkdir()
-            with image_saver() as save:
-                write(unfinished, config, save)
+            with picture_maker(config.image_size) as draw:
+                write(unfinished, config, draw)
             (unfinished / "made_by.json").write_text(json_text(made_by), encoding="utf-8")
             unfinished.rename(root)
     except OSError as error:
@@ -227,22 +238,39 @@ def write_once(root: Path, config: C, write: Callable[[Path, C, Save], None]) ->
 
 
 @contextmanager
-def image_saver() -> Iterator[Save]:
-    """What saves a Pillow image at a path, with options of ``Image.save``, on all cores: an image a thread.
+def picture_maker(image_size: int) -> Iterator[Draw]:
+    """What draws a scene and saves it at a path, with options of ``Image.save``: on all cores, in processes.
 
-    What goes wrong is raised by a later call, or at the end, when all images are saved.
+    What goes wrong is raised by a later call, or at the end, when all pictures are saved.
     """
+    started: list[tuple[Scene, Path, dict[str, Any]]] = []
     waiting: deque[Future[None]] = deque()
-    with ThreadPoolExecutor(own_cores()) as pool:
+    # Forked before any thread is there, and so without importing anything again.
+    context = get_context("fork" if sys.platform == "linux" else None)
+    with ProcessPoolExecutor(own_cores(), mp_context=context) as pool:
+        pool.submit(draw_pictures, [], image_size).result()
 
-        def save(image: Image.Image, path: Path, **options: Any) -> None:
-            waiting.append(pool.submit(image.save, path, **options))
+        def hand_over() -> None:
+            waiting.append(pool.submit(draw_pictures, started.copy(), image_size))
+            started.clear()
+
+        def draw(scene: Scene, path: Path, **options: Any) -> None:
+            started.append((scene, path, options))
+            if len(started) == AT_ONCE:
+                hand_over()
             if len(waiting) > MOST_WAITING:
                 waiting.popleft().result()
 
-        yield save
+        yield draw
+        hand_over()
         for one in waiting:
             one.result()
+
+
+def draw_pictures(pictures: list[tuple[Scene, Path, dict[str, Any]]], image_size: int) -> None:
+    """Draw scenes and save each at its path, with its options."""
+    for scene, path, options in pictures:
+        render(scene, image_size).save(path, **options)
 
 
 def json_text(content: object) -> str:
