@@ -157,9 +157,9 @@ def test_the_estimate_of_fake_tensors_is_that_of_real_ones(monkeypatch) -> None:
 
 
 def test_the_estimate_is_what_is_measured() -> None:
-    """Of `tiny`, from pixels and in chunks: 75 MB, beside which what libraries keep is a few percent."""
-    rows = memory.check(QUICK)
-    assert [row.reached for row in rows] == [True, True], [row.cell for row in rows]
+    """Of `tiny` in chunks: some 40 MB, beside which pages that are in use by half are a few percent."""
+    row = memory.against_measured(memory.TRIALS[-1], "cpu", 0)
+    assert row.reached, row.cell
 
 
 def test_the_largest_batch_leaves_a_gigabyte_and_a_tenth() -> None:
