@@ -157,9 +157,9 @@ def test_the_estimate_of_fake_tensors_is_that_of_real_ones(monkeypatch) -> None:
 
 
 def test_the_estimate_is_what_is_measured() -> None:
-    """Of `tiny` in chunks: some 40 MB, beside which pages that are in use by half are a few percent."""
+    """Of `tiny` in chunks: 54 MB, beside which the 2 MB that libraries keep are little."""
     row = memory.against_measured(memory.TRIALS[-1], "cpu", 0)
-    assert row.reached, row.cell
+    assert float(row.value.removesuffix(" x")) == pytest.approx(1, abs=0.15), row.cell
 
 
 def test_the_largest_batch_leaves_a_gigabyte_and_a_tenth() -> None:
