@@ -1,231 +1,241 @@
 """Which batch fits into which GPU: the peak memory of a training step, estimated without a GPU.
 
     python benchmarks/memory.py
-runs a step of the trainer's own model, losses and optimizer on fake tensors, which have a shape, a type
-and no memory, and adds up what lives at once: weights, gradients, AdamW's two moments, what the backward
-pass keeps. Mixed precision is that of a GPU: products in bfloat16, LayerNorm in float32, attention that
-keeps no weights, a frozen vision transformer in float16. Not in it: CUDA's own context, work space and
-fragments. Say a GB, and a tenth.
+prints the largest batch for a card, the peak by batch, and the peak of a re-ranker's step. What is added up
+is in estimate.py. Two or three batch sizes of a line are estimated; between and beyond them memory grows
+evenly. ``run.py --only memory`` holds estimates against measurements.
 """
 
 import sys
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 import torch
-import torch.nn.functional as F
-from steps import make_captions
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from estimate import captions_of, use_of_steps
+from measure import PROCESSES, Memory, Row, Settings, in_bytes, peak_memory, require_memory, within
+from steps import SMALL, make_model, make_samples
+from torch import nn
+from tqdm import tqdm
 
-from sprc.config import ModelConfig, read_backbone
-from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt, Text
-from sprc.models.blip2_qformer_cir_rerank import Beside, Blip2QformerCirRerank
-from sprc.models.qformer import Layout
-from sprc.self_check.setting import made_tokenizer
+from sprc.config import BACKBONES, ModelConfig, read_backbone
+from sprc.models.device import precision
+from sprc.processes import own_cores
 from sprc.self_check.speed import take_step
 from sprc.training.grad_cache import Embedder, GradCache
 from sprc.training.loop import make_optimizer
 
-BATCHES = (64, 128, 256)
+BATCHES = (16, 32, 64, 128, 256, 512)
+LARGEST = 1024  # a batch that is estimated; beyond it nothing is said
+CARDS = (16, 24, 40, 80)  # GB
+CHUNK = 16  # of --grad-cache
 NEGATIVES = (4, 8, 16)  # a query's, of a re-ranker
-BLOCK = 512  # CUDA's allocator gives multiples of it
 
 
-class Peak(TorchDispatchMode):
-    """Adds up the storages that live at once."""
+class Line(NamedTuple):
+    """A line of a table."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self.known: set[int] = set()
+    backbone: str
+    cached: bool
+    fusion: bool
+    chunk: int  # of --grad-cache, or 0
+    negatives: int = 0  # a re-ranker's; 0 is SPRC's own step
 
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        """Run an operation and look at what it makes."""
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self.add(tensor)
-        return result
+    @property
+    def config(self) -> ModelConfig:
+        """The model's."""
+        values = read_backbone(self.backbone)["model"]
+        return ModelConfig(**{**values, "use_gated_fusion": self.fusion})
 
-    def add(self, tensor: Tensor) -> None:
-        """Count a tensor's storage, once, until it is freed."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self.known:
-            return
-        size = -(-storage.nbytes() // BLOCK) * BLOCK
-        self.known.add(key)
-        self.now += size
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self.free, key, size)
+    @property
+    def estimated(self) -> tuple[int, ...]:
+        """The batch sizes that are estimated. From the second chunk on, each adds the same."""
+        if self.chunk:
+            return 2 * self.chunk, 3 * self.chunk
+        return (16, 64) if self.negatives else (16, 128, LARGEST)
 
-    def free(self, key: int, size: int) -> None:
-        """What is called when a storage is freed."""
-        self.known.discard(key)
-        self.now -= size
+    def estimate(self) -> dict[int, int]:
+        """Peak bytes at these."""
+        use = use_of_steps(
+            self.config, self.estimated, self.chunk, cached=self.cached, negatives=self.negatives
+        )
+        return {batch: found.most for batch, found in use.items()}
 
 
-@contextmanager
-def as_on_a_gpu() -> Iterator[None]:
-    """CPU autocast with CUDA's rules where they change what is kept."""
-    attention, layer_norm = F.scaled_dot_product_attention, F.layer_norm
-
-    def without_weights(*tensors: Tensor, dropout_p: float = 0.0, **rest: Any) -> Tensor:
-        return attention(*tensors, **rest)  # a GPU's kernels keep a seed for the dropout
-
-    def in_float32(x: Tensor, *rest: Any, **options: Any) -> Tensor:
-        return layer_norm(x.float() if torch.is_autocast_enabled("cpu") else x, *rest, **options)
-
-    with (
-        patch.object(F, "scaled_dot_product_attention", without_weights),
-        patch.object(F, "layer_norm", in_float32),
-        patch.object(nn.init, "trunc_normal_", lambda tensor, **_: tensor),  # it looks at what it drew
-    ):
-        yield
+Estimates = dict[Line, dict[int, int]]
 
 
-def make_model(config: ModelConfig) -> Blip2QformerCirAlignPrompt:
-    """The model on fake tensors, its frozen vision transformer as a GPU keeps it."""
-    model = Blip2QformerCirAlignPrompt(config, made_tokenizer(config.vocab_size)).train()
-    for module in model.visual_encoder.modules():  # halve_frozen_vit's way does not go with fake tensors
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            for name, weights in list(module.named_parameters()):
-                setattr(module, name, nn.Parameter(weights.half(), requires_grad=False))
-
-    def tokenize(texts: list[str]) -> Text:
-        with unset_fake_temporarily():  # fake tensors would not tell where words are
-            padding = model.tokenizer.pad_token_id
-            rows = [torch.tensor(model.caption_ids[text]) for text in texts]
-            ids = pad_sequence(rows, batch_first=True, padding_value=padding)
-            text = model.lay_out(torch.zeros(*ids.shape, 1), ids != padding)
-        return text._replace(words=model.Qformer.bert.embeddings.word_embeddings(ids))
-
-    def vit_tokens(image: Tensor) -> Tensor:
-        if image.dim() == 3:
-            return image
-        with torch.no_grad(), torch.autocast("cpu", torch.float16):
-            return model.visual_encoder(image)
-
-    model.tokenize, model.vit_tokens = tokenize, vit_tokens
-    return model
+def peak_at(batch: int, known: dict[int, int]) -> float:
+    """GB at ``batch``, on the straight line through the two of the known ones that are nearest."""
+    pairs = list(pairwise(sorted(known.items())))
+    (low, least), (high, most) = next((pair for pair in pairs if batch <= pair[1][0]), pairs[-1])
+    return (least + (most - least) * (batch - low) / (high - low)) / 1e9
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: int, chunk: int, *, cached: bool) -> None:
-    """As ``Trainer.train_epoch`` makes it, in bfloat16."""
-    config = model.config
-    size = config.image_size
-    shape = (config.num_patches**2 + 1, config.vit_width) if cached else (3, size, size)
-    dtype = torch.bfloat16 if cached else torch.float32  # of the size of float16, in which they are kept
-    image, target = (torch.empty(batch, *shape, dtype=dtype) for _ in range(2))
-    samples = {"image": image, "target": target, "text_input": make_captions(batch)}
-    mixed_precision = partial(torch.autocast, "cpu", torch.bfloat16)
-    cache = GradCache(model, Embedder(model), chunk, mixed_precision) if chunk else None
-    take_step(model, optimizer, samples, cache, mixed_precision)
+def largest_batch(card: float, known: dict[int, int], step: int) -> int:
+    """The largest multiple of ``step`` up to LARGEST that fits: a GB and a tenth of ``card`` GB are left."""
+    sizes = range(step, LARGEST + 1, step)
+    return max((size for size in sizes if peak_at(size, known) <= 0.9 * card - 1), default=0)
 
 
-def stepped_once(model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer, with AdamW's moments there and no gradient."""
-    optimizer = make_optimizer(model, 1e-5)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return optimizer
+def step_lines() -> list[Line]:
+    """Those of SPRC's own step; of `tiny`, which fits anywhere, one."""
+    return [
+        Line(backbone, cached, fusion, chunk)
+        for backbone in BACKBONES
+        for cached in (False, True)
+        for fusion, chunk in ((True, 0), (False, 0), (True, CHUNK))
+        if backbone != "tiny" or (fusion and not cached and not chunk)
+    ]
 
 
-def peak_of(config: ModelConfig, batch: int, chunk: int, *, cached: bool) -> float:
-    """The most GB that live at once in a step, AdamW's moments being there."""
-    peak = Peak()
-    with as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True), peak:
-        model = make_model(config)
-        if cached:
-            model.visual_encoder = nn.Identity()  # it waits on the CPU
-        optimizer = stepped_once(model)
-        peak.most = peak.now
-        step(model, optimizer, batch, chunk, cached=cached)
-    return peak.most / 1e9
+def reranker_lines() -> list[Line]:
+    """Those of a re-ranker's step, one for each number of negatives."""
+    return [
+        Line(backbone, True, False, chunk, negatives)
+        for backbone in ("pretrain", "pretrain_vitL")
+        for chunk in (0, 8, 4)
+        for negatives in NEGATIVES
+    ]
 
 
-def make_reranker(config: ModelConfig) -> Blip2QformerCirRerank:
-    """The re-ranker on fake tensors; its vision transformer waits on the CPU."""
-    model = Blip2QformerCirRerank(config, made_tokenizer(config.vocab_size)).train()
-    model.visual_encoder = nn.Identity()
-
-    def beside(prompts: Tensor, captions: list[str]) -> Beside:
-        with unset_fake_temporarily():  # fake tensors would not tell where words are
-            ids, mask = model.pad([model.caption_ids[caption] for caption in captions])
-            seen = torch.cat([mask.new_ones(len(mask), config.num_query_tokens), mask], dim=1)
-            layout = Layout.of(seen, config.num_query_tokens, cls_first=False, words=torch.zeros(1))
-        embed = model.Qformer.bert.embeddings
-        words = embed(embed.word_embeddings(ids), 0)
-        return Beside(torch.cat([embed(prompts.to(words.dtype)), words], dim=1), layout)
-
-    model.beside, model.vit_tokens = beside, lambda image: image
-    return model
+def estimate_all(lines: list[Line]) -> Estimates:
+    """Estimate on all cores, those that take longest first, with a bar on stderr."""
+    found = {}
+    work = sorted(lines, key=lambda line: line.chunk, reverse=True)
+    with ProcessPoolExecutor(own_cores(), mp_context=PROCESSES) as pool:
+        jobs = {pool.submit(Line.estimate, line): line for line in work}
+        for job in tqdm(as_completed(jobs), "Estimating", len(jobs), file=sys.stderr):
+            found[jobs[job]] = job.result()
+    return found
 
 
-def peak_of_reranker(config: ModelConfig, batch: int, negatives: int, chunk: int) -> float:
-    """The most GB that live at once in a re-ranker's step from cached tokens, in bfloat16."""
-    peak = Peak()
-    mixed_precision = partial(torch.autocast, "cpu", torch.bfloat16)
-    with as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True), peak:
-        model = make_reranker(config)
-        optimizer = stepped_once(model)
-        peak.most = peak.now
-        tokens = (config.num_patches**2 + 1, config.vit_width)
-        samples = {
-            "prompts": torch.empty(batch, config.num_query_tokens, config.hidden_size, dtype=torch.bfloat16),
-            "candidates": torch.empty(batch, 1 + negatives, *tokens, dtype=torch.bfloat16),
-            "text_input": make_captions(batch),
-        }
+def print_table(head: list[str], rows: list[list[str]]) -> None:
+    """Print a Markdown table."""
+    for row in (head, ["---"] * len(head), *rows):
+        print(f"| {' | '.join(row)} |")
+    print()
+
+
+def named(line: Line) -> list[str]:
+    """What a line of SPRC's step begins with."""
+    where = "the cache" if line.cached else "pixels"
+    return [line.backbone, where, "on" if line.fusion else "off", str(line.chunk or "none")]
+
+
+def print_steps(estimates: Estimates) -> None:
+    """Print the largest batches by card, and the peaks by batch."""
+    head = ["backbone", "images from", "fusion", "--grad-cache"]
+    fits, peaks = [], []
+    for line in step_lines():
+        known = estimates[line]
+        largest = [largest_batch(card, known, line.chunk or 8) for card in CARDS]
+        told = {0: "-", LARGEST: f"{LARGEST}+"}
+        fits.append(named(line) + [told.get(batch, str(batch)) for batch in largest])
+        sizes = {batch: peak_at(batch, known) for batch in BATCHES if batch > line.chunk}
+        figures = {batch: f"{size:.{1 if size >= 1 else 2}f}" for batch, size in sizes.items()}
+        peaks.append(named(line) + [figures.get(batch, "") for batch in BATCHES])
+    print_table(head + [f"{card} GB" for card in CARDS], fits)
+    print_table(head + [f"batch {batch}" for batch in BATCHES], peaks)
+
+
+def print_rerankers(estimates: Estimates) -> None:
+    """Print the peaks of a re-ranker by its negatives."""
+    rows = []
+    for backbone in ("pretrain", "pretrain_vitL"):
+        for batch, chunk in ((16, 0), (16, 8), (16, 4), (64, 0), (64, 8)):
+            known = [estimates[Line(backbone, True, False, chunk, count)] for count in NEGATIVES]
+            figures = [f"{peak_at(batch, estimate):.1f}" for estimate in known]
+            rows.append([backbone, str(batch), str(chunk or "none"), *figures])
+    head = ["backbone", "batch", "--grad-cache", *(f"{count} negatives" for count in NEGATIVES)]
+    print_table(head, rows)
+
+
+# --- against a measurement: rows of run.py
+
+
+class Trial(NamedTuple):
+    """A step that is estimated and measured; on a GPU batch and chunk are eight times as large."""
+
+    title: str
+    backbone: str
+    cached: bool
+    batch: int
+    chunk: int = 0
+    changes: dict[str, Any] = {}  # noqa: RUF012 (read only)
+
+
+TRIALS = (
+    Trial("ViT-g, from the cache, fusion on", "pretrain", True, 4),
+    Trial("ViT-g, from the cache, fusion off", "pretrain", True, 4, changes={"use_gated_fusion": False}),
+    Trial("ViT-g, from the cache, fusion on, --grad-cache 4", "pretrain", True, 8, 4),
+    Trial("ViT-g's first two blocks, from pixels, fusion on", "pretrain", False, 4, changes={"vit_depth": 2}),
+    Trial("ViT-L, from the cache, fusion on", "pretrain_vitL", True, 16),
+    Trial("tiny, from pixels, fusion on", "tiny", False, 256),
+    Trial("tiny, from the cache, fusion on, --grad-cache 64", "tiny", True, 128, 64),
+)
+
+
+def prepare(config: ModelConfig, batch: int, chunk: int, device: str, cached: bool) -> Callable[[], None]:
+    """A step of training, the optimizer's included, ready to run; its gradients are dropped."""
+    model = make_model(config, device, with_vit=not cached)
+    samples = make_samples(config, batch, device) | {"text_input": captions_of(batch, chunk)}
+    if cached:
+        model.visual_encoder = nn.Identity()
+    else:
+        size = (batch, 3, config.image_size, config.image_size)
+        samples |= {name: torch.randn(size, device=device) for name in ("image", "target")}
+    optimizer = make_optimizer(model, 1e-9)
+    amp = precision("auto", torch.device(device))
+    mixed_precision = partial(torch.autocast, device, amp, enabled=amp is not None)
+
+    def step() -> None:
         cache = GradCache(model, Embedder(model), chunk, mixed_precision) if chunk else None
         take_step(model, optimizer, samples, cache, mixed_precision)
-    return peak.most / 1e9
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
 
 
-def print_rerankers() -> None:
-    """Print the re-ranker's table."""
-    print("\n| backbone | batch | --grad-cache |", *(f"{count} negatives |" for count in NEGATIVES))
-    print("|---|---|---|" + "---|" * len(NEGATIVES))
-    for backbone in ("pretrain", "pretrain_vitL"):
-        config = ModelConfig(**{**read_backbone(backbone)["model"], "use_gated_fusion": False})
-        for batch, chunk in ((16, 0), (16, 8), (16, 4), (64, 0), (64, 8)):
-            figures = [f"{peak_of_reranker(config, batch, count, chunk):.1f}" for count in NEGATIVES]
-            told = [backbone, str(batch), str(chunk or "none"), *figures]
-            print(f"| {' | '.join(told)} |", flush=True)
+def check(settings: Settings) -> list[Row]:
+    """Estimated over measured peak memory of a step: above what was there before it, and in all."""
+    require_memory(1 if settings.quick else 8)
+    device = settings.device
+    libraries = 0  # on a GPU torch's own count has none
+    if device == "cpu":
+        libraries = peak_memory(prepare, ModelConfig(**SMALL), 2, 0, device, True, device=device).whole
+    trials = TRIALS[-1:] if settings.quick else TRIALS
+    return [against_measured(trial, device, libraries) for trial in trials]
+
+
+def against_measured(trial: Trial, device: str, libraries: int) -> Row:
+    """The row of one step; ``libraries`` are the bytes of a process that holds little else."""
+    config = ModelConfig(**{**read_backbone(trial.backbone)["model"], **trial.changes})
+    times = 8 if device == "cuda" else 1
+    batch, chunk = times * trial.batch, times * trial.chunk
+    use = use_of_steps(config, [batch], chunk, device, cached=trial.cached)[batch]
+    estimated = Memory(use.most - use.before, use.most)
+    found = peak_memory(prepare, config, batch, chunk, device, trial.cached, device=device)
+    measured = Memory(found.extra, max(found.whole - libraries, 1))
+    extra, whole = (ours / max(theirs, 1) for ours, theirs in zip(estimated, measured, strict=True))
+    detail = (
+        f"{in_bytes(estimated.extra)} against {in_bytes(measured.extra)} above what was there before; "
+        f"in all {whole:.3f} x, {in_bytes(estimated.whole)} against {in_bytes(measured.whole)}"
+    )
+    name = f"peak memory of a step, estimated / measured: {trial.title}, B {batch}"
+    return Row(name, "0.9 to 1.1 x", f"{extra:.3f} x", detail, within(extra, 0.9, 1.1))
 
 
 def main() -> None:
-    """Print the tables: of SPRC's step, and of a re-ranker's."""
-    print("| backbone | images | fusion | --grad-cache |", *(f"batch {batch} |" for batch in BATCHES))
-    print("|---|---|---|---|" + "---|" * len(BATCHES))
-    plain, chunks = [(True, 0), (False, 0)], [(True, 32), (True, 16)]
-    for backbone, cached, cases in (
-        ("pretrain", False, plain + chunks),
-        ("pretrain", True, plain + chunks),
-        ("pretrain_vitL", False, plain + chunks[1:]),
-        ("pretrain_vitL", True, plain[:1]),
-    ):
-        for fusion, chunk in cases:
-            config = ModelConfig(**{**read_backbone(backbone)["model"], "use_gated_fusion": fusion})
-            figures = [f"{peak_of(config, batch, chunk, cached=cached):.1f}" for batch in BATCHES]
-            what = "from the cache" if cached else "from pixels"
-            told = [backbone, what, "on" if fusion else "off", str(chunk or "none"), *figures]
-            print(f"| {' | '.join(told)} |", flush=True)
-    print_rerankers()
+    """Print the tables."""
+    estimates = estimate_all(step_lines() + reranker_lines())
+    print_steps(estimates)
+    print_rerankers(estimates)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ NAMES = (
     "search",
     "engines",
     "grad-cache",
+    "memory",
     "bank",
     "rerank",
 )
@@ -63,6 +64,7 @@ def cases_of(name: str, quick: bool) -> list[Case]:
         "overhead": [Case("fusion on against off", "steps", "overhead")],
         "startup": [Case("start-up", "startup", "run")],
         "grad-cache": [Case("gradient caching", "grad_cache", "run")],
+        "memory": [Case("a step's peak memory, estimated against measured", "memory", "check")],
         "bank": [Case("a bank of negatives", "bank", "growing_bank")],
         "rerank": [
             Case("a query's second stage", "rerank", "query"),

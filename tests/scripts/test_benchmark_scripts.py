@@ -11,11 +11,13 @@ from contextlib import nullcontext
 import pytest
 import torch
 from helpers.runner import ENVIRONMENT, ROOT
+from torch import nn
 
 from sprc.config import ModelConfig
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import estimate
 import fusion
 import grad_cache
 import measure
@@ -146,7 +148,7 @@ def test_peak_memory_of_a_known_allocation() -> None:
 
 
 def test_what_lives_at_once_is_added_up() -> None:
-    with memory.Peak() as peak:
+    with estimate.Peak() as peak:
         first = torch.empty(1024)  # 4,096 bytes
         first.view(32, 32).add_(1)  # no new ones
         second = first * 2
@@ -156,18 +158,57 @@ def test_what_lives_at_once_is_added_up() -> None:
     assert (peak.now, peak.most) == (0, 8192)
 
 
+class TwoProducts(nn.Module):
+    """(1024, 256) to (1024, 512) to (1024, 256)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(256, 512, bias=False), nn.Linear(512, 256, bias=False)
+
+    def forward(self, samples: dict) -> dict:
+        return {"loss": self.down(self.up(samples["x"])).sum()}
+
+
+def test_a_step_takes_the_bytes_that_are_summed_by_hand() -> None:
+    wide, narrow, weights = 4 * 1024 * 512, 4 * 1024 * 256, 4 * 512 * 256
+    before = 2 * weights + 2 * 2 * weights + narrow  # both matrices, two moments of each, the batch
+    # The most is at the second product's backward: the wide rows, their gradient, and the matrix's own.
+    with estimate.FakeTensorMode(), estimate.Peak() as peak:
+        model = TwoProducts()
+        optimizer = estimate.stepped_once(model)
+        samples = {"x": torch.empty(1024, 256)}
+        few = 16 * estimate.BLOCK  # scalars: the loss, AdamW's counts of steps
+        assert before <= peak.now <= before + few
+        estimate.take_step(model, optimizer, samples, None, nullcontext)
+    assert before + 2 * wide + weights <= peak.most <= before + 2 * wide + weights + few
+
+
 def test_the_estimate_of_fake_tensors_is_that_of_real_ones(monkeypatch) -> None:
     config = ModelConfig(**{**steps.SMALL, "dropout": 0.0, "fusion_dropout": 0.0})
     found = {}
     for kind in ("fake", "real"):
         found[kind] = [
-            memory.peak_of(config, batch, chunk, cached=cached)
+            estimate.use_of_steps(config, [batch], chunk, cached=cached)[batch].most
             for batch, chunk, cached in ((4, 0, True), (8, 0, False), (8, 2, False))
         ]
-        monkeypatch.setattr(memory, "FakeTensorMode", lambda **_: nullcontext())
+        monkeypatch.setattr(estimate, "FakeTensorMode", lambda **_: nullcontext())
     assert found["fake"] == pytest.approx(found["real"], rel=0.02)
     _, whole, in_chunks = found["fake"]
     assert in_chunks < whole
+
+
+def test_the_estimate_is_what_is_measured() -> None:
+    """Of `tiny` in chunks: 54 MB, beside which the 2 MB that libraries keep are little."""
+    row = memory.against_measured(memory.TRIALS[-1], "cpu", 0)
+    assert float(row.value.removesuffix(" x")) == pytest.approx(1, abs=0.15), row.cell
+
+
+def test_the_largest_batch_leaves_a_gigabyte_and_a_tenth() -> None:
+    known = {16: 2 * 10**9, 128: 9 * 10**9, 1024: 65 * 10**9}  # 1 GB, and a sixteenth for each triplet
+    assert [memory.peak_at(batch, known) for batch in (16, 32, 512, 2048)] == [2, 3, 33, 129]
+    assert memory.largest_batch(16, known, 8) == 192  # 13.0 GB of 13.4
+    assert memory.largest_batch(2, known, 8) == 0
+    assert memory.largest_batch(80, known, 8) == 1024  # 65 GB; nothing larger is said
 
 
 def test_memory_that_runs_out_is_a_row_and_no_crash(capsys) -> None:
