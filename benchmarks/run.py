@@ -31,6 +31,7 @@ NAMES = (
     "grad-cache",
     "bank",
     "rerank",
+    "quality",
 )
 
 
@@ -63,6 +64,7 @@ def cases_of(name: str, quick: bool) -> list[Case]:
             Case("a query's second stage", "rerank", "query"),
             Case("a re-ranker's step", "rerank", "step"),
         ],
+        "quality": [Case("time to plain SPRC's best validation", "quality", "run")],
         "growth": [
             Case("growth with the batch", "steps", "growing_batch"),
             Case("growth with the gallery", "rank", "growing_gallery"),
