@@ -16,6 +16,8 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+
 import torch
 from measure import Row, Settings, in_fresh_process, not_measured, spread
 from published import HAS_LAVIS, NO_LAVIS, LavisStep
@@ -247,7 +249,7 @@ def row_of(key: str, curves: list[Curve], reference: list[Curve], line: float, w
         details.append(f"best {max(quality):.1f}")
     else:
         minutes = minutes_until(curves, epoch)
-        value = spread(minutes, "{:.2f} min".format)
+        value = in_words(minutes, "{:.2f} min".format)
         details.append(f"after epoch {epoch + 1} of {epochs} with {quality[epoch]:.1f}")
         details.append(f"test split {fmean(curve.test[epoch] for curve in curves):.1f}")
         details += compared(minutes, reference, line)
@@ -260,9 +262,8 @@ def row_of(key: str, curves: list[Curve], reference: list[Curve], line: float, w
     near = first_epoch(quality, line - NEAR)
     if near is not None:
         minutes = minutes_until(curves, near)
-        words = spread(minutes, "{:.2f} min".format)
-        words = f"within {NEAR:g} point after epoch {near + 1}, {words}"
-        details.append(" ".join([words, *compared(minutes, reference, line - NEAR)]))
+        words = [f"within {NEAR:g} point after epoch {near + 1}", in_words(minutes, "{:.2f} min".format)]
+        details.append(", ".join([*words, *compared(minutes, reference, line - NEAR)]))
     details.append(f"{median(seconds_an_epoch(curves)):.1f} s an epoch")
     if curves[0].filling:
         details.append(
@@ -281,7 +282,12 @@ def compared(minutes: list[float], reference: list[Curve], line: float) -> list[
     if theirs == minutes:
         return []
     ratios = [a / b for a, b in zip(theirs, minutes, strict=True)]
-    return [f"{spread(ratios, '{:.2f} x'.format)} as fast"]
+    return [f"{in_words(ratios, '{:.2f} x'.format)} as fast"]
+
+
+def in_words(values: list[float], write: Callable[[float], str]) -> str:
+    """Median, least and largest of the seeds; of one seed its own."""
+    return spread(values, write) if len(values) > 1 else write(values[0])
 
 
 def seconds_an_epoch(curves: list[Curve]) -> list[float]:

@@ -211,14 +211,12 @@ def test_time_to_quality_is_the_first_epoch_at_the_line() -> None:
     worse = [curve((2, 50), (3, 55), (4, 61))]
     rows = quality.rows_of({"plain": plain, "off": ours, "bank": worse})
     assert [row.value for row in rows] == [
-        "20.00 min (20.00 min to 20.00 min)",
-        "4.00 min (4.00 min to 4.00 min)",
+        "20.00 min",
+        "4.00 min",
         "not reached in 3 epochs",
     ]
-    assert (
-        "after epoch 3 of 3 with 66.0; test split 65.0; 5.00 x (5.00 x to 5.00 x) as fast" in rows[1].detail
-    )
-    assert "within 1 point after epoch 2, 3.00 min" in rows[1].detail
+    assert "after epoch 3 of 3 with 66.0; test split 65.0; 5.00 x as fast" in rows[1].detail
+    assert "within 1 point after epoch 2, 3.00 min, 6.67 x as fast" in rows[1].detail
     assert "60.0 s an epoch; cache filled in 60.0 s" in rows[1].detail
     assert "best 61.0" in rows[2].detail
 
@@ -239,7 +237,7 @@ def test_over_seeds_the_mean_curve_reaches_the_line() -> None:
 def test_plain_sprc_trains_on_lavis_as_ours_does(tmp_path) -> None:
     """`tiny` has no dropout: two epochs of both differ by rounding alone, so gradients reach the weights."""
     pytest.importorskip("lavis", reason="LAVIS is not installed")
-    make_cirr(tmp_path, SyntheticConfig(train_families=2, val_families=1, test_families=1))
+    make_cirr(tmp_path, SyntheticConfig(train_families=1, val_families=1, test_families=1))
     theirs, ours = (
         quality.train(way._replace(flags={"batch_size": 20}), tmp_path, 2, 0, "cpu")
         for way in (quality.WAYS["plain"], quality.WAYS["off"])
