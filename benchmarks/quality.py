@@ -7,6 +7,7 @@ users run. A process of its own for each training. The full figure, on a machine
 """
 
 import argparse
+import multiprocessing
 import sys
 import tempfile
 import time
@@ -131,6 +132,16 @@ def train(way: Way, data: Path, epochs: int, seed: int, device_name: str) -> Cur
         if not way.published:
             given["feature_cache"] = Path(folder) / "features"
         return run_training(way, given)
+
+
+def train_apart(*arguments: Any) -> Curve:
+    """:func:`train` in a process of :func:`in_fresh_process`, which is to fork its readers as scripts do.
+
+    Else they would be the children of a fork server, and :mod:`sprc.data.datasets` lets a reader's parent
+    alone end it.
+    """
+    multiprocessing.set_start_method("fork", force=True)
+    return train(*arguments)
 
 
 def run_training(way: Way, given: dict[str, Any]) -> Curve:
@@ -314,7 +325,7 @@ def compare(
             make_cirr(data, SyntheticConfig(**sizes))
         for seed in seeds:
             for key, way in ways.items():
-                curve = in_fresh_process(train, way, data, epochs, seed, device)
+                curve = in_fresh_process(train_apart, way, data, epochs, seed, device)
                 found[key].append(curve)
                 points = ", ".join(
                     f"{value:.1f} ({test:.1f}) at {seconds:.0f} s"

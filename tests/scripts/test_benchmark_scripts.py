@@ -218,6 +218,7 @@ def test_time_to_quality_is_the_first_epoch_at_the_line() -> None:
     assert "after epoch 3 of 3 with 66.0; test split 65.0; 5.00 x as fast" in rows[1].detail
     assert "within 1 point after epoch 2, 3.00 min, 6.67 x as fast" in rows[1].detail
     assert "60.0 s an epoch; cache filled in 60.0 s" in rows[1].detail
+    assert quality.seconds_an_epoch(ours) == [60, 60, 60]
     assert "best 61.0" in rows[2].detail
 
 
