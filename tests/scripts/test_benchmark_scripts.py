@@ -203,34 +203,34 @@ def curve(*points: tuple[float, float], filling: float = 0.0) -> quality.Curve:
 
 
 def test_time_to_quality_is_the_first_epoch_at_the_line() -> None:
+    """The line is 63.5: half a point below plain SPRC's best."""
     assert quality.first_epoch([50, 60, 70, 65], line=60) == 1
     assert quality.first_epoch([50, 59.9, 70, 65], line=60) == 2  # and not somewhere between the two
     assert quality.first_epoch([50, 60, 70, 65], line=70.1) is None
     plain = [curve((10, 50), (20, 64), (30, 62))]
-    ours = [curve((2, 50), (3, 63.5), (4, 66), filling=60.0)]
+    ours = [curve((2, 50), (3, 63.4), (4, 63.5), filling=60.0)]
     worse = [curve((2, 50), (3, 55), (4, 61))]
     rows = quality.rows_of({"plain": plain, "off": ours, "bank": worse})
-    assert [row.value for row in rows] == [
-        "20.00 min",
-        "4.00 min",
-        "not reached in 3 epochs",
-    ]
-    assert "after epoch 3 of 3 with 66.0; test split 65.0; 5.00 x as fast" in rows[1].detail
-    assert "within 1 point after epoch 2, 3.00 min, 6.67 x as fast" in rows[1].detail
-    assert "60.0 s an epoch; cache filled in 60.0 s" in rows[1].detail
+    assert [row.value for row in rows] == ["20.00 min", "4.00 min", "not reached in 3 epochs"]
+    assert "; at the best itself after epoch 2; 600.0 s an epoch; a validation" in rows[0].detail
+    assert (
+        "; after epoch 3 of 3 with 63.5; test split 62.5; 5.00 x as fast; at the best itself never; "
+        in rows[1].detail
+    )
+    assert "; 60.0 s an epoch; cache filled in 60.0 s" in rows[1].detail
     assert quality.seconds_an_epoch(ours) == [60, 60, 60]
-    assert "best 61.0" in rows[2].detail
+    assert "; best 61.0; at the best itself never; " in rows[2].detail
 
 
 def test_over_seeds_the_mean_curve_reaches_the_line() -> None:
-    """The line is 65, after epoch 2: a seed's own best, 70, is none."""
+    """The best is 65, after epoch 2: a seed's own best, 70, is none."""
     plain = [curve((10, 50), (20, 70)), curve((12, 52), (24, 60))]
     ours = [curve((1, 68), (2, 60)), curve((2, 62), (3, 66))]
     first, second = quality.rows_of({"plain": plain, "off": ours})
-    assert first.detail.startswith("line 65.0, best of plain SPRC")
+    assert first.detail.startswith("line 64.5, 0.5 below the best of plain SPRC")
     assert second.value == "1.50 min (1.00 min to 2.00 min)"
     assert "16.00 x (12.00 x to 20.00 x) as fast" in second.detail
-    assert "after epoch never, 1" in second.detail
+    assert "of its own seed, after epoch never, 1" in second.detail
     without = quality.rows_of({"off": plain, "gated": ours})
     assert [row.value for row in without][::2] == ["not measured", "1.50 min (1.00 min to 2.00 min)"]
 
