@@ -47,8 +47,8 @@ FLAGS: dict[str, Any] = {
     "num_workers": 0,
     "use_gated_fusion": False,
 }
-# Points from plain SPRC's best down to the line. A query of 504 moves what is compared by 0.1, and rounding
-# moves one or two; of two trainings that do the same arithmetic one would miss the other's best.
+# Points from plain SPRC's best down to the line. Of two trainings that do the same arithmetic, rounding would
+# make one miss the other's best by a query, which is 0.1.
 SLACK = 0.5
 
 
