@@ -28,7 +28,7 @@ OTHERS = {
 SCRIPTS = sorted(
     [f"src/{path.name}" for path in (ROOT / "src").glob("*.py")]
     + ["test_gated_fusion.py", "benchmarks/run.py", "benchmarks/scaling.py", "benchmarks/startup.py"]
-    + ["benchmarks/gallery.py"]
+    + ["benchmarks/gallery.py", "benchmarks/quality.py"]
 )
 
 

@@ -14,6 +14,8 @@ from helpers.runner import ENVIRONMENT, ROOT
 from torch import nn
 
 from sprc.config import ModelConfig
+from sprc.data.synthetic.cirr import make_cirr
+from sprc.data.synthetic.splits import SyntheticConfig
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -23,6 +25,7 @@ import grad_cache
 import measure
 import memory
 import products
+import quality
 import run as bench
 import scaling
 import steps
@@ -272,3 +275,57 @@ def test_the_step_on_lavis_equals_ours() -> None:
     theirs.bert.encoder.layer[1].output.dense.weight.data = torch.zeros(24, 48)
     with pytest.raises(AssertionError):
         steps.assert_equal(model, theirs, samples)
+
+
+def curve(*points: tuple[float, float], filling: float = 0.0) -> quality.Curve:
+    """Of (minutes, validation) after each epoch; the test split is a point below."""
+    minutes, values = zip(*points, strict=True)
+    below = [value - 1 for value in values]
+    return quality.Curve([60 * one for one in minutes], list(values), below, [], filling, validation=3.0)
+
+
+def test_time_to_quality_is_the_first_epoch_at_the_line() -> None:
+    """The line is 63.5: half a point below plain SPRC's best."""
+    assert quality.first_epoch([50, 60, 70, 65], line=60) == 1
+    assert quality.first_epoch([50, 59.9, 70, 65], line=60) == 2  # and not somewhere between the two
+    assert quality.first_epoch([50, 60, 70, 65], line=70.1) is None
+    plain = [curve((10, 50), (20, 64), (30, 62))]
+    ours = [curve((2, 50), (3, 63.4), (4, 63.5), filling=60.0)]
+    worse = [curve((2, 50), (3, 55), (4, 61))]
+    rows = quality.rows_of({"plain": plain, "off": ours, "bank": worse})
+    assert [row.value for row in rows] == ["20.00 min", "4.00 min", "not reached in 3 epochs"]
+    assert "; at the best itself after epoch 2; 600.0 s an epoch; a validation" in rows[0].detail
+    assert (
+        "; after epoch 3 of 3 with 63.5; test split 62.5; 5.00 x as fast; at the best itself never; "
+        in rows[1].detail
+    )
+    assert "; 60.0 s an epoch; cache filled in 60.0 s" in rows[1].detail
+    assert quality.seconds_an_epoch(ours) == [60, 60, 60]
+    assert "; best 61.0; at the best itself never; " in rows[2].detail
+
+
+def test_over_seeds_the_mean_curve_reaches_the_line() -> None:
+    """The best is 65, after epoch 2: a seed's own best, 70, is none."""
+    plain = [curve((10, 50), (20, 70)), curve((12, 52), (24, 60))]
+    ours = [curve((1, 68), (2, 60)), curve((2, 62), (3, 66))]
+    first, second = quality.rows_of({"plain": plain, "off": ours})
+    assert first.detail.startswith("line 64.5, 0.5 below the best of plain SPRC")
+    assert second.value == "1.50 min (1.00 min to 2.00 min)"
+    assert "16.00 x (12.00 x to 20.00 x) as fast" in second.detail
+    assert "of its own seed, after epoch never, 1" in second.detail
+    without = quality.rows_of({"off": plain, "gated": ours})
+    assert [row.value for row in without][::2] == ["not measured", "1.50 min (1.00 min to 2.00 min)"]
+
+
+def test_plain_sprc_trains_on_lavis_as_ours_does(tmp_path) -> None:
+    """`tiny` has no dropout: two epochs of both differ by rounding alone, so gradients reach the weights."""
+    pytest.importorskip("lavis", reason="LAVIS is not installed")
+    make_cirr(tmp_path, SyntheticConfig(train_families=1, val_families=1, test_families=1))
+    theirs, ours = (
+        quality.train(way._replace(flags={"batch_size": 20}), tmp_path, 2, 0, "cpu")
+        for way in (quality.WAYS["plain"], quality.WAYS["off"])
+    )
+    assert theirs.losses == pytest.approx(ours.losses, rel=1e-4)
+    assert theirs.losses[1] < 0.99 * theirs.losses[0]
+    assert (theirs.filling, len(theirs.test)) == (0.0, 2)
+    assert 0 < ours.filling < ours.seconds[0] < ours.seconds[1]
