@@ -32,7 +32,7 @@ def test_a_query_and_a_training_import_nothing_that_they_do_not_need(data, pictu
     folder = ROOT / "src"
     commands = [[str(folder / script), *map(str, flags)] for script, *flags in (query, training)]
     slow = {"matplotlib", "pandas", "transformers", "tokenizers", "huggingface_hub", "torchvision"}
-    slow |= {"tensorboard", "wandb", "mlflow"}
+    slow |= {"tensorboard", "wandb", "mlflow", "torch._dynamo", "sympy"}
     result = subprocess.run(
         [sys.executable, "-c", CODE.format(commands=commands, folder=str(folder), slow=slow)],
         env=ENVIRONMENT,
