@@ -108,8 +108,8 @@ def side_by_side(
 def keep_compiled(environment: dict[str, str], folder: Path) -> None:
     """Have Python's processes find their sources compiled, in ``folder``, from the second one on.
 
-    So it is for users. An ``environment`` that forbids it (PYTHONDONTWRITEBYTECODE) nearly doubles the time that
-    importing torch takes.
+    So it is for users. Where an ``environment`` forbids it (PYTHONDONTWRITEBYTECODE), importing torch takes
+    nearly twice as long.
     """
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     environment["PYTHONPYCACHEPREFIX"] = str(folder)
