@@ -30,7 +30,9 @@ print("matplotlib.pyplot" in sys.modules)
 
 
 @pytest.mark.slow
-def test_a_query_a_training_and_the_page_import_nothing_that_they_do_not_need(data, picture_index, pictures, tmp_path):
+def test_a_query_a_training_and_the_page_import_no_more_than_they_need(
+    data, picture_index, pictures, tmp_path
+):
     query = ["search.py", "query", "--index", picture_index, "--text", "make it red", "--device", "cpu"]
     query += ["--image", pictures / "a" / "dev-0-0-img0.png"]
     training = ["blip_fine_tune_2.py", "--dataset", "CIRR", "--backbone", "tiny", "--data-path", data]
