@@ -20,6 +20,7 @@ from measure import (
     Settings,
     in_bytes,
     in_seconds,
+    keep_compiled,
     not_measured,
     peak_memory,
     ratio_row,
@@ -216,7 +217,11 @@ def running_app(data: Path, models: Path) -> Iterator[str]:
         "--models-path",
         models,
     ]
-    server = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    environment = dict(os.environ)
+    keep_compiled(environment, data.parent / "compiled")
+    server = subprocess.Popen(
+        [*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+    )
     try:
         while True:
             with socket.socket() as client:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-from measure import Row, Settings, in_seconds, ratio_row, side_by_side, spread, within
+from measure import Row, Settings, in_seconds, keep_compiled, ratio_row, side_by_side, spread, within
 from published import HAS_LAVIS
 
 HERE = Path(__file__).resolve().parent.parent
@@ -33,6 +33,7 @@ def run(settings: Settings, against: Path | None = None) -> list[Row]:
             is installed.
     """
     with tempfile.TemporaryDirectory() as folder:
+        keep_compiled(ENVIRONMENT, Path(folder) / "compiled")
         sides = sides_of(HERE, Path(folder), settings)
         if against is not None:
             others = sides_of(against, Path(folder) / "other", settings)

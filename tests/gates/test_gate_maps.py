@@ -24,7 +24,6 @@ from sprc.data.images import load_image
 from sprc.data.synthetic.fashioniq import FashionIQConfig, make_fashioniq
 from sprc.data.transforms import make_transform
 from sprc.errors import run_script
-from sprc.figures import own_scale
 from sprc.gates.localisation import (
     chance,
     edit_weights,
@@ -35,6 +34,7 @@ from sprc.gates.localisation import (
     summarise,
 )
 from sprc.gates.probe import changed_edit
+from sprc.map_colors import own_scale
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.checkpoint import load_checkpoint, save_checkpoint
 from sprc.models.fusion_maps import fusion_maps, word_maps

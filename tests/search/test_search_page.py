@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import sys
 import weakref
 
@@ -35,6 +36,14 @@ NAME = "a/dev-0-0-img0.png"
 def own_main(monkeypatch):
     """Streamlit puts its script in the place of `__main__`, which new processes of other tests look at."""
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+
+
+@pytest.fixture(autouse=True)
+def hooks(monkeypatch):
+    """The audit hooks that a start would add; none can be taken off again."""
+    added = []
+    monkeypatch.setattr("sys.addaudithook", added.append)
+    return added
 
 
 def script(index, samples=None, more=None):
@@ -470,6 +479,23 @@ def test_it_takes_an_index_of_its_own(picture_index, checkpoint, data, tmp_path,
     ):
         with pytest.raises(InputError, match=message):
             start(monkeypatch, tmp_path, *flags)
+
+
+def test_what_its_server_sends_waits_for_no_acknowledgement(picture_index, tmp_path, monkeypatch, hooks):
+    start(monkeypatch, tmp_path, "--index", picture_index, "--device", "cpu")
+    (hook,) = hooks
+    with socket.socket() as server, socket.socket() as browser:
+        for event in ("open", "socket.bind"):  # of whatever else Python does, nothing
+            assert not server.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            hook(event, (server, ("127.0.0.1", 0)))
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        browser.connect(server.getsockname())
+        accepted, _ = server.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    with socket.socket(socket.AF_UNIX) as other:
+        hook("socket.bind", (other, "file"))
 
 
 def test_a_server_that_is_told_to_stop_ends_as_after_control_c(

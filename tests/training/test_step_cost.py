@@ -65,7 +65,8 @@ def test_image_tokens_are_cast_once_for_all_layers(tokenizer, changes, casts) ->
 def test_compiling_gives_one_graph(tokenizer, tmp_path, changes) -> None:
     model = Blip2QformerCirAlignPrompt(small_config(**changes), tokenizer)
     if model.gated_fusion is not None:
-        FusionLog(model.gated_fusion, tmp_path, every=2, step=1)  # of a step that is not due
+        # Of a step that is not due.
+        FusionLog(model.gated_fusion, tmp_path, every=2, step=1, compiled=True)
     compiled = torch.compile(model.embed_tokens, dynamic=True, backend="eager", fullgraph=True)
     tokens = model.vit_tokens(random_images(2 * len(CAPTIONS), model.config))
     compiled(tokens, model.tokenize(CAPTIONS))  # a break in the graph would raise

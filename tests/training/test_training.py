@@ -334,6 +334,28 @@ def test_the_optimizer_is_the_published_one_over_what_requires_a_gradient():
     assert settings == {"lr": 1e-5, "betas": (0.9, 0.98), "eps": 1e-7, "weight_decay": 0.05}
 
 
+def test_the_optimizer_steps_to_the_bit_as_torch_s_own():
+    torch.manual_seed(0)
+    ours, theirs = nn.Linear(5, 3), nn.Linear(5, 3)
+    theirs.load_state_dict(ours.state_dict())
+    settings = {"betas": (0.9, 0.98), "eps": 1e-7, "weight_decay": 0.05, "fused": True}
+    optimizers = make_optimizer(ours, 1e-2), torch.optim.AdamW(theirs.parameters(), lr=1e-2, **settings)
+    for step in range(3):
+        x = torch.randn(7, 5)
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+        assert torch.equal(ours.weight, theirs.weight), step
+    assert not any(parameter.grad_fn for parameter in ours.parameters())
+    own, expected = (optimizer.state_dict() for optimizer in optimizers)
+    assert own["param_groups"] == expected["param_groups"]
+    for optimizer in optimizers:  # each can go on from the other's
+        optimizer.load_state_dict(expected)
+        found = optimizer.state_dict()["state"][0]
+        assert all(torch.equal(value, expected["state"][0][name]) for name, value in found.items())
+
+
 class Two(Recorder):
     """A second part, whose parameters' names start with ``new.``."""
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from sprc.data.images import Transform, load_image
 from sprc.data.split import Split, Triplet
 from sprc.data.transforms import denormalise
-from sprc.figures import Cell, draw_cell, make_grid, own_scale, plt, save_figure, scale_from_zero
+from sprc.figures import Cell, draw_cell, make_grid, plt, save_figure
+from sprc.map_colors import own_scale, scale_from_zero
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.fusion_maps import WordMaps, fusion_maps, word_maps
 from sprc.scoring.encoding import EncodedSplit

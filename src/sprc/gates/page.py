@@ -11,9 +11,10 @@ import numpy as np
 from matplotlib import colormaps
 from PIL import Image
 
-from sprc.figures import COLORS, OPACITY, RIGHT, WRONG, Cell, colored
+from sprc.figures import RIGHT, WRONG, Cell
 from sprc.files import write_atomically
 from sprc.gates.maps import QueryView, cells_of, word_cells_of
+from sprc.map_colors import COLORS, OPACITY, colored
 
 PAGE = Template("""<!DOCTYPE html>
 <html lang="en">

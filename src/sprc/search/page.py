@@ -20,7 +20,7 @@ from sprc.data.captions import process_caption
 from sprc.data.cirr import load_cirr
 from sprc.data.images import own_formats
 from sprc.errors import InputError
-from sprc.figures import OPACITY
+from sprc.map_colors import OPACITY
 from sprc.search.index import printable
 from sprc.search.pictures import as_bytes, on_square, read_picture, thumbnail
 from sprc.search.searcher import Answer, Searcher, SharedSearcher

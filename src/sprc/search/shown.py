@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sprc.data.transforms import denormalise
 from sprc.errors import InputError
-from sprc.figures import FIXED, colored, own_scale, scale_from_zero
+from sprc.map_colors import FIXED, colored, own_scale, scale_from_zero
 from sprc.models.blip2_qformer_cir_align_prompt import Blip2QformerCirAlignPrompt
 from sprc.models.fusion_maps import fusion_maps, why_no_word_maps, word_maps
 from sprc.search.index import PictureIndex, printable

@@ -325,7 +325,10 @@ def log_fusion(settings: TrainingSettings, trainer: Trainer) -> None:
         return
     if settings.log_fusion_every:
         step = progress.epoch * trainer.steps_per_epoch + progress.step
-        log = FusionLog(module, trainer.run_folder, settings.log_fusion_every, step, trainer.trackers)
+        log = FusionLog(
+            *(module, trainer.run_folder, settings.log_fusion_every, step, trainer.trackers),
+            compiled=settings.compile,
+        )
         trainer.after_backward = log.after_backward
 
 

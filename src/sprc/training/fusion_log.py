@@ -41,6 +41,7 @@ class FusionLog:
         every: steps between rows.
         step: the run's next step, above 0 for a resumed run; rows from there on are written anew.
         trackers: are told the numbers of each row, if there are any.
+        compiled: the module runs under torch.compile, which is not to look into what is measured.
     """
 
     def __init__(
@@ -50,6 +51,8 @@ class FusionLog:
         every: int,
         step: int = 0,
         trackers: Trackers | None = None,
+        *,
+        compiled: bool = False,
     ) -> None:
         self.module, self.every, self.step = module, every, step
         self.file = RunFolder(run_folder).fusion_metrics
@@ -64,19 +67,20 @@ class FusionLog:
             else:
                 self.file.unlink()
         self.is_due = step % every == 0
+        # Hiding it imports the compiler, which takes seconds.
+        self.observe = torch.compiler.disable(self.measure) if compiled else self.measure
         module.register_forward_hook(self.observe_if_due)
 
     def observe_if_due(self, module: nn.Module, inputs: tuple[Tensor, ...], output: FusionOutput) -> None:
-        """The hook: :meth:`observe` a step that is due. Validation is not looked at.
+        """The hook: :meth:`measure` a step that is due. Validation is not looked at.
 
         torch.compile sees a flag and not the step's number: one graph serves all steps that are not due.
         """
         if module.training and self.is_due:
             self.observe(module, inputs, output)
 
-    @torch.compiler.disable
     @torch.no_grad()
-    def observe(self, module: nn.Module, inputs: tuple[Tensor, ...], output: FusionOutput) -> None:
+    def measure(self, module: nn.Module, inputs: tuple[Tensor, ...], output: FusionOutput) -> None:
         """Measure the output of a step."""
         row: dict[str, Tensor] = {}
         if output.gate is not None:

@@ -1,9 +1,11 @@
 """How a run trains: its configuration, SPRC's optimizer, and its learning rates over the run."""
 
+import inspect
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
@@ -84,6 +86,20 @@ class TrainingConfig(LoopSettings):
             )
 
 
+class EagerAdamW(AdamW):
+    """AdamW, which no model of ours compiles.
+
+    torch hides these methods from its compiler, and imports it to do so: that takes as long as all of torch
+    beside it, before the first step. They are taken without that here, and compute the same.
+    """
+
+    add_param_group = inspect.unwrap(AdamW.add_param_group)
+    state_dict = inspect.unwrap(AdamW.state_dict)
+    load_state_dict = inspect.unwrap(AdamW.load_state_dict)
+    zero_grad = inspect.unwrap(AdamW.zero_grad)
+    step = torch.no_grad()(inspect.unwrap(AdamW.step))
+
+
 def by_prefix(model: nn.Module, prefixes: Iterable[str]) -> dict[str, list[nn.Parameter]]:
     """The parameters that require a gradient, by the longest of ``prefixes`` that their names start with.
 
@@ -113,7 +129,7 @@ def make_optimizer(
     parts = by_prefix(model, other_rates or {})
     groups = [{"params": parameters, "lr": rates[prefix]} for prefix, parameters in parts.items()]
     # fused: one pass over the parameters in place of ten; on a CPU five times as fast.
-    return AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), eps=1e-7, weight_decay=0.05, fused=True)
+    return EagerAdamW(groups, lr=learning_rate, betas=(0.9, 0.98), eps=1e-7, weight_decay=0.05, fused=True)
 
 
 def make_schedule(config: TrainingConfig, optimizer: Optimizer, steps_per_epoch: int) -> LRScheduler:
