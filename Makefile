@@ -36,17 +36,17 @@ setup: .venv/ready
 
 .venv/ready: requirements.txt | $(UV)
 	$(UV) venv --quiet --allow-existing --python 3.11 .venv
-	$(UV) pip install --quiet --python .venv/bin/python -r requirements.txt
+	$(UV) pip install --quiet --compile-bytecode --python .venv/bin/python -r requirements.txt
 	touch $@
 
 .venv-modern/ready: pyproject.toml | $(UV)
 	$(UV) venv --quiet --allow-existing --python $(MODERN_PYTHON) .venv-modern
-	$(UV) pip install --quiet --python .venv-modern/bin/python -e '.[dev]'
+	$(UV) pip install --quiet --compile-bytecode --python .venv-modern/bin/python -e '.[dev]'
 	touch $@
 
 .venv-checkout/ready: tests/requirements-checkout.txt | $(UV)
 	$(UV) venv --quiet --allow-existing --python $(CHECKOUT_PYTHON) .venv-checkout
-	$(UV) pip install --quiet --python .venv-checkout/bin/python --no-deps -r tests/requirements-checkout.txt
+	$(UV) pip install --quiet --compile-bytecode --python .venv-checkout/bin/python --no-deps -r tests/requirements-checkout.txt
 	touch $@
 
 demo: .venv/ready

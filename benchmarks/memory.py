@@ -175,7 +175,7 @@ TRIALS = (
     Trial("ViT-g, from the cache, fusion off", "pretrain", True, 4, changes={"use_gated_fusion": False}),
     Trial("ViT-g, from the cache, fusion on, --grad-cache 4", "pretrain", True, 8, 4),
     Trial("ViT-g's first two blocks, from pixels, fusion on", "pretrain", False, 4, changes={"vit_depth": 2}),
-    Trial("ViT-L, from the cache, fusion on", "pretrain_vitL", True, 16),
+    Trial("ViT-L, from the cache, fusion on", "pretrain_vitL", True, 4),
     Trial("tiny, from pixels, fusion on", "tiny", False, 256),
     Trial("tiny, from the cache, fusion on, --grad-cache 64", "tiny", True, 128, 64),
 )

@@ -326,7 +326,11 @@ def log_fusion(settings: TrainingSettings, trainer: Trainer) -> None:
     if settings.log_fusion_every:
         step = progress.epoch * trainer.steps_per_epoch + progress.step
         log = FusionLog(
-            *(module, trainer.run_folder, settings.log_fusion_every, step, trainer.trackers),
+            module,
+            trainer.run_folder,
+            settings.log_fusion_every,
+            step,
+            trainer.trackers,
             compiled=settings.compile,
         )
         trainer.after_backward = log.after_backward
