@@ -15,7 +15,7 @@
 # make test-checkout  makes the calls of SPRC's scripts in SPRC's own environment (Python 3.9, torch 2.0.1)
 # make test-modern  runs the tests on a newer Python, without LAVIS, with today's torch and transformers
 # make test-gpu   runs the tests of a GPU, by the python3 that has torch: no network, no environment of its own
-# make bench        measures speed and memory, about half an hour: leave the machine alone meanwhile
+# make bench        measures speed and memory in 20 minutes: leave the machine alone meanwhile
 # make setup        only the virtual environment
 
 MODERN_PYTHON ?= 3.12

@@ -139,8 +139,7 @@ def train(way: Way, data: Path, epochs: int, seed: int, device_name: str) -> Cur
 def train_apart(*arguments: Any) -> Curve:
     """:func:`train` in a process of :func:`in_fresh_process`, which is to fork its readers as scripts do.
 
-    Else they would be the children of a fork server, and :mod:`sprc.data.datasets` lets a reader's parent
-    alone end it.
+    A fork server's would first import what they need, and plain SPRC's training would wait for it.
     """
     multiprocessing.set_start_method("fork", force=True)
     return train(*arguments)

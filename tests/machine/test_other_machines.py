@@ -3,11 +3,13 @@
 import ast
 import errno
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from threading import Event, Thread
 
@@ -21,7 +23,7 @@ from PIL import Image
 
 from sprc import errors
 from sprc import files as locks
-from sprc.data.datasets import ImageDataset, TripletDataset
+from sprc.data.datasets import ImageDataset, TripletDataset, leave_signals_to_parent
 from sprc.data.images import image_loader
 from sprc.data.transforms import make_transform
 from sprc.errors import InputError
@@ -140,6 +142,28 @@ def test_what_reading_processes_are_given_can_be_sent_to_them(tmp_path):
         PictureDataset({"digest": tmp_path / "a.png"}, make_transform("squarepad", 12)),
     ):
         assert type(pickle.loads(pickle.dumps(work))) is type(work)
+
+
+def read_until_told(started):
+    """What a reading process does: it leaves signals to the process that it reads for."""
+    leave_signals_to_parent(0)
+    started.set()
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_a_reading_process_ends_when_its_own_process_says_so_and_for_no_other(method):
+    context = multiprocessing.get_context(method)
+    started = context.Event()
+    reader = context.Process(target=read_until_told, args=(started,))
+    reader.start()
+    started.wait()
+    subprocess.run(["kill", "-TERM", str(reader.pid)], check=True)
+    reader.join(0.3)
+    assert reader.is_alive()
+    reader.terminate()
+    reader.join(10)
+    assert reader.exitcode == 0
 
 
 # --- disks without file locks

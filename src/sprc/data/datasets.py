@@ -4,6 +4,7 @@ import os
 import random
 import signal
 from collections.abc import Sequence
+from multiprocessing import parent_process
 from pathlib import Path
 from threading import Thread
 from typing import Any, cast
@@ -149,6 +150,8 @@ def leave_signals_to_parent(_worker: int) -> None:
 
 
 def _end_with_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+    parent = parent_process()  # for the system it may be a fork server, which sends nothing
+    assert parent is not None
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
         pass
     os._exit(0)
