@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 import torch
-from measure import Row, Settings, in_fresh_process, not_measured, spread
+from measure import Row, Settings, in_fresh_process, not_measured
 from published import HAS_LAVIS, NO_LAVIS, LavisStep
 from torch import Tensor, nn
 
@@ -292,7 +292,9 @@ def compared(minutes: list[float], reference: list[Curve], line: float) -> str:
 
 def in_words(values: list[float], write: Callable[[float], str]) -> str:
     """Median, least and largest of the seeds; of one seed its own."""
-    return spread(values, write) if len(values) > 1 else write(values[0])
+    if len(values) == 1:
+        return write(values[0])
+    return f"{write(median(values))} ({write(min(values))} to {write(max(values))})"
 
 
 def seconds_an_epoch(curves: list[Curve]) -> list[float]:

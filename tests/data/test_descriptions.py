@@ -3,11 +3,13 @@
 import random
 import re
 from collections import Counter
+from contextlib import contextmanager
+from functools import partial
 
 import pytest
 from test_synthetic import CELL, CELLS, COLORS, RELATIONS, SHAPES, SIZES
 
-from sprc.data.synthetic import cirr, fashioniq
+from sprc.data.synthetic import splits
 from sprc.data.synthetic.cirr import make_cirr
 from sprc.data.synthetic.descriptions import describe, held_out_scenes, random_scene, words
 from sprc.data.synthetic.fashioniq import FashionIQConfig, make_fashioniq
@@ -139,21 +141,16 @@ def test_one_seed_gives_one_description():
     assert describe(scene, random.Random(4)) == describe(scene, random.Random(4))
 
 
-class NoImage:
-    """Takes the place of a rendered image: remembers under which path its scene would be saved."""
-
-    def __init__(self, scene: Scene, saved: dict[str, Scene]):
-        self.scene, self.saved = scene, saved
-
-    def save(self, path, **options):
-        self.saved[path.name] = self.scene
+@contextmanager
+def picture_rememberer(saved: dict[str, Scene], _image_size: int):
+    """Takes the place of what draws pictures: remembers by which name each scene would be saved."""
+    yield lambda scene, path, **_options: saved.update({path.name: scene})
 
 
 def make_without_drawing(folder, monkeypatch, *, train_families):
     """Both benchmarks, CIRR's with so many families of train; returns the scenes by their images' names."""
     saved: dict[str, Scene] = {}
-    for module in (cirr, fashioniq):
-        monkeypatch.setattr(module, "render", lambda scene, image_size: NoImage(scene, saved))
+    monkeypatch.setattr(splits, "picture_maker", partial(picture_rememberer, saved))
     make_cirr(folder, SyntheticConfig(train_families=train_families))
     make_fashioniq(folder, FashionIQConfig(train_families=2))
     return saved

@@ -3,10 +3,11 @@
 import json
 import re
 from collections import Counter
+from functools import partial
 from typing import NamedTuple
 
 import pytest
-from test_descriptions import NoImage
+from test_descriptions import picture_rememberer
 from test_synthetic import (
     CELL,
     CELLS,
@@ -23,7 +24,7 @@ from test_synthetic import (
 )
 
 from sprc.data.edits import KINDS
-from sprc.data.synthetic import cirr
+from sprc.data.synthetic import splits
 from sprc.data.synthetic.cirr import make_cirr
 from sprc.data.synthetic.splits import SyntheticConfig
 
@@ -50,7 +51,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> list[Query]:
     """The queries of the sizes by default, but for fewer of train; nothing is drawn."""
     out, saved = tmp_path_factory.mktemp("made"), {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cirr, "render", lambda scene, image_size: NoImage(scene, saved))
+        patch.setattr(splits, "picture_maker", partial(picture_rememberer, saved))
         make_cirr(out, SyntheticConfig(train_families=SPLITS["train"]))
     scenes, families = {}, {}
     for file, scene in saved.items():

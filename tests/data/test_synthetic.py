@@ -16,7 +16,6 @@ import pytest
 from PIL import Image, ImageDraw
 
 from sprc.data.edits import KINDS
-from sprc.data.synthetic import cirr as synthetic_cirr
 from sprc.data.synthetic import scenes as scene_module
 from sprc.data.synthetic import splits as synthetic
 from sprc.data.synthetic.cirr import make_cirr
@@ -479,11 +478,11 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
 
     def fail_late(scene, image_size):
         drawn.append(scene)
-        if len(drawn) > 50:
+        if len(drawn) > 20:  # of one process
             raise OSError("disk full")
         return render(scene, image_size)
 
-    monkeypatch.setattr(synthetic_cirr, "render", fail_late)
+    monkeypatch.setattr(synthetic, "render", fail_late)
     with pytest.raises(InputError, match="disk full"):
         make_cirr(tmp_path, SMALL)
     assert list(tmp_path.iterdir()) == []
