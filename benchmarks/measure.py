@@ -256,9 +256,9 @@ def spread(
     ratios: list[float] | None = None,
 ) -> str:
     """Median, least and largest, the number of turns, and whether ``ratios``, or the values, were noisy."""
-    turns = f"{len(values)} turn{'s' if len(values) > 1 else ''}"
-    if is_noisy(values if ratios is None else ratios):
-        turns += ", noisy"
+    if len(values) == 1:
+        return f"{write(values[0])}{unit} (1 turn)"
+    turns = f"{len(values)} turns{', noisy' if is_noisy(values if ratios is None else ratios) else ''}"
     return f"{write(median(values))}{unit} ({write(min(values))} to {write(max(values))}, {turns})"
 
 

@@ -47,11 +47,12 @@ class Products(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        """Run an operation, and note it if it is a product."""
-        if func in KINDS:
+        """Run an operation, and note it if it is a product of something."""
+        result = func(*args, **(kwargs or {}))
+        if func in KINDS and result.numel():
             operands = tuple(Operand.of(x) for x in tree_leaves(args) if isinstance(x, Tensor))
             self.counts[func, operands] += 1
-        return func(*args, **(kwargs or {}))
+        return result
 
     @property
     def flop(self) -> int:

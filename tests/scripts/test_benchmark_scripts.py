@@ -123,7 +123,7 @@ def test_turns_go_on_until_they_are_steady_or_the_time_is_up(monkeypatch, slow, 
 def test_products_of_a_step_are_counted_and_made_again() -> None:
     layer = torch.nn.Linear(5, 7)
     rows = torch.randn(3, 5)
-    found = products.products_of(lambda: layer(rows).sum().backward())
+    found = products.products_of(lambda: (layer(rows).sum() + layer(rows[:0]).sum()).backward())
     # Forward, and the gradient of the weight; none goes to the rows.
     assert found.flop == 2 * (2 * 3 * 5 * 7)
     pairs = products.products_of(lambda: [torch.randn(4, 3, 5) @ torch.randn(4, 5, 2) for _ in range(3)])
