@@ -49,7 +49,7 @@ def numbered(samples: Samples, batch: int, device: str) -> Samples:
 
 def growing_bank(settings: Settings) -> list[Row]:
     """Time and peak memory of a step with 1,000, 10,000 and 100,000 images beside the batch's."""
-    batch, sizes = (2, (100, 200)) if settings.quick else (4, (1000, 10_000, 100_000))
+    batch, sizes = (2, (100, 200)) if settings.quick else (8, (1000, 10_000, 100_000))
     if settings.device == "cuda":
         batch *= 8
     require_memory(1 if settings.quick else 8)

@@ -60,7 +60,7 @@ def prepare(side: str, settings: Settings, batch: int, chunk: int) -> Callable[[
 
 def run(settings: Settings) -> list[Row]:
     """Time and peak memory of a batch in chunks of a quarter and an eighth of it."""
-    batch, chunks = (4, (1, 2)) if settings.quick else (16, (2, 4))
+    batch, chunks = (4, (1, 2)) if settings.quick else (32, (4, 8))
     if settings.device == "cuda":
         batch, chunks = 8 * batch, tuple(8 * chunk for chunk in chunks)
     require_memory(1 if settings.quick else 14)

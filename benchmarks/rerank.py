@@ -52,7 +52,7 @@ def look_again(model: Blip2QformerCirRerank, samples: Samples, top: int) -> Tens
 
 def query(settings: Settings) -> list[Row]:
     """A query's first stage (reference and text to a ranked gallery), and its second by candidates."""
-    tops, gallery = ((2, 4), 50) if settings.quick else ((10, 50), GALLERY)
+    tops, gallery = ((2, 4), 50) if settings.quick else ((10, 50, 100), GALLERY)
     config = make_config(settings.quick, use_gated_fusion=False)
     first = make_model(config, settings.device).eval()
     features = torch.randn(gallery, config.num_query_tokens, config.embed_dim).to(settings.device)

@@ -246,7 +246,7 @@ def overhead(settings: Settings) -> list[Row]:
 
 def growing_batch(settings: Settings) -> list[Row]:
     """The trainable step, fusion on, as the batch grows."""
-    sizes = (1, 2) if settings.quick else (1, 8, 32)
+    sizes = (1, 2) if settings.quick else (1, 4, 16)
     require_memory(1 if settings.quick else 14)
     model = make_model(make_config(settings.quick), settings.device)
     sides = {
