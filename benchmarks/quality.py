@@ -355,6 +355,8 @@ def main() -> None:
     add("--train-families", type=int, default=families, metavar="N", help=f"of the data; default: {families}")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     arguments = parser.parse_args()
+    if arguments.epochs < 1:
+        parser.error(f"--epochs {arguments.epochs} is too small; the least is 1")
     sizes = {"train_families": arguments.train_families}
     found = compare(
         arguments.seeds, arguments.epochs, sizes, arguments.device, lambda line: print(line, flush=True)

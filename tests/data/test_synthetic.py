@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -484,6 +485,13 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
 
     monkeypatch.setattr(synthetic, "render", fail_late)
     with pytest.raises(InputError, match="disk full"):
+        make_cirr(tmp_path, SMALL)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_process_is_one_clear_line_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(synthetic, "render", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(InputError, match="was killed; see that memory is free"):
         make_cirr(tmp_path, SMALL)
     assert list(tmp_path.iterdir()) == []
 

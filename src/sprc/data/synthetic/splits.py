@@ -6,17 +6,21 @@ rest of the scene; many differ from the reference by one edit and do not fit the
 """
 
 import json
+import os
 import random
+import signal
 import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice, permutations, product
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 from sprc.data.synthetic.scenes import (
@@ -233,6 +237,8 @@ def write_once(root: Path, config: C, write: Callable[[Path, C, Draw], None]) ->
                 write(unfinished, config, draw)
             (unfinished / "made_by.json").write_text(json_text(made_by), encoding="utf-8")
             unfinished.rename(root)
+    except BrokenProcessPool as error:
+        raise InputError("a process that draws was killed; see that memory is free, and try again") from error
     except OSError as error:
         raise InputError(f"--out {out}: cannot write there ({error}); choose another folder") from error
 
@@ -247,7 +253,7 @@ def picture_maker(image_size: int) -> Iterator[Draw]:
     waiting: deque[Future[None]] = deque()
     # Forked before any thread is there, and so without importing anything again.
     context = get_context("fork" if sys.platform == "linux" else None)
-    with ProcessPoolExecutor(own_cores(), mp_context=context) as pool:
+    with ProcessPoolExecutor(own_cores(), mp_context=context, initializer=stay_with_parent) as pool:
         pool.submit(draw_pictures, [], image_size).result()
 
         def hand_over() -> None:
@@ -265,6 +271,19 @@ def picture_maker(image_size: int) -> Iterator[Draw]:
         hand_over()
         for one in waiting:
             one.result()
+
+
+def stay_with_parent() -> None:
+    """For a process that draws: an interrupt is its parent's to act on, and it ends when that is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=_end_after_parent, daemon=True).start()
+
+
+def _end_after_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def draw_pictures(pictures: list[tuple[Scene, Path, dict[str, Any]]], image_size: int) -> None:
