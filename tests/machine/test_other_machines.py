@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -156,7 +157,10 @@ def test_a_reading_process_ends_when_its_own_process_says_so_and_for_no_other(me
     context = multiprocessing.get_context(method)
     started = context.Event()
     reader = context.Process(target=read_until_told, args=(started,))
+    # As the loader does: what starts threads in a forked process starts them with the signal blocked.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     reader.start()
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     started.wait()
     subprocess.run(["kill", "-TERM", str(reader.pid)], check=True)
     reader.join(0.3)
