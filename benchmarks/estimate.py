@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from steps import Samples, make_captions
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -114,10 +113,8 @@ def make_model(config: ModelConfig, device: str, *, cached: bool) -> Blip2Qforme
 
     def tokenize(texts: list[str]) -> Text:
         with unset_fake_temporarily():  # fake tensors would not tell where words are
-            padding = model.tokenizer.pad_token_id
-            rows = [torch.tensor(model.caption_ids[text]) for text in texts]
-            ids = pad_sequence(rows, batch_first=True, padding_value=padding)
-            text = model.lay_out(torch.zeros(*ids.shape, 1), ids != padding)
+            ids, mask = model.pad([model.caption_ids[text] for text in texts])
+            text = model.lay_out(torch.zeros(*ids.shape, 1), mask)
         return text._replace(words=model.Qformer.bert.embeddings.word_embeddings(ids))
 
     def vit_tokens(image: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -84,8 +84,7 @@ def side_by_side(
 ) -> dict[str, list[float]]:
     """Time each side once a turn, after a warm-up, in seconds.
 
-    There are three turns at least, and more until all sides are steady against the first, or the most turns
-    or the time are used up. Only where the time is short there are fewer than three.
+    There are :func:`turns` until all sides are steady against the first.
 
     Args:
         sides: name to work.
@@ -98,13 +97,8 @@ def side_by_side(
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     gc.collect()
     gc.disable()
-    end = time.perf_counter() + settings.seconds
     try:
-        for turn in range(settings.repeats):
-            if turn and time.perf_counter() > end:
-                break
-            if turn >= FEWEST_TURNS and all_steady(seconds):
-                break
+        for _ in turns(settings, lambda: all_steady(seconds)):
             for name, work in sides.items():
                 if before is not None:
                     before()
@@ -116,6 +110,19 @@ def side_by_side(
     finally:
         gc.enable()
     return seconds
+
+
+def turns(settings: Settings, steady: Callable[[], bool]) -> Iterator[int]:
+    """The numbers of the turns: three at least, and more until they are ``steady``.
+
+    They end where the most turns, or the time, are used up. Only where the time is short there are fewer than
+    three, but always one.
+    """
+    end = time.perf_counter() + settings.seconds
+    for turn in range(settings.repeats):
+        if turn and (time.perf_counter() > end or (turn >= FEWEST_TURNS and steady())):
+            return
+        yield turn
 
 
 def all_steady(seconds: dict[str, list[float]]) -> bool:
@@ -258,8 +265,8 @@ def spread(
     """Median, least and largest, the number of turns, and whether ``ratios``, or the values, were noisy."""
     if len(values) == 1:
         return f"{write(values[0])}{unit} (1 turn)"
-    turns = f"{len(values)} turns{', noisy' if is_noisy(values if ratios is None else ratios) else ''}"
-    return f"{write(median(values))}{unit} ({write(min(values))} to {write(max(values))}, {turns})"
+    count = f"{len(values)} turns{', noisy' if is_noisy(values if ratios is None else ratios) else ''}"
+    return f"{write(median(values))}{unit} ({write(min(values))} to {write(max(values))}, {count})"
 
 
 def in_seconds(value: float) -> str:

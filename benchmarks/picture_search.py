@@ -16,7 +16,6 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 from measure import (
-    FEWEST_TURNS,
     Row,
     Settings,
     in_bytes,
@@ -29,6 +28,7 @@ from measure import (
     require_memory,
     side_by_side,
     spread,
+    turns,
     within,
 )
 from torch import Tensor
@@ -146,10 +146,7 @@ def page(settings: Settings) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as driver:
         data, models = make_demo(Path(folder), 1 if settings.quick else 28)
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
-        end = time.perf_counter() + settings.seconds
-        for turn in range(settings.repeats):
-            if (turn and time.perf_counter() > end) or (turn >= FEWEST_TURNS and not is_noisy(first)):
-                break
+        for _ in turns(settings, lambda: not is_noisy(first)):
             with running_app(data, models) as address:
                 tab = browser.new_page(viewport={"width": 1280, "height": 1000})
                 tab.goto("about:blank")

@@ -145,6 +145,7 @@ def load_checkpoint(
     backbone: str | None = None,
     vocab: Path | None = None,
     switches: dict | None = None,
+    contents: dict[str, Any] | None = None,
 ) -> Checkpoint:
     """Rebuild the model of a checkpoint, ours or a published one.
 
@@ -156,28 +157,15 @@ def load_checkpoint(
             file of ours carries its vocabulary, and this must be the same.
         switches: None to score the model as it is. To start a training: fields of :class:`ModelConfig`
             that the user sets; a fusion that the file does not hold is newly started.
+        contents: what :func:`read_contents` has read of the file at ``path`` already.
 
     Raises:
         InputError: the file is missing, is no checkpoint, is cut short, holds a pickle payload, is one of
             another model or backbone, or lacks parameters or has some too many (they are listed).
     """
-    path = find_model(path)
-    contents = read_contents(path)
-    return checkpoint_of(
-        contents, path, model_name=model_name, backbone=backbone, vocab=vocab, switches=switches
-    )
-
-
-def checkpoint_of(
-    contents: dict[str, Any],
-    path: Path,
-    *,
-    model_name: str | None = None,
-    backbone: str | None = None,
-    vocab: Path | None = None,
-    switches: dict | None = None,
-) -> Checkpoint:
-    """The same from what :func:`read_contents` has read at ``path``."""
+    if contents is None:
+        path = find_model(path)
+        contents = read_contents(path)
     hyperparameters = contents.get("hyperparameters", {})
     published = None if "model_config" in contents else published_in(path)
     by_its_name = None if published is None else published.backbone

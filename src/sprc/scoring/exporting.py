@@ -8,8 +8,8 @@ from sprc.config import RERANKER, ModelConfig
 from sprc.errors import InputError
 from sprc.models.blip2_qformer_cir_rerank import Blip2QformerCirRerank
 from sprc.models.checkpoint import (
-    checkpoint_of,
     filled,
+    load_checkpoint,
     read_contents,
     read_vocabulary,
     saved_of,
@@ -61,12 +61,12 @@ def load_saved(settings: ExportSettings) -> Saved:
         print(f"{path}: re-ranker, epoch {contents['epoch']}", flush=True)
         told = {**PREPROCESSING, **told}
         return saved_of(model, contents["epoch"], told, source, full=settings.save_full)
-    checkpoint = checkpoint_of(
-        contents,
+    checkpoint = load_checkpoint(
         path,
         model_name=settings.blip_model_name,
         backbone=settings.backbone,
         vocab=settings.vocab,
+        contents=contents,
     )
     del contents
     for line in checkpoint.told():

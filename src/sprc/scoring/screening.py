@@ -57,13 +57,11 @@ def screened_blocks(queries: Tensor, gallery: Tensor, targets: Tensor) -> Iterat
         FloatingPointError: a similarity is not finite.
     """
     error = ErrorBound.of(gallery, product_type())
-    scores: Tensor | None = None
     screen = True
     for numbers in torch.arange(len(queries)).split(QUERY_BLOCK):
-        if screen:
-            scores = screened_scores(queries[numbers], gallery, targets[numbers], error)
-            # Where all images look alike to the model, they do so to its other queries too.
-            screen = scores is not None
+        scores = screened_scores(queries[numbers], gallery, targets[numbers], error) if screen else None
+        # Where all images look alike to the model, they do so to its other queries too.
+        screen = scores is not None
         yield numbers, block_scores(queries[numbers], gallery) if scores is None else scores
 
 
